@@ -1,0 +1,67 @@
+"""The errors a user can meet. Each carries what the command line needs: the message and the exit code.
+
+Exit codes: 0 done, 2 the user's mistake (`UserError`), 1 our failure (anything else), 75 stopped for requeue (`StoppedForRequeue`).
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_FAILURE = 1
+EXIT_USER = 2
+EXIT_REQUEUE = 75
+
+
+class UserError(Exception):
+    """A mistake the user can mend: says which field or place, what is wrong with it, and what would work.
+
+    >>> str(UserError("parallel.tp", "3 does not divide model.num_attention_heads = 4", "use 1, 2 or 4"))
+    'parallel.tp: 3 does not divide model.num_attention_heads = 4; use 1, 2 or 4'
+    """
+
+    exit_code = EXIT_USER
+
+    def __init__(self, where: str, problem: str, remedy: str = "") -> None:
+        super().__init__(where, problem, remedy)
+        self.where, self.problem, self.remedy = where, problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+class ConfigError(UserError):
+    """The configuration disagrees with itself or with the schema. Holds every broken rule, so that all are reported at once."""
+
+    def __init__(self, problems: list[UserError]) -> None:
+        self.problems = problems
+        first = problems[0]
+        super().__init__(first.where, first.problem, first.remedy)
+        self.args = (problems,)
+
+    def __str__(self) -> str:
+        return "\n".join(str(problem) for problem in self.problems)
+
+
+class DataError(UserError):
+    """A data file, line or image that cannot be used: `where` is the file and the line."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged, or of another model."""
+
+
+class RouteMismatch(RuntimeError):
+    """The learner replayed other routes than the rollout recorded: training on them would be wrong, so the run stops."""
+
+
+class WeightSyncError(RuntimeError):
+    """Weights arrived damaged or with the wrong version at a rollout worker."""
+
+
+class RankFailed(RuntimeError):
+    """A rank of a multi-process run died or raised: names the rank and carries its traceback."""
+
+
+class StoppedForRequeue(Exception):
+    """Stopped on request at a step boundary with a checkpoint written."""
+
+    exit_code = EXIT_REQUEUE
