@@ -1,0 +1,138 @@
+"""CLVR, cross-layer vision refinement: an intermediate hidden state looks again at the ORIGINAL ViT features.
+
+One tap (i -> j), i < j: the output h^i of decoder layer i asks, and the answer is added to the residual stream before layer j runs.
+
+    z_V   = LayerNorm(vit_V)                               raw ViT features, last layer, class token dropped, before pixel unshuffle
+    k_n   = RMSNorm_D((z_n + E(p_n)) W_k),  v_n = z_n W_v  E: 2-D sin/cos of the patch centre
+    q_t   = RMSNorm_D(RMSNorm_H(h^i_t) W_q)
+    a_t   = softmax_n(q_t . k_n / sqrt(D))                 over the vision tokens that position t may look at
+    o_t   = (sum_n a_tn v_n) W_o                           the refined visual embedding
+    x^j_t = h^{j-1}_t + m_t g o_t                          m_t in {0, 1}: where to inject;  g: the gate
+
+A query uses only its own token's state, so the model stays strictly causal and a cached decode equals the full forward. Keys and values depend on the image
+alone: they are computed once per image and shared by every rollout of a prompt.
+
+Tensor parallel: W_q, W_k, W_v by columns (heads), W_o by rows; under sequence parallelism W_q gathers the sequence and W_o scatters it.
+Where to read on: `clvr_block.py` (how taps meet the layers), `splice.py` (what a position may look at).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from megatron_ext.config.schema import ClvrConfig
+from megatron_ext.model.norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What the positions of a forward pass may look at. `until_BS`: vision tokens [0, until) of the row are visible; `inject_BS`: where refinement is added.
+    `decoding`: one token per row, and the rows stand on the first axis of the hidden states."""
+
+    until_BS: torch.Tensor
+    inject_BS: torch.Tensor
+    decoding: bool = False
+
+
+@dataclass(frozen=True)
+class VisionMemory:
+    """Keys and values [B, N_kv, V, D] of each tap for the rows of a batch, V counting all tiles of a row."""
+
+    keys: tuple[torch.Tensor, ...]
+    values: tuple[torch.Tensor, ...]
+
+    def select(self, rows: torch.Tensor) -> VisionMemory:
+        return VisionMemory(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
+
+
+def patch_positions(num_tokens: int, width: int, device: torch.device) -> torch.Tensor:
+    """2-D sin/cos embedding float32 [V, width] of the patch centres of a square grid, in the unit square; width divides by 4."""
+    side = int(num_tokens**0.5)
+    centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
+    frequencies = 2 * math.pi * 2.0 ** torch.linspace(0, math.log2(side), width // 4, device=device)
+    wave = centres[:, None] * frequencies
+    wave = torch.cat([wave.sin(), wave.cos()], dim=-1)
+    rows, columns = wave[:, None, :].expand(-1, side, -1), wave[None, :, :].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+
+class ClvrTap(MegatronModule):
+    """The adapter of one tap. `memory` makes keys and values once per image; `forward` refines queries with them."""
+
+    def __init__(self, config: TransformerConfig, clvr: ClvrConfig, vision_hidden: int, pgs: ProcessGroupCollection) -> None:
+        super().__init__(config)
+        self.tp_group = pgs.tp
+        self.head_dim = clvr.head_dim
+        replicated = copy.copy(config)
+        replicated.sequence_parallel = False  # vision features are whole on every rank, never sequence slices
+
+        def columns(inputs: int, heads: int, cfg: TransformerConfig) -> ColumnParallelLinear:
+            width = heads * clvr.head_dim
+            return ColumnParallelLinear(inputs, width, config=cfg, init_method=config.init_method, bias=False, gather_output=False, tp_group=pgs.tp)
+
+        self.vision_norm = nn.LayerNorm(vision_hidden, eps=1e-6)
+        self.query_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.linear_q = columns(config.hidden_size, clvr.num_heads, config)
+        self.linear_k = columns(vision_hidden, clvr.num_kv_heads, replicated)
+        self.linear_v = columns(vision_hidden, clvr.num_kv_heads, replicated)
+        self.q_layernorm = RMSNorm(config, clvr.head_dim, config.layernorm_epsilon)
+        self.k_layernorm = RMSNorm(config, clvr.head_dim, config.layernorm_epsilon)
+        zero_out = clvr.gate == "zero_out"
+        self.linear_out = RowParallelLinear(
+            clvr.num_heads * clvr.head_dim,
+            config.hidden_size,
+            config=config,
+            init_method=nn.init.zeros_ if zero_out else config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_group=pgs.tp,
+        )
+        self.gate = None if zero_out else nn.Parameter(torch.zeros(()))
+        if self.gate is not None:
+            self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def memory(self, features_IVH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [I, V, N_kv, D] of every image tile."""
+        z = self.vision_norm(features_IVH)
+        placed = z + patch_positions(z.shape[1], z.shape[2], z.device).to(z.dtype)
+        keys, values = (linear(x)[0].unflatten(-1, (-1, self.head_dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, z)))
+        return self.k_layernorm(keys), values
+
+    def forward(self, hidden_SBH: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
+        """The gated refinement, shaped like `hidden_SBH` (a sequence slice under sequence parallelism); exactly zero where nothing is injected.
+
+        In decode, `hidden` is [B, 1, H] and `sight` is [B, 1].
+        """
+        query = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
+        rows = sight.until_BS.shape[0]
+        query_BNSD = query[:rows].transpose(1, 2) if sight.decoding else query.permute(1, 2, 0, 3)
+        refined_BNSD = _look(query_BNSD, keys_BNVD, values_BNVD, sight)
+        if sight.decoding:
+            flat = F.pad(refined_BNSD.transpose(1, 2).flatten(2), (0, 0, 0, 0, 0, query.shape[0] - rows))
+        else:
+            flat = refined_BNSD.permute(2, 0, 1, 3).flatten(2)
+        out, _ = self.linear_out(flat)
+        return out if self.gate is None else torch.tanh(self.gate) * out
+
+
+def _look(query_BNSD: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """Attention over the visible vision tokens; rows that see nothing or inject nothing give zero AFTER the softmax (a softmax over nothing is not a
+    number)."""
+    groups = query_BNSD.shape[1] // keys_BNVD.shape[1]
+    keys, values = keys_BNVD.repeat_interleave(groups, dim=1), values_BNVD.repeat_interleave(groups, dim=1)
+    until_BS1 = sight.until_BS[..., None]
+    seen_BSV = (torch.arange(keys.shape[2], device=keys.device) < until_BS1) | (until_BS1 == 0)
+    refined = F.scaled_dot_product_attention(query_BNSD, keys, values, attn_mask=seen_BSV[:, None])
+    active_BS = sight.inject_BS & (sight.until_BS > 0)
+    return refined * active_BS[:, None, :, None].to(refined.dtype)

@@ -1,0 +1,86 @@
+"""The Qwen3-MoE-style decoder as Megatron describes it: a `TransformerConfig` and a layer specification of our own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_ext.config.schema import ModelConfig
+from megatron_ext.model.attention import CausalSelfAttention, SdpaCore
+from megatron_ext.model.norm import RMSNorm
+from megatron_ext.parallel.plan import Layout
+
+
+def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
+    """Megatron's configuration of this decoder under this layout. The router computes in float32 whatever the model's dtype."""
+    dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.expert_ffn_hidden_size,
+        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.experts_per_token,
+        moe_router_pre_softmax=not model.norm_topk_prob,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_token_dispatcher_type="alltoall",
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        init_method_std=model.init_std,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.dtype == "bf16",
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.tp > 1,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+
+
+def layer_spec() -> ModuleSpec:
+    """Pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts."""
+    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=CausalSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=SdpaCore, linear_proj=RowParallelLinear, q_layernorm=RMSNorm, k_layernorm=RMSNorm
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts)),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

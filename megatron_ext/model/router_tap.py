@@ -1,0 +1,133 @@
+"""The router tap: records, or replays, which experts every token goes to. Where EARL begins.
+
+Megatron's router calls `router_replay.get_replay_topk` where it would take its top-k; a `LayerTap` answers. By default it changes nothing. Megatron's
+own `RouterReplay` keeps one
+list per process, in which policy, reference and rollout would collide; ours belongs to one model.
+
+    with model.router_tap.record() as routes:          with model.router_tap.replay(experts_BSLK) as routes:
+        model(inputs)                                      model(inputs)
+    routes.experts()  # what was used                  routes.experts()  # what was used: the given ids, live where -1
+
+Only ids are replayed, in their top-k order; gates come from the live logits, so gradients reach the router. Read on: `batch/routing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class LayerTap:
+    """Stands in one router. Knows nothing of batches: tokens come flat, in the order of its rank's slice."""
+
+    def __init__(self, gates_are_normalised: bool) -> None:
+        self._gates_are_normalised = gates_are_normalised
+        self.listening = False
+        self.targets: torch.Tensor | None = None
+        self.experts: list[torch.Tensor] = []
+        self.gates: list[torch.Tensor] = []
+
+    def get_replay_topk(
+        self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Megatron's hook: scores [tokens, E] -> (values, ids), both [tokens, K]."""
+        if self.targets is None:
+            values, experts = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        else:
+            experts = self._replayed(scores, topk, num_groups, group_topk, default)
+            values = scores.gather(1, experts)
+        if self.listening:
+            self.experts.append(experts.detach())
+            self.gates.append(self._gates(values.detach().float()))
+        return values, experts
+
+    def _replayed(self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:
+        if self.targets.shape != (scores.shape[0], topk):
+            raise ValueError(f"routes to replay have shape {tuple(self.targets.shape)}, the router sees {(scores.shape[0], topk)}")
+        if bool((self.targets >= 0).all()):
+            return self.targets
+        with torch.no_grad():
+            _, live = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
+        return torch.where(self.targets >= 0, self.targets, live)
+
+    def _gates(self, values: torch.Tensor) -> torch.Tensor:
+        return values / values.sum(-1, keepdim=True) if self._gates_are_normalised else torch.softmax(values, dim=-1)
+
+
+class Routes:
+    """What the routers of one model did during one forward pass (or several, in order)."""
+
+    def __init__(self, taps: list[LayerTap], tp_group: Any) -> None:
+        self._taps, self._tp_group = taps, tp_group
+
+    def experts(self) -> torch.Tensor:
+        """Int64 [tokens, L, K], tokens in (sequence, row) order of the whole tensor-parallel group. Collective when TP > 1."""
+        return self._gather([torch.cat(tap.experts) for tap in self._taps])
+
+    def gates(self) -> torch.Tensor:
+        """Float32 [tokens, L, K], summing to 1 over K; aligned with `experts`."""
+        return self._gather([torch.cat(tap.gates) for tap in self._taps])
+
+    def _gather(self, layers: list[torch.Tensor]) -> torch.Tensor:
+        local = torch.stack(layers, dim=1).contiguous()
+        if self._tp_group.size() == 1:
+            return local
+        parts = [torch.empty_like(local) for _ in range(self._tp_group.size())]
+        torch.distributed.all_gather(parts, local, group=self._tp_group)
+        return torch.cat(parts)
+
+
+class RouterTap:
+    """The taps of one model's MoE layers."""
+
+    def __init__(self, model: nn.Module, tp_group: Any) -> None:
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        self._tp_group = tp_group
+        self._taps: list[LayerTap] = []
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                module.router_replay = LayerTap(gates_are_normalised=bool(module.config.moe_router_pre_softmax))
+                self._taps.append(module.router_replay)
+
+    @contextmanager
+    def record(self) -> Iterator[Routes]:
+        """Routes as the router takes them."""
+        with self._listening() as routes:
+            yield routes
+
+    @contextmanager
+    def replay(self, experts_BSLK: torch.Tensor) -> Iterator[Routes]:
+        """Routes as given, int [B, S, L, K]; a position with -1 is routed live. For one forward pass: every layer must consume its routes exactly once.
+
+        Raises ValueError where shapes disagree, RuntimeError where a layer did not run once.
+        """
+        if experts_BSLK.shape[2] != len(self._taps):
+            raise ValueError(f"routes to replay have {experts_BSLK.shape[2]} layers, the model has {len(self._taps)}")
+        ranks, rank = self._tp_group.size(), self._tp_group.rank()
+        flat_TLK = experts_BSLK.transpose(0, 1).to(torch.int64).chunk(ranks, dim=0)[rank].flatten(0, 1)
+        with self._listening() as routes:
+            for layer, tap in enumerate(self._taps):
+                tap.targets = flat_TLK[:, layer].contiguous()
+            yield routes
+            runs = [len(tap.experts) for tap in self._taps]
+            if any(run != 1 for run in runs):
+                raise RuntimeError(f"replayed routes must be consumed once per layer, were consumed {runs} times")
+
+    @contextmanager
+    def _listening(self) -> Iterator[Routes]:
+        for tap in self._taps:
+            if tap.listening:
+                raise RuntimeError("this model's routes are already being recorded or replayed")
+            tap.listening, tap.experts, tap.gates = True, [], []
+        try:
+            yield Routes(self._taps, self._tp_group)
+        finally:
+            for tap in self._taps:
+                tap.listening, tap.targets = False, None

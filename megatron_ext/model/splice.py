@@ -1,0 +1,28 @@
+"""Where images meet text: which embedding an image position takes, and which vision tokens a position may look at.
+
+A row's tiles stand in the order of their placeholders, so the r-th image-context token of a row belongs to tile r // n and is its (r mod n)-th token
+(n tokens per tile). A position may look at a tile once it stands at or after the tile's last token: what it sees is an interval of the row's vision memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def splice(text_BSH: torch.Tensor, image_INH: torch.Tensor, row_tiles_BM: torch.Tensor, is_image_BS: torch.Tensor) -> torch.Tensor:
+    """Puts image embeddings [I, n, H] into the image positions of [B, S, H]. Raises ValueError where a row's placeholders and tiles disagree."""
+    tokens_per_tile = image_INH.shape[1]
+    placed_B = is_image_BS.sum(1)
+    expected_B = (row_tiles_BM >= 0).sum(1) * tokens_per_tile
+    if not torch.equal(placed_B, expected_B):
+        row = int((placed_B != expected_B).nonzero()[0, 0])
+        raise ValueError(f"row {row} has {int(placed_B[row])} image-context tokens for {int(expected_B[row])} image embeddings")
+    order_BS = (is_image_BS.cumsum(1) - 1).clamp(min=0)
+    tile_BS = row_tiles_BM.gather(1, (order_BS // tokens_per_tile).clamp(max=row_tiles_BM.shape[1] - 1)).clamp(min=0)
+    source_BS = tile_BS * tokens_per_tile + order_BS % tokens_per_tile
+    return torch.where(is_image_BS[..., None], image_INH.flatten(0, 1)[source_BS], text_BSH)
+
+
+def visible_until(is_image_BS: torch.Tensor, tokens_per_tile: int, vision_tokens: int) -> torch.Tensor:
+    """Int64 [B, S]: position s may look at vision tokens [0, visible_until[b, s]) of its row, those of the tiles that are complete at s."""
+    return is_image_BS.cumsum(1) // tokens_per_tile * vision_tokens

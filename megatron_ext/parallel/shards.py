@@ -1,0 +1,65 @@
+"""Which part of a full tensor a rank holds: one rule, used to initialise, to save, to publish and to compare weights in every layout.
+
+Three things make a rank's parameter differ from the full tensor:
+- tensor parallelism splits it along `partition_dim` (over the expert tensor-parallel group for experts);
+- a gated `linear_fc1` is [gate; up] on every rank, so each half is split by itself;
+- expert parallelism gives a rank a range of experts: its local expert n is global expert `ep_rank * experts_per_rank + n`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.parallel.groups import ParallelContext
+
+_LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where a rank's parameter stands in the full tensor `name`. `dim` is None when every rank holds the whole tensor."""
+
+    name: str
+    dim: int | None
+    rank: int
+    ranks: int
+    halves: int
+    is_expert: bool
+
+    def full_shape(self, local: torch.Size) -> tuple[int, ...]:
+        return tuple(size * self.ranks if axis == self.dim else size for axis, size in enumerate(local))
+
+    def take(self, full: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the full tensor."""
+        if self.dim is None:
+            return full
+        return torch.cat([half.chunk(self.ranks, self.dim)[self.rank] for half in full.chunk(self.halves, self.dim)], self.dim)
+
+    def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The full tensor from the parts of all ranks, in rank order: the inverse of `take`."""
+        if self.dim is None:
+            return parts[0]
+        split = [part.chunk(self.halves, self.dim) for part in parts]
+        return torch.cat([split[rank][half] for half in range(self.halves) for rank in range(self.ranks)], self.dim)
+
+
+def names_over_ranks(name: str, experts_per_rank: int, context: ParallelContext) -> list[str]:
+    """The full model's tensors that the parameter called `name` is on each expert-parallel rank, in rank order; just `name` unless it is an expert's."""
+    match = _LOCAL_EXPERT.fullmatch(name)
+    if match is None:
+        return [name]
+    return [f"{match[1]}{int(match[2]) + rank * experts_per_rank}{match[3]}" for rank in range(context.pgs.ep.size())]
+
+
+def shard_of(name: str, parameter: torch.nn.Parameter, experts_per_rank: int, context: ParallelContext) -> Shard:
+    """The shard that `parameter`, called `name` in this rank's model, is of the full model's tensor."""
+    is_expert = _LOCAL_EXPERT.fullmatch(name) is not None
+    if is_expert:
+        name = names_over_ranks(name, experts_per_rank, context)[context.pgs.ep.rank()]
+    group = context.pgs.expt_tp if is_expert else context.pgs.tp
+    split = bool(getattr(parameter, "tensor_model_parallel", False)) and group.size() > 1
+    halves = 2 if name.endswith("linear_fc1.weight") else 1
+    return Shard(name, int(parameter.partition_dim) if split else None, group.rank(), group.size() if split else 1, halves, is_expert)

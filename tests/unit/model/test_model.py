@@ -1,0 +1,136 @@
+"""The assembled model: causal, exact in its cache, unchanged by CLVR at the start, complete in its gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
+from megatron_ext.model.inputs import ModelInputs, model_inputs
+from megatron_ext.parallel.groups import ParallelContext
+from tests.support.models import IMAGE, TOKENS_PER_TILE, open_gates, small_batch, small_config
+
+
+@pytest.fixture(scope="module")
+def model(context: ParallelContext) -> VisionLanguageModel:
+    model = build_model(small_config(), IMAGE, context, seed=1).eval()
+    open_gates(model)
+    return model
+
+
+@pytest.mark.parametrize("position", [1, 8, 23])
+def test_a_future_token_changes_nothing_before_it(model: VisionLanguageModel, position: int) -> None:
+    batch = small_batch()
+    changed = batch.tokens_BS.clone()
+    changed[:, position] = 9
+    with torch.no_grad():
+        before, after = model(batch), model(replace(batch, tokens_BS=changed))
+    assert torch.equal(before[:position], after[:position])
+    assert not torch.equal(before[position:], after[position:])
+
+
+def test_an_image_changes_nothing_before_its_first_token_and_something_after(model: VisionLanguageModel) -> None:
+    batch = small_batch()
+    with torch.no_grad():
+        before, after = model(batch), model(replace(batch, tiles_ICHW=-batch.tiles_ICHW))
+    assert torch.equal(before[:2], after[:2])
+    assert (before[6:] - after[6:]).abs().max() > 0.1
+
+
+def test_clvr_itself_brings_the_image_to_the_text(context: ParallelContext, model: VisionLanguageModel) -> None:
+    """With the gates shut the same weights give other logits from the first text token after the image on, and the same ones before."""
+    batch = small_batch()
+    with torch.no_grad():
+        opened = model(batch)
+        open_gates(model, 0.0)
+        shut = model(batch)
+        open_gates(model)
+    first = 2 + TOKENS_PER_TILE
+    assert torch.equal(opened[:first], shut[:first])
+    assert (opened[first:] - shut[first:]).abs().amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.parametrize("gate", ["zero_out", "tanh_gate"])
+def test_clvr_has_no_effect_at_initialisation_and_learns_at_once(context: ParallelContext, gate: str) -> None:
+    clvr = small_config().clvr.model_copy(update={"gate": gate})
+    with_clvr = build_model(small_config(clvr=clvr), IMAGE, context, seed=1)
+    without = build_model(small_config(clvr=clvr.model_copy(update={"enabled": False})), IMAGE, context, seed=1)
+    batch = small_batch()
+    logits = with_clvr(batch)
+    assert torch.equal(logits, without(batch))
+    logits.square().mean().backward()
+    opener = with_clvr.decoder.taps[0].linear_out.weight if gate == "zero_out" else with_clvr.decoder.taps[0].gate
+    assert opener.grad.abs().max() > 0
+
+
+def test_cached_decode_equals_the_full_forward(model: VisionLanguageModel) -> None:
+    """Rows of different lengths are prefilled together and then fed their own next tokens; logits agree to 1e-5 at every step."""
+    batch, lengths = small_batch(), torch.tensor([9, 14, 11])
+    rows = torch.arange(3)
+    prompts = torch.zeros(3, 14, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        prompts[row, :length] = batch.tokens_BS[row, :length]
+    with torch.no_grad():
+        full = model(batch)
+        logits, memory = model.prefill(replace(batch, tokens_BS=prompts), lengths, capacity=24)
+        torch.testing.assert_close(logits, full[lengths - 1, rows], rtol=1e-5, atol=1e-5)
+        for step in range(10):
+            logits = model.decode(batch.tokens_BS[rows, lengths + step], memory)
+            torch.testing.assert_close(logits, full[lengths + step, rows], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_may_be_repeated_and_dropped_while_decoding(model: VisionLanguageModel) -> None:
+    batch, length = small_batch(), torch.tensor([10, 10, 10])
+    with torch.no_grad():
+        full = model(batch)
+        _, memory = model.prefill(replace(batch, tokens_BS=batch.tokens_BS[:, :10]), length, capacity=16)
+        chosen = torch.tensor([2, 0, 2, 1])
+        logits = model.decode(batch.tokens_BS[chosen, 10], memory.select(chosen))
+    torch.testing.assert_close(logits, full[10, chosen], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_behind_a_row_does_not_change_it(model: VisionLanguageModel) -> None:
+    batch = small_batch()
+    padded = replace(batch, tokens_BS=torch.nn.functional.pad(batch.tokens_BS, (0, 8)))
+    with torch.no_grad():
+        torch.testing.assert_close(model(padded)[:24], model(batch), rtol=1e-5, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_even_from_a_batch_without_images(context: ParallelContext) -> None:
+    """A rank with text only must still touch the vision tower and the taps, or the gradient reduction of the others waits for it for ever."""
+    model = build_model(small_config(), IMAGE, context)
+    open_gates(model)
+    tokens = np.random.default_rng(0).integers(8, 60, size=(4, 64))
+    model(model_inputs(tokens, np.zeros((0, 16, 16, 3), np.uint8), np.full((4, 1), -1), torch.device("cpu"))).square().mean().backward()
+    untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not untouched
+
+
+def test_weights_depend_on_the_seed_and_on_nothing_else(context: ParallelContext) -> None:
+    one, again, other = (build_model(small_config(), IMAGE, context, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(one[name], again[name]) for name in one if isinstance(one[name], torch.Tensor))
+    assert not torch.equal(one["output_layer.weight"], other["output_layer.weight"])
+
+
+def test_tied_embeddings_share_one_weight(context: ParallelContext) -> None:
+    model = build_model(small_config(tie_embeddings=True), IMAGE, context)
+    assert model.output_layer.weight is None
+    assert model(small_batch()).shape == (24, 3, 64)
+
+
+def test_log_probabilities_are_those_of_the_policy(context: ParallelContext, model: VisionLanguageModel) -> None:
+    """Temperature 2 halves the logits; placeholder and ids beyond the tokenizer have probability zero; the rest sums to one."""
+    batch: ModelInputs = small_batch()
+    banned = banned_tokens(64, 60, IMAGE, context.pgs.tp, context.device)
+    with torch.no_grad():
+        logits = model(batch)
+        policy = policy_logits(logits, 2.0, banned)
+    probabilities = policy.softmax(-1)
+    assert banned.nonzero()[:, 0].tolist() == [IMAGE, 60, 61, 62, 63]
+    assert probabilities[..., banned].abs().max() == 0
+    targets = torch.full_like(batch.tokens_BS, 11)
+    torch.testing.assert_close(token_logprobs(policy, targets, context.pgs.tp), probabilities[..., 11].log().T, rtol=1e-5, atol=1e-5)
