@@ -1,0 +1,156 @@
+"""The suite's reward, how a user's reward is found and read, and the contract it keeps."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.batch import Prompt
+from megatron_ext.errors import UserError
+from megatron_ext.rl.reward_contract import check_reward
+from megatron_ext.rl.rewards import BadReward, load_reward, read_reward, skill_reward
+
+COUNT = Prompt("c", "count", np.zeros(1, np.int32), (), "3", {"skill": "count", "answer": "3"})
+GOLD = "<ocr> 3 </ocr> <count> 4 </count> <ans> 7 </ans>"
+COMPOSITE = Prompt(
+    "m", "composite", np.zeros(1, np.int32), (), GOLD, {"skill": "composite", "answer": GOLD, "parts": [("ocr", "3"), ("count", "4"), ("ans", "7")]}
+)
+
+
+def test_a_single_skill_is_right_or_wrong():
+    assert skill_reward(COUNT, "3")["reward"] == 1.0
+    assert skill_reward(COUNT, "4") == {"reward": 0.0, "correct": 0.0, "partial": 0.0, "format": 1.0}
+    assert skill_reward(COUNT, "three")["format"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reward"),
+    [
+        (GOLD, 1.0),
+        ("<ocr> 3 </ocr> <count> 4 </count> <ans> 8 </ans>", 0.4 * 2 / 3 + 0.1),
+        ("<ocr> 3 </ocr> <count> 4 </count>", 0.4 * 2 / 3),
+        ("<ocr> 1 </ocr> <count> 1 </count> <ans> 1 </ans>", 0.1),
+        ("no idea", 0.0),
+    ],
+)
+def test_a_composite_earns_parts_and_form_but_never_more_than_half(answer, reward):
+    assert skill_reward(COMPOSITE, answer)["reward"] == pytest.approx(reward)
+
+
+def test_the_reward_is_one_exactly_when_every_step_is_right():
+    for steps in itertools.product(("3", "9"), ("4", "9"), ("7", "9")):
+        text = "<ocr> {} </ocr> <count> {} </count> <ans> {} </ans>".format(*steps)
+        assert (skill_reward(COMPOSITE, text)["reward"] == 1.0) == (steps == ("3", "4", "7"))
+
+
+@given(st.text())
+def test_any_text_gets_a_reward_between_0_and_1(text):
+    for prompt in (COUNT, COMPOSITE):
+        value, parts = read_reward(skill_reward(prompt, text))
+        assert 0 <= value <= 1 and set(parts) == {"correct", "partial", "format"}
+
+
+def test_the_suites_reward_keeps_the_contract():
+    check_reward(skill_reward)
+    check_reward(skill_reward, [COUNT, COMPOSITE])
+
+
+@pytest.mark.parametrize("value", [1, 0.5, True, np.float32(0.5), np.int64(1), np.bool_(True), {"reward": 0.5, "style": 1}])
+def test_numbers_and_dicts_of_numbers_are_rewards(value):
+    total, parts = read_reward(value)
+    assert isinstance(total, float) and total in (0.5, 1.0)
+    assert parts == ({"style": 1.0} if isinstance(value, dict) else {})
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (None, "reward_wrong_type"),
+        ("1.0", "reward_wrong_type"),
+        ([1.0], "reward_wrong_type"),
+        (np.ones(2), "reward_wrong_type"),
+        (1j, "reward_wrong_type"),
+        ({"score": 1.0}, "reward_wrong_type"),
+        ({"reward": 1.0, 3: 1.0}, "reward_wrong_type"),
+        ({"reward": 1.0, "style": "good"}, "reward_wrong_type"),
+        (math.nan, "reward_not_finite"),
+        ({"reward": math.inf}, "reward_not_finite"),
+        ({"reward": 1.0, "style": math.nan}, "reward_not_finite"),
+    ],
+)
+def test_everything_else_is_refused_with_a_reason(value, reason):
+    with pytest.raises(BadReward) as error:
+        read_reward(value)
+    assert error.value.reason == reason
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    def write(source: str) -> str:
+        name = f"user_reward_{abs(hash((source, str(tmp_path))))}"
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        return name
+
+    return write
+
+
+def test_a_dotted_path_leads_to_the_function(user_module):
+    assert load_reward("megatron_ext.rl.rewards:skill_reward") is skill_reward
+    assert load_reward(user_module("def mine(prompt, text): return 2.0") + ":mine")(COUNT, "") == 2.0
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("skill_reward", "'skill_reward' is not of the form module:function; for example megatron_ext.rl.rewards:skill_reward"),
+        ("a:b:c", "is not of the form"),
+        (":mine", "is not of the form"),
+        ("no_such_package.rewards:mine", "there is no module 'no_such_package'"),
+        ("megatron_ext.rl.reward:mine", "there is no module 'megatron_ext.rl.reward'"),
+        ("megatron_ext.rl.rewards:skil_reward", "has no 'skil_reward'; did you mean 'skill_reward'?"),
+        ("megatron_ext.rl.rewards:PARTIAL_WEIGHT", "is a float, not a function"),
+    ],
+)
+def test_a_wrong_path_says_what_is_wrong_with_it(path, message):
+    with pytest.raises(UserError) as error:
+        load_reward(path)
+    assert error.value.where == "rl.reward" and message in str(error.value)
+
+
+def test_a_module_that_cannot_be_imported_says_why(user_module):
+    with pytest.raises(UserError, match=r"importing 'user_reward_\d+' fails: No module named 'not_installed_anywhere'; install what it imports"):
+        load_reward(user_module("import not_installed_anywhere\ndef mine(prompt, text): return 1.0") + ":mine")
+    with pytest.raises(UserError, match=r"fails: ZeroDivisionError: division by zero"):
+        load_reward(user_module("1 / 0") + ":mine")
+
+
+def counting_calls():
+    calls = itertools.count()
+    return lambda prompt, text: next(calls)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda prompt, text: int(text), r"raised ValueError: .* on prompt 'plain' and response ''"),
+        (lambda prompt, text: math.nan, r"the reward is nan"),
+        (lambda prompt, text: "good", r"the reward is a str: 'good'"),
+        (lambda prompt, text: float(len(text)) if len(text) < 5000 else math.inf, r"the reward is inf on prompt 'plain' and response 'aaaa"),
+        (counting_calls(), r"gave \(0.0, {}\) and then \(1.0, {}\) for the same prompt"),
+    ],
+    ids=["raises", "nan", "wrong type", "not finite on long text", "not deterministic"],
+)
+def test_a_reward_that_breaks_the_contract_is_told_where(reward, message):
+    with pytest.raises(UserError, match=message):
+        check_reward(reward)
+
+
+def test_importing_rewards_imports_no_torch():
+    code = "import sys, megatron_ext.rl.reward_worker, megatron_ext.rl.reward_pool; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
