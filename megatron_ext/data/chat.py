@@ -1,0 +1,95 @@
+"""The ChatML template: how a conversation about images becomes tokens, and which of them are learnt.
+
+    <|im_start|>user
+    <img><IMG_CONTEXT>...<IMG_CONTEXT></img>
+    which digits are written?<|im_end|>
+    <|im_start|>assistant
+    4 2<|im_end|>
+
+Every `<image>` in a question stands for one image and becomes `tokens_per_tile` image-context tokens between `<img>` and `</img>`. Loss falls on the
+assistant's text and its `<|im_end|>`, nowhere else. A prompt ends after `<|im_start|>assistant` and its newline, where the response begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ext.config.schema import VisionConfig
+from megatron_ext.data.vocabulary import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
+from megatron_ext.errors import DataError
+
+IMAGE = "<image>"
+ROLES = ("user", "assistant")
+RESERVED = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+"""Pieces that only the template may write: in a question or an answer they would forge a turn or an image."""
+
+Turn = tuple[str, str]  # (question, answer)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Images (uint8 [height, width, 3], in the order of their `<image>` placeholders) and what was asked and answered about them."""
+
+    images: tuple[np.ndarray, ...]
+    turns: tuple[Turn, ...]
+
+
+def tokens_per_tile(vision: VisionConfig) -> int:
+    """Image-context tokens of one image.
+
+    >>> tokens_per_tile(VisionConfig(image_size=32, patch_size=4, downsample=2))
+    16
+    """
+    return (vision.image_size // vision.patch_size // vision.downsample) ** 2
+
+
+def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_tile: int) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and, for each, 1 where it is learnt (assistant text and its end) or 0."""
+    tokens: list[int] = []
+    mask: list[int] = []
+    for question, answer in turns:
+        asked = _question(question, tokenizer, tokens_per_tile)
+        answered = [*tokenizer.encode(answer), tokenizer.eos_id]
+        tokens += asked + answered + _newline(tokenizer)
+        mask += [0] * len(asked) + [1] * len(answered) + [0]
+    return tokens, mask
+
+
+def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, tokens_per_tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens_S int32, loss_mask_S uint8) of a conversation; mask 1: this token is a target. Raises DataError where placeholders and images disagree."""
+    check_placeholders(conversation.turns, len(conversation.images))
+    tokens, mask = encode_turns(conversation.turns, tokenizer, tokens_per_tile)
+    return np.array(tokens, np.int32), np.array(mask, np.uint8)
+
+
+def encode_prompt(question: str, tokenizer: Tokenizer, tokens_per_tile: int, history: Sequence[Turn] = ()) -> np.ndarray:
+    """tokens_S int32 of the earlier turns and the question, ending where the response begins."""
+    tokens, _ = encode_turns(history, tokenizer, tokens_per_tile)
+    return np.array(tokens + _question(question, tokenizer, tokens_per_tile), np.int32)
+
+
+def check_placeholders(turns: Sequence[Turn], num_images: int, where: str = "conversation") -> None:
+    """Raises DataError unless questions hold exactly one `<image>` per image and no text holds a piece of the template."""
+    placed = sum(question.count(IMAGE) for question, _ in turns)
+    if placed != num_images:
+        raise DataError(where, f"{placed} {IMAGE} placeholders for {num_images} images", f"write {IMAGE} once per image, in the questions")
+    for text in (text for turn in turns for text in turn):
+        for piece in RESERVED:
+            if piece in text:
+                raise DataError(where, f"the text holds {piece}, which belongs to the chat template", f"remove it; images are written {IMAGE}")
+
+
+def _newline(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("\n")
+
+
+def _question(question: str, tokenizer: Tokenizer, tokens_per_tile: int) -> list[int]:
+    """One user turn up to where the response begins."""
+    image = [*tokenizer.encode(IMAGE_START), *[tokenizer.image_id] * tokens_per_tile, *tokenizer.encode(IMAGE_END)]
+    tokens = list(tokenizer.encode(f"{TURN_START}user\n"))
+    for index, text in enumerate(question.split(IMAGE)):
+        tokens += (image if index else []) + tokenizer.encode(text)
+    return tokens + tokenizer.encode(f"{TURN_END}\n{TURN_START}assistant\n")

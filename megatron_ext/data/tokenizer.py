@@ -1,0 +1,50 @@
+"""The run's tokenizer: trained once on the text the run will read, then loaded by every stage.
+
+train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model  ->  Tokenizer.load(folder)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ext.config.schema import DataConfig
+from megatron_ext.data.chat import ROLES
+from megatron_ext.data.jsonl import read_jsonl
+from megatron_ext.data.suite.captions import EMPTY
+from megatron_ext.data.suite.draw import KINDS, draw_dialogue
+from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
+from megatron_ext.data.vocabulary import MODEL_FILE, Tokenizer, train_vocabulary
+
+__all__ = ["Tokenizer", "train_tokenizer"]
+
+DIALOGUES_PER_KIND = 400
+"""Conversations of the suite that the vocabulary is trained on, per kind: each phrase occurs dozens of times."""
+
+
+def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
+    """Trains on the text of `config` and writes `folder/tokenizer.model`; the same arguments give the same bytes. Returns the file.
+
+    Colors, shapes, directions and digits of every level are single pieces, so the vocabulary does not depend on the level.
+    """
+    model = train_vocabulary(list(_texts(config, seed)), (*ROLES, *COLORS, *SHAPES, *RELATIONS, EMPTY), config.vocab_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MODEL_FILE
+    unfinished = path.with_suffix(".partial")
+    unfinished.write_bytes(model)
+    os.replace(unfinished, path)
+    return path
+
+
+def _texts(config: DataConfig, seed: int) -> Iterator[str]:
+    """Every text the vocabulary should know: both sides of every turn."""
+    if config.kind == "jsonl":
+        for record in read_jsonl(config.path):
+            for turn in record.turns:
+                yield from turn
+        return
+    for kind in KINDS:
+        for index in range(DIALOGUES_PER_KIND):
+            for turn in draw_dialogue("train", kind, seed, index, config).turns:
+                yield from turn
