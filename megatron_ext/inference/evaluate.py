@@ -1,0 +1,167 @@
+"""Accuracy by skill: greedy, sampled (mean@k, pass@k) and blind, and how much of its expert cluster each skill uses.
+
+    prompts of a split -> every rank answers its share -> Outcome per prompt -> one JSON file a checkpoint
+
+Greedy says what the model answers, mean@k how often a sampled answer is right, pass@k how often one of k is. Blind repeats the greedy evaluation with
+the image replaced by
+noise: it must be near chance, or the text gives answers away. Standard errors are over prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext.batch import Prompt, Rollout
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.suite import ALL_SKILLS, chance, check, draw_prompts
+from megatron_ext.device import session
+from megatron_ext.earl.bonus import EarlBonus
+from megatron_ext.earl.files import read_clusters
+from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.replica import all_replicas, load_engine
+from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.parallel.groups import open_parallel
+from megatron_ext.parallel.local import run_ranks
+
+PROMPT_SEED = 0
+"""Every checkpoint of every run answers the same prompts, so that differences are paired."""
+TIMEOUT_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One prompt's verdicts. `samples`: of the sampled answers; `blind`: of the greedy answer without the image (None: not asked); `mass`: gate mass
+    of the greedy
+    answer on its skill's cluster, nan without one; `text`: the greedy answer."""
+
+    key: str
+    skill: str
+    greedy: bool
+    samples: tuple[bool, ...]
+    blind: bool | None
+    mass: float
+    text: str
+    gold: str
+    phrasing: str
+
+
+def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None = None) -> dict[str, Any]:
+    """Evaluates the checkpoint on `config.evaluate.split`, writes the table to `out` (JSON) and returns it. Starts its own ranks."""
+    parallel = all_replicas(config)
+    parts = run_ranks(evaluate_rank, parallel.num_ranks, config, checkpoint, clusters, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
+    outcomes = [outcome for part in parts for outcome in part]
+    table = {"checkpoint": str(checkpoint), "split": config.evaluate.split, **summarise(outcomes, config)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_suffix(".partial")
+    draft.write_text(json.dumps(table, indent=1))
+    draft.replace(out)
+    return table
+
+
+def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoint: Path, clusters: Path | None) -> list[Outcome]:
+    """This rank's share of the outcomes: every dp-th prompt."""
+    with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
+        engine, tokenizer = load_engine(config, checkpoint, context)
+        settings = config.evaluate
+        prompts = draw_prompts(settings.split, ALL_SKILLS, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
+        sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
+        mine = prompts[context.dp_rank :: context.layout.dp]
+        bonus = None if clusters is None else _bonus(config, clusters)
+        outcomes = answer(engine, mine, sampled, config, bonus)
+        return outcomes if context.tp_rank == 0 else []
+
+
+def answer(engine: Engine, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:
+    """Answers each prompt greedily, some of them several times, and all of them blind."""
+
+    def verdicts(asked: Sequence[Prompt], samples: int, greedy: bool) -> list[list[tuple[bool, Rollout]]]:
+        def seeds(index: int, sample: int) -> int:
+            return rollout_seed("evaluate", asked[index].key, sample)
+
+        rollouts = engine.generate(asked, samples, seeds=seeds, version=0, greedy=greedy)
+        judged = [(check(rollout.prompt.meta, rollout.text).correct, rollout) for rollout in rollouts]
+        return [judged[start : start + samples] for start in range(0, len(judged), samples)]
+
+    greedy = [group[0] for group in verdicts(prompts, 1, greedy=True)]
+    several = [prompt for prompt in prompts if prompt.key in sampled]
+    by_key = {
+        prompt.key: tuple(right for right, _ in group) for prompt, group in zip(several, verdicts(several, max(config.evaluate.samples, 1), False), strict=True)
+    }
+    blind = [group[0][0] for group in verdicts([_blinded(prompt) for prompt in prompts], 1, greedy=True)] if config.evaluate.blind else [None] * len(prompts)
+    return [
+        Outcome(
+            prompt.key,
+            prompt.skill,
+            right,
+            by_key.get(prompt.key, ()),
+            unseen,
+            math.nan if bonus is None else bonus.mass(rollout.routes, prompt.skill, *rollout.response_rows),
+            rollout.text,
+            prompt.answer,
+            str(prompt.meta.get("phrasing", "")),
+        )
+        for prompt, (right, rollout), unseen in zip(prompts, greedy, blind, strict=True)
+    ]
+
+
+def summarise(outcomes: Sequence[Outcome], config: RunConfig) -> dict[str, Any]:
+    """{"skills": {skill: row}, "macro": row}: every row a mean over prompts, the macro row a mean over skills with its standard error."""
+    skills = {}
+    for skill in [name for name in ALL_SKILLS if any(outcome.skill == name for outcome in outcomes)]:
+        skills[skill] = {**_row([outcome for outcome in outcomes if outcome.skill == skill]), "chance": chance(skill, config.data)}
+    rows = list(skills.values())
+    macro: dict[str, float | None] = {}
+    for name in rows[0] if rows else ():
+        values = [row[name] for row in rows]
+        if any(value is None for value in values):
+            macro[name] = None
+        elif name.endswith("_se"):
+            macro[name] = math.sqrt(sum(value**2 for value in values)) / len(values)
+        else:
+            macro[name] = sum(values) if name == "n" else sum(values) / len(values)
+    return {"skills": skills, "macro": macro}
+
+
+def _row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    greedy = np.array([outcome.greedy for outcome in outcomes], dtype=float)
+    sampled = [np.array(outcome.samples, dtype=float) for outcome in outcomes if outcome.samples]
+    row: dict[str, Any] = {"n": len(outcomes), "greedy": float(greedy.mean()), "greedy_se": _standard_error(greedy)}
+    if sampled:
+        count = len(sampled[0])
+        means = np.array([answers.mean() for answers in sampled])
+        row |= {f"mean@{count}": float(means.mean()), f"mean@{count}_se": _standard_error(means), f"pass@{count}": float(np.mean([a.any() for a in sampled]))}
+    blind = [outcome.blind for outcome in outcomes if outcome.blind is not None]
+    masses = [outcome.mass for outcome in outcomes if math.isfinite(outcome.mass)]
+    return {**row, "blind": float(np.mean(blind)) if blind else None, "cluster_mass": float(np.mean(masses)) if masses else None}
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def _first_of_each_skill(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    taken: dict[str, int] = {}
+    chosen = []
+    for prompt in prompts:
+        taken[prompt.skill] = taken.get(prompt.skill, 0) + 1
+        if taken[prompt.skill] <= count:
+            chosen.append(prompt)
+    return chosen
+
+
+def _blinded(prompt: Prompt) -> Prompt:
+    """The prompt with noise for an image, the same noise every time."""
+    rng = np.random.default_rng(rollout_seed("blind", prompt.key))
+    return replace(prompt, images=tuple(rng.integers(0, 256, size=image.shape, dtype=np.uint8) for image in prompt.images))
+
+
+def _bonus(config: RunConfig, clusters: Path) -> EarlBonus:
+    found = read_clusters(clusters, config.model)
+    return EarlBonus(found, config.earl, found.sigmas())

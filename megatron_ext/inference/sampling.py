@@ -1,0 +1,57 @@
+"""Choosing the next token, reproducibly: a token depends on its row's seed and position and on nothing else in the batch.
+
+One uniform number per (seed, position), from a counter-based hash (splitmix64), inverts the cumulative distribution. No generator has a state, so
+neither the order
+nor the company of a row changes what it samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+
+_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+def rollout_seed(*parts: object) -> int:
+    """A 63-bit seed from (run seed, step, prompt key, sample): stable over processes and machines."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def uniforms(seeds_B: np.ndarray, position: int) -> np.ndarray:
+    """Float64 [B] in [0, 1): the random number of each row at this response position (splitmix64 of seed + position * golden ratio)."""
+    with np.errstate(over="ignore"):
+        z = seeds_B.astype(np.uint64) + np.uint64((position + 1) * 0x9E3779B97F4A7C15 & int(_MASK))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def truncate(probs_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Probabilities with everything outside the top k, or outside the smallest set of mass >= top_p, set to zero (not renormalised). The most likely
+    token always stays."""
+    if top_k > 0:
+        kth = probs_BV.topk(min(top_k, probs_BV.shape[-1]), dim=-1).values[:, -1:]
+        probs_BV = probs_BV.masked_fill(probs_BV < kth, 0.0)
+    if top_p < 1.0:
+        ordered, order = probs_BV.sort(dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered
+        outside = torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        probs_BV = probs_BV.masked_fill(outside, 0.0)
+    return probs_BV
+
+
+def sample(logits_BV: torch.Tensor, uniforms_B: np.ndarray, top_k: int, top_p: float, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens int64 [B] and their log-probabilities float32 [B] under softmax(logits), before truncation. `logits` are policy logits over the
+    whole vocabulary."""
+    logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+    if greedy:
+        tokens_B = logprobs_BV.argmax(-1)
+    else:
+        cumulative = truncate(logprobs_BV.exp().double(), top_k, top_p).cumsum(-1)
+        draws = torch.from_numpy(uniforms_B).to(cumulative.device)[:, None] * cumulative[:, -1:]
+        tokens_B = torch.searchsorted(cumulative, draws, right=True).squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
+    return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None]).squeeze(-1)

@@ -1,0 +1,85 @@
+"""The rollout engine on a small real model: exact log-probs, complete routes, the same answers whatever stands beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.batch import Prompt, Rollout, route_digest
+from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.model.assembly import build_model
+from megatron_ext.model.heads import policy_logits, token_logprobs
+from megatron_ext.model.inputs import model_inputs
+from megatron_ext.parallel.groups import ParallelContext
+from tests.support.models import EOS, IMAGE, Words, open_gates, small_config, small_prompts
+
+
+@pytest.fixture(scope="module")
+def engine(context: ParallelContext) -> Engine:
+    model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
+    open_gates(model)
+    return Engine(model, context, Words(), RolloutConfig(max_new_tokens=12, batch_size=32))
+
+
+def generate(engine: Engine, prompts: list[Prompt], samples: int = 4, greedy: bool = False) -> list[Rollout]:
+    def seeds(index: int, sample: int) -> int:
+        return rollout_seed(0, 0, prompts[index].key, sample)
+
+    return engine.generate(prompts, samples, seeds=seeds, version=3, greedy=greedy)
+
+
+def test_rollouts_come_prompt_by_prompt_and_end_at_their_end_token_or_at_the_limit(engine: Engine) -> None:
+    prompts = small_prompts(11)
+    rollouts = generate(engine, prompts)
+    assert [(r.prompt.key, r.sample) for r in rollouts] == [(p.key, g) for p in prompts for g in range(4)]
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        ends = np.flatnonzero(rollout.response_T == EOS)
+        assert (ends.tolist() == [len(rollout.response_T) - 1]) if rollout.finish == "stop" else (len(ends) == 0 and len(rollout.response_T) == 12)
+        assert rollout.version == 3 and IMAGE not in rollout.response_T and rollout.response_T.max() < 60
+
+
+def test_log_probs_and_routes_equal_a_full_forward_with_replay(engine: Engine) -> None:
+    """What the learner will recompute: the same log-probabilities to 1e-5, the same routes to the last id, without replay too."""
+    for rollout in generate(engine, small_prompts(6))[::3]:
+        tokens = np.concatenate([rollout.prompt.tokens_S, rollout.response_T])[None]
+        tiles = np.stack(rollout.prompt.images) if rollout.prompt.images else np.zeros((0, 16, 16, 3), np.uint8)
+        inputs = model_inputs(tokens, tiles, np.zeros((1, 1)) - (not rollout.prompt.images), torch.device("cpu"))
+        with torch.no_grad(), engine.model.router_tap.record() as routes:
+            logits = engine.model.eval()(inputs)
+        logprobs = token_logprobs(policy_logits(logits[:-1], 1.0, engine._banned), inputs.tokens_BS[:, 1:], engine.context.pgs.tp)
+        start, stop = rollout.response_rows
+        np.testing.assert_allclose(rollout.logprobs_T, logprobs[0, start:stop].numpy(), atol=1e-4)
+        assert route_digest(routes.experts()[:-1].numpy()) == route_digest(rollout.routes.experts_SLK)
+        np.testing.assert_allclose(rollout.routes.gates_SLK.sum(-1), 1, atol=2e-3)
+
+
+def test_an_answer_does_not_depend_on_its_company(engine: Engine) -> None:
+    prompts = small_prompts(10)
+    together = generate(engine, prompts)
+    alone = generate(engine, prompts[7:8])
+    for one, other in zip(alone, together[28:32], strict=True):
+        assert one.response_T.tolist() == other.response_T.tolist()
+
+
+def test_samples_of_a_prompt_differ_and_the_same_seed_repeats_them(engine: Engine) -> None:
+    first, second = generate(engine, small_prompts(1), samples=8), generate(engine, small_prompts(1), samples=8)
+    assert [r.text for r in first] == [r.text for r in second]
+    assert len({r.text for r in first}) > 4
+
+
+def test_greedy_is_the_most_likely_token_each_time(engine: Engine) -> None:
+    rollouts = generate(engine, small_prompts(3), samples=2, greedy=True)
+    assert rollouts[0].text == rollouts[1].text
+
+
+def test_temperature_zero_is_greedy(engine: Engine, context: ParallelContext) -> None:
+    cold = Engine(engine.model, context, Words(), RolloutConfig(temperature=0, max_new_tokens=12))
+    assert [r.text for r in generate(cold, small_prompts(3))] == [r.text for r in generate(engine, small_prompts(3), greedy=True)]
+
+
+def test_no_prompts_give_no_rollouts(engine: Engine) -> None:
+    assert generate(engine, []) == []

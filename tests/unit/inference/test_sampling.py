@@ -1,0 +1,57 @@
+"""Sampling is exact, truncates as promised, and depends on nothing but the row's own seed and position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.inference.sampling import rollout_seed, sample, truncate, uniforms
+
+
+def test_frequencies_follow_the_probabilities() -> None:
+    """40 000 draws from (0.5, 0.3, 0.2): each share within four standard errors."""
+    seeds = np.arange(40_000)
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(len(seeds), 1)
+    tokens, logprobs = sample(logits, uniforms(seeds, 0), top_k=0, top_p=1.0, greedy=False)
+    shares = np.bincount(tokens.numpy(), minlength=3) / len(seeds)
+    assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 4 * 0.5 / np.sqrt(len(seeds))
+    torch.testing.assert_close(logprobs, logits.gather(1, tokens[:, None])[:, 0])
+
+
+@given(st.integers(0, 2**62), st.integers(0, 1000), st.integers(0, 5))
+def test_a_row_samples_the_same_whatever_stands_beside_it(seed: int, position: int, before: int) -> None:
+    alone = uniforms(np.array([seed]), position)[0]
+    beside = uniforms(np.array([*range(before), seed]), position)[-1]
+    assert alone == beside and 0 <= alone < 1
+
+
+def test_successive_positions_are_uncorrelated() -> None:
+    seeds = np.arange(20_000)
+    assert abs(np.corrcoef(uniforms(seeds, 0), uniforms(seeds, 1))[0, 1]) < 0.03
+
+
+def test_seeds_are_stable_and_differ_by_every_part() -> None:
+    assert rollout_seed(0, 3, "train/ocr/7", 1) == rollout_seed(0, 3, "train/ocr/7", 1)
+    assert len({rollout_seed(a, b, c, d) for a in (0, 1) for b in (0, 1) for c in "xy" for d in (0, 1)}) == 16
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "kept"), [(1, 1.0, [0]), (2, 1.0, [0, 1]), (0, 0.5, [0]), (0, 0.51, [0, 1]), (0, 1.0, [0, 1, 2])])
+def test_truncation_keeps_what_it_promises(top_k: int, top_p: float, kept: list[int]) -> None:
+    probs = torch.tensor([[0.5, 0.3, 0.2]])
+    assert truncate(probs, top_k, top_p)[0].nonzero()[:, 0].tolist() == kept
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-5, 5, width=32), min_size=2, max_size=8), st.floats(0.05, 1.0), st.floats(0, 1, exclude_max=True))
+def test_a_token_outside_the_nucleus_is_never_drawn(logits: list[float], top_p: float, uniform: float) -> None:
+    row = torch.tensor([logits])
+    token, _ = sample(row, np.array([uniform]), top_k=0, top_p=top_p, greedy=False)
+    assert truncate(row.double().softmax(-1).float().double(), 0, top_p)[0, token.item()] > 0
+
+
+def test_greedy_takes_the_most_likely_token_whatever_the_seed() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    assert [sample(logits, np.array([u]), 0, 1.0, greedy=True)[0].item() for u in (0.0, 0.5, 0.99)] == [1, 1, 1]
