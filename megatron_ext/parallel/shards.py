@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,8 +55,8 @@ def names_over_ranks(name: str, experts_per_rank: int, context: ParallelContext)
     return [f"{match[1]}{int(match[2]) + rank * experts_per_rank}{match[3]}" for rank in range(context.pgs.ep.size())]
 
 
-def shard_of(name: str, parameter: torch.nn.Parameter, experts_per_rank: int, context: ParallelContext) -> Shard:
-    """The shard that `parameter`, called `name` in this rank's model, is of the full model's tensor."""
+def shard_of(name: str, parameter: Any, experts_per_rank: int, context: ParallelContext) -> Shard:
+    """The shard that `parameter`, with Megatron's marks, called `name` in this rank's model, is of the full model's tensor."""
     is_expert = _LOCAL_EXPERT.fullmatch(name) is not None
     if is_expert:
         name = names_over_ranks(name, experts_per_rank, context)[context.pgs.ep.rank()]

@@ -79,6 +79,7 @@ def unequal_parts_are_gathered(context: ParallelContext) -> None:
 
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 PROBES: dict[str, Callable[[ParallelContext], object]] = {
+    "megatron.core.transformer.moe.moe_utils.te_general_gemm": training_step,
     "torch.cuda.current_device": training_step,
     "torch.cuda.current_stream": training_step,
     "torch.cuda.get_rng_state": regions_draw_from_their_own_seeds,
@@ -90,7 +91,6 @@ PROBES: dict[str, Callable[[ParallelContext], object]] = {
     "torch:Tensor.type": training_step,
     "megatron.core.tensor_parallel.random._get_cuda_rng_state": recompute_draws_the_same_numbers_again,
     "megatron.core.tensor_parallel.random._set_cuda_rng_state": a_region_leaves_the_outer_random_numbers_alone,
-    "megatron.core.transformer.moe.moe_utils.te_general_gemm": training_step,
     f"{_DISPATCHER}:MoEAlltoAllTokenDispatcher.cuda_dtoh_stream": training_step,
     f"{_DISPATCHER}.maybe_move_tensor_to_cpu": tokens_travel_in_unequal_parts,
     "megatron.core.tensor_parallel.mappings._gather_along_first_dim": unequal_parts_are_gathered,
@@ -99,16 +99,17 @@ PROBES: dict[str, Callable[[ParallelContext], object]] = {
 
 def run_probes(rank: int, world_size: int, init_method: str) -> dict[str, tuple[str, str]]:
     """For every patch: what its probe raised with all patches applied ("" when nothing), and without this one."""
-    every = patches.PATCHES
+    every = patches.WITHOUT_CUDA
+    with_all = {probe: _attempt(probe, every, rank, world_size, f"{init_method}-{index}") for index, probe in enumerate(dict.fromkeys(PROBES.values()))}
     outcomes = {}
-    for index, (name, probe) in enumerate(PROBES.items()):
+    for name, probe in PROBES.items():
         without = tuple(patch for patch in every if patch.name != name)
-        outcomes[name] = tuple(_attempt(probe, table, rank, world_size, f"{init_method}-{index}-{len(table)}") for table in (every, without))
-    return outcomes  # type: ignore[return-value]
+        outcomes[name] = with_all[probe], _attempt(probe, without, rank, world_size, f"{init_method}-without-{name.rpartition('.')[2]}")
+    return outcomes
 
 
 def _attempt(probe: Callable[[ParallelContext], object], table: tuple[patches.Patch, ...], rank: int, world_size: int, init_method: str) -> str:
-    patches.PATCHES = table
+    patches.WITHOUT_CUDA = table
     try:
         with session(), open_parallel(ParallelConfig(num_ranks=world_size, ep=world_size), rank, world_size, init_method, SEED, timeout_s=20) as context:
             probe(context)

@@ -5,7 +5,8 @@ Maps name every cell in raster order with one word, a line per row, so that the 
     red empty empty white            circle empty empty 4
     empty blue empty empty           empty square empty empty
 
-`find` turns give the row and column of an object, `look` turns the content of a row and column, both counted from 1.
+Tallies count every shape or every color: `circle 2 square 0 triangle 1 cross 0`. `find` turns give the row and column of an object, `look` turns the content of
+a row and column, both counted from 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ EMPTY = "empty"
 Turn = tuple[str, str]
 
 _MAP_QUESTIONS = {"color": ("name the color of every cell", "list all cells by color"), "kind": ("name the content of every cell", "list all cells by content")}
+_TALLY_QUESTIONS = {"color": ("count the shapes of every color", "how many of each color"), "kind": ("count every kind of shape", "how many of each shape")}
 
 
 def map_turn(aspect: str, scene: Scene, rng: Random) -> Turn:
@@ -27,6 +29,13 @@ def map_turn(aspect: str, scene: Scene, rng: Random) -> Turn:
     for item in scene.items:
         words[item.row][item.column] = item.color if aspect == "color" else item.kind
     return rng.choice(_MAP_QUESTIONS[aspect]), "\n".join(map(" ".join, words))
+
+
+def tally_turn(aspect: str, scene: Scene, rng: Random) -> Turn:
+    """How many shapes there are of every `color` or every `kind`, in the level's order."""
+    names = scene.level.colors if aspect == "color" else scene.level.shapes
+    counts = [sum(name in item.look for item in scene.shapes) for name in names]
+    return rng.choice(_TALLY_QUESTIONS[aspect]), " ".join(f"{name} {count}" for name, count in zip(names, counts, strict=True))
 
 
 def place_turns(count: int, scene: Scene, rng: Random) -> list[Turn]:

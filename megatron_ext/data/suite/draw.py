@@ -17,7 +17,7 @@ from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.data.chat import IMAGE, Conversation, Turn, encode_prompt, tokens_per_tile
 from megatron_ext.data.digits import Split
 from megatron_ext.data.suite import skills as single
-from megatron_ext.data.suite.captions import map_turn, place_turns
+from megatron_ext.data.suite.captions import map_turn, place_turns, tally_turn
 from megatron_ext.data.suite.composite import COMPOSITES, Composite, composite_chance, offer_composite, propose_composite
 from megatron_ext.data.suite.levels import level_of
 from megatron_ext.data.suite.queries import Query
@@ -122,10 +122,10 @@ def _ask(query: Query, scene: Scene, rng: Random) -> Turn:
 
 
 def _caption(rng: Random, split: Split, config: DataConfig) -> tuple[Scene, list[Turn]]:
-    """Places first, maps last: an answer that a map has already given would be read off the text."""
+    """Places first, then tallies, maps last: an answer that a map has already given would be read off the text."""
     _, scene = _lead(rng, rng.choice(ALL_SKILLS), split, config)
-    maps = [map_turn(aspect, scene, rng) for aspect in rng.sample(("color", "kind"), min(2, config.questions_per_image))]
-    return scene, place_turns(config.questions_per_image - len(maps), scene, rng) + maps
+    tables = [make(aspect, scene, rng) for make in (tally_turn, map_turn) for aspect in rng.sample(("color", "kind"), 2)][-config.questions_per_image :]
+    return scene, place_turns(config.questions_per_image - len(tables), scene, rng) + tables
 
 
 def _questions(rng: Random, split: Split, config: DataConfig) -> tuple[Scene, list[Turn]]:

@@ -178,6 +178,14 @@ def test_maps_name_every_cell_in_raster_order():
     assert all(cells[4 * item.row + item.column] == item.kind for item in dialogue.scene.items)
 
 
+def test_tallies_count_what_the_scene_holds():
+    dialogue = draw_dialogue("train", "caption", 0, 0, DataConfig())
+    words = next(answer for question, answer in dialogue.turns if "color" in question and ("count" in question or "how many" in question)).split()
+    tally = dict(zip(words[::2], map(int, words[1::2]), strict=True))
+    shapes = Counter(item.color for item in dialogue.scene.items if not item.is_digit)
+    assert tally == {color: shapes[color] for color in dialogue.scene.level.colors}
+
+
 def test_relations_are_asked_more_often_in_training_and_no_skill_is_left_out():
     words = {
         "spatial": ("where is", "which side"),
