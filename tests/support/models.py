@@ -46,6 +46,12 @@ def small_batch(rows: int = 3, length: int = 24, seed: int = 0) -> ModelInputs:
     return model_inputs(tokens, tiles, row_tiles, torch.device("cpu"))
 
 
+def small_batch_of_text(rows: int = 2, length: int = 16, seed: int = 1) -> ModelInputs:
+    """Rows without images."""
+    tokens = np.random.default_rng(seed).integers(8, USABLE, size=(rows, length))
+    return model_inputs(tokens, np.zeros((0, 16, 16, 3), np.uint8), np.full((rows, 1), -1), torch.device("cpu"))
+
+
 def small_prompts(count: int, seed: int = 0) -> list[Prompt]:
     """Prompts of different lengths; every third has no image."""
     rng = np.random.default_rng(seed)

@@ -1,0 +1,76 @@
+"""The process groups of one rank: the only module that touches torch.distributed's default world and Megatron's global `parallel_state`.
+
+Everyone else is handed the `ParallelContext` and takes groups from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+
+from megatron_ext import device
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.errors import UserError
+from megatron_ext.parallel.plan import Layout
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Where this rank stands in the grid, and the groups that are its slices."""
+
+    layout: Layout
+    rank: int
+    world_size: int
+    pgs: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def tp_rank(self) -> int:
+        return int(self.pgs.tp.rank())
+
+    @property
+    def dp_rank(self) -> int:
+        return int(self.pgs.dp.rank())
+
+    @property
+    def ep_rank(self) -> int:
+        return int(self.pgs.ep.rank())
+
+
+@contextmanager
+def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, init_method: str, seed: int, timeout_s: float = 120) -> Iterator[ParallelContext]:
+    """Joins the world at `init_method` (file:// or tcp://) and lays the grid over it. Everything is destroyed on the way out.
+
+    `seed` starts the random numbers, and those that Megatron's tracker keeps apart: ranks of one tensor-parallel group differ where dropout must differ.
+    """
+    layout = Layout.of(parallel)
+    if world_size != layout.num_ranks:
+        raise UserError("parallel.num_ranks", f"{layout.num_ranks} ranks were asked for, {world_size} were started", f"set it to {world_size}")
+    torch.set_num_threads(parallel.threads_per_rank)
+    with device.session():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        where = device.device()
+        dist.init_process_group(device.backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=layout.tp,
+                expert_model_parallel_size=layout.ep,
+                expert_tensor_parallel_size=layout.etp,
+                distributed_timeout_minutes=max(1, round(timeout_s / 60)),
+            )
+            torch.manual_seed(seed)
+            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            yield ParallelContext(layout, rank, world_size, ProcessGroupCollection.use_mpu_process_groups(), where)
+        finally:
+            parallel_state.destroy_model_parallel()
+            get_cuda_rng_tracker().reset()
+            dist.destroy_process_group()
