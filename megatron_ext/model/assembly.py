@@ -150,6 +150,7 @@ class VisionLanguageModel(MegatronModule):
 
 def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0) -> VisionLanguageModel:
     """The model with weights drawn from `seed`, the same in every layout."""
-    built = VisionLanguageModel(model, image_token, context).to(context.device)
+    built = VisionLanguageModel(model, image_token, context)
+    built.to(context.device, built.config.params_dtype)
     initialise(built, context, seed)
     return built

@@ -116,6 +116,15 @@ def test_weights_depend_on_the_seed_and_on_nothing_else(context: ParallelContext
     assert not torch.equal(one["output_layer.weight"], other["output_layer.weight"])
 
 
+def test_a_bf16_model_stays_close_to_its_fp32_twin(context: ParallelContext) -> None:
+    """Every parameter is bf16; logits differ by rounding only (an expert may flip, so the median is compared)."""
+    small, full = (build_model(small_config(dtype=dtype, init_std=0.05), IMAGE, context).eval() for dtype in ("bf16", "fp32"))
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        difference = (small(small_batch()).float() - full(small_batch())).abs()
+    assert difference.median() < 0.01
+
+
 def test_tied_embeddings_share_one_weight(context: ParallelContext) -> None:
     model = build_model(small_config(tie_embeddings=True), IMAGE, context)
     assert model.output_layer.weight is None
