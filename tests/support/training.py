@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.batch.metric import Metric
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
@@ -16,6 +17,7 @@ from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training.losses import Microbatch, next_token_loss
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.reduce import reduce_metrics
 from megatron_ext.training.step import optimizer_step
 from tests.support.models import IMAGE, TOKENS_PER_TILE, USABLE, small_config
 
@@ -91,3 +93,9 @@ def load_rank(rank: int, world_size: int, init_method: str, parallel: ParallelCo
         loaded = load_checkpoint(folder, state.model, state.optimizer, state.scheduler, context=context, model_config=small_config())
         metrics = run_steps(state, int(loaded["step"]), last, 4, context)
         return metrics, weights(state)
+
+
+def reduce_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig, parts: list[dict[str, Metric]]) -> dict[str, Metric]:
+    """`parts[rank]` merged with those of the other ranks."""
+    with open_parallel(parallel, rank, world_size, init_method, 0) as context:
+        return reduce_metrics(parts[rank], context.pgs.dp_cp, context.device)

@@ -1,0 +1,94 @@
+"""What one rank of a supervised stage does: model, data, resume or start, loop, reports. Started by `stage.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.config.schema import RunConfig, TrainConfig
+from megatron_ext.data.stream import TrainingStream
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.model.assembly import build_model
+from megatron_ext.observe.metrics import MetricsWriter
+from megatron_ext.observe.progress import stage_progress
+from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.training.loop import Report, train
+from megatron_ext.training.microbatches import microbatches
+from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.stage import CHECKPOINTS, TOKENIZER, Stage
+from megatron_ext.training.stopping import stop_on_signals
+
+_SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}
+
+
+def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, stage: Stage, stage_dir: Path, init_from: Path | None) -> dict[str, float]:
+    """The stage on this rank. Returns the last metrics and `step`."""
+    settings: TrainConfig = getattr(config, stage)
+    checkpoints = stage_dir / CHECKPOINTS
+    with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
+        tokenizer = Tokenizer.load(config.run_dir / TOKENIZER)
+        state = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
+        stream = _stream(config, stage, settings, tokenizer, context)
+        rows = settings.global_batch // context.layout.dp
+
+        def save(step: int) -> None:
+            save_checkpoint(checkpoints, step, state.model, state.optimizer, state.scheduler, {"stage": stage}, context, config.model, settings.keep)
+
+        with _reporting(stage, stage_dir, settings.steps, state.step, context) as report:
+            last = train(
+                state,
+                lambda step: microbatches(stream.batch(step, rows), settings.micro_batch, tokenizer.pad_id, context.device),
+                settings,
+                context,
+                save=save,
+                report=report,
+                stop=stop,
+            )
+        return {**last, "step": float(state.step)}
+
+
+def _resumed_or_started(
+    config: RunConfig, settings: TrainConfig, image_token: int, checkpoints: Path, init_from: Path | None, context: ParallelContext
+) -> TrainState:
+    """The stage's own latest checkpoint comes first; without one, the weights of `init_from`, or those drawn from the seed."""
+    resume = latest_step(checkpoints) is not None
+    model = build_model(config.model, image_token, context, config.seed)
+    if init_from is not None and not resume:
+        load_checkpoint(init_from, model, context=context, model_config=config.model)
+    state = build_optimizer(model, settings.optimizer, settings.steps, context)
+    if resume:
+        load_checkpoint(checkpoints, state.model, state.optimizer, state.scheduler, context=context, model_config=config.model)
+    return state
+
+
+def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TrainingStream:
+    """This rank's conversations; the stages of one run read different ones."""
+    return TrainingStream(
+        config.data,
+        config.model.vision,
+        tokenizer,
+        split="train",
+        mix=settings.mix,
+        seed=2 * config.seed + (stage == "sft"),
+        dp_rank=context.dp_rank,
+        dp_size=context.layout.dp,
+        multiple_of=math.lcm(8, context.layout.tp),
+    )
+
+
+@contextmanager
+def _reporting(stage: Stage, stage_dir: Path, steps: int, start: int, context: ParallelContext) -> Iterator[Report]:
+    """Rank 0 writes metrics and shows progress; the others do nothing."""
+    if context.rank != 0:
+        yield lambda step, metrics: None
+        return
+    with MetricsWriter(stage_dir) as writer, stage_progress(stage, steps, start) as progress:
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            writer.write(step, metrics)
+            progress.update(step, {short: metrics[name] for name, short in _SHOWN.items()})
+
+        yield report

@@ -1,0 +1,131 @@
+"""A supervised stage as the command line runs it: ranks, data, metrics, checkpoints, a stop on request, and the resume that follows."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_ext.checkpoint.dist import latest_step
+from megatron_ext.checkpoint.folder import read_manifest
+from megatron_ext.config.schema import ClvrConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig, VisionConfig
+from megatron_ext.data.tokenizer import train_tokenizer
+from megatron_ext.errors import CheckpointError, StoppedForRequeue
+from megatron_ext.observe.metrics import read_metrics
+from megatron_ext.training.stage import run_supervised
+
+STEPS = 6
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    head_dim=8,
+    num_experts=4,
+    expert_ffn_hidden_size=32,
+    vision=VisionConfig(num_layers=1, hidden_size=32, num_attention_heads=2, ffn_hidden_size=32),
+    clvr=ClvrConfig(taps=((0, 1),), head_dim=8),
+)
+STAGE = TrainConfig(steps=STEPS, global_batch=8, micro_batch=2, log_every=1, save_every=2, keep=3, optimizer=OptimizerConfig(warmup_steps=2))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run on two data-parallel ranks whose tokenizer exists."""
+    data = DataConfig(questions_per_image=2)
+    run = RunConfig(
+        name="run", output_dir=tmp_path_factory.mktemp("runs"), model=MODEL, data=data, parallel=ParallelConfig(num_ranks=2), pretrain=STAGE, sft=STAGE
+    )
+    train_tokenizer(data, run.run_dir / "tokenizer", run.seed)
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(config: RunConfig) -> Path:
+    """The stage, run through without a stop."""
+    folder = config.run_dir / "straight"
+    last = run_supervised(config, "pretrain", folder, None)
+    assert last["step"] == STEPS
+    return folder
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    """What was measured, without the clock."""
+    timed = ("time", "timing_s/", "perf/")
+    return [{name: value for name, value in record.items() if not name.startswith(timed)} for record in read_metrics(folder)]
+
+
+def tensors(folder: Path, step: int) -> dict[str, str]:
+    """Digests of the files that hold weights and moments."""
+    manifest = read_manifest(folder / "checkpoints" / f"step_{step:06d}")
+    return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".distcp")}
+
+
+def test_a_stage_leaves_its_configuration_metrics_and_checkpoints(config: RunConfig, straight: Path) -> None:
+    assert RunConfig(**yaml.safe_load((straight / "config.yaml").read_text())).pretrain.steps == STEPS
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["latest", "step_000002", "step_000004", "step_000006"]
+    assert list(straight.glob("events.out.tfevents*"))
+    records = read_metrics(straight)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    wanted = {"loss", "lr", "grad_norm", "moe/max_vio", "moe/load_entropy", "moe/aux_loss", "timing_s/step", "timing_s/data"}
+    wanted |= {"perf/tokens_per_s", "perf/tokens_per_s_per_gpu", "perf/peak_memory_bytes"}
+    assert wanted <= records[-1].keys()
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert records[-1]["perf/tokens_per_s"] == pytest.approx(2 * records[-1]["perf/tokens_per_s_per_gpu"])
+
+
+def test_a_finished_stage_run_again_does_nothing(config: RunConfig, straight: Path) -> None:
+    before = tensors(straight, STEPS)
+    assert run_supervised(config, "pretrain", straight, None) == {"step": STEPS}
+    assert tensors(straight, STEPS) == before
+    assert len(read_metrics(straight)) == STEPS
+
+
+def test_a_stage_set_back_to_an_earlier_checkpoint_ends_bit_for_bit_where_it_ended_before(config: RunConfig, straight: Path) -> None:
+    before, measured = tensors(straight, STEPS), numbers(straight)
+    (straight / "checkpoints" / "latest").write_text("step_000002\n")
+    run_supervised(config, "pretrain", straight, None)
+    assert tensors(straight, STEPS) == before
+    assert numbers(straight) == measured
+
+
+def test_a_signal_stops_after_a_step_with_a_checkpoint_and_the_next_run_ends_where_an_undisturbed_one_does(config: RunConfig, straight: Path) -> None:
+    folder = config.run_dir / "stopped"
+
+    def stop_once_training() -> None:
+        """The event file appears just before the first step."""
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("events.out.tfevents*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    unsaved = STAGE.model_copy(update={"save_every": 0})
+    once = config.model_copy(update={"pretrain": unsaved})
+    thread = threading.Thread(target=stop_once_training)
+    thread.start()
+    with pytest.raises(StoppedForRequeue, match=f"of {STEPS}: run again to resume") as caught:
+        run_supervised(once, "pretrain", folder, None)
+    thread.join()
+    assert caught.value.exit_code == 75
+    stopped_at = latest_step(folder / "checkpoints")
+    assert stopped_at is not None and 1 <= stopped_at < STEPS
+    run_supervised(once, "pretrain", folder, None)
+    assert tensors(folder, STEPS) == tensors(straight, STEPS)
+    assert numbers(folder) == numbers(straight)
+
+
+def test_a_stage_starts_from_the_weights_of_another(config: RunConfig, straight: Path) -> None:
+    trained, fresh = config.run_dir / "sft", config.run_dir / "fresh"
+    short = config.model_copy(update={"sft": STAGE.model_copy(update={"steps": 1, "save_every": 0})})
+    run_supervised(short, "sft", trained, straight / "checkpoints")
+    run_supervised(short, "sft", fresh, None)
+    assert read_metrics(trained)[0]["loss"] < read_metrics(fresh)[0]["loss"] - 0.05
+
+
+def test_another_models_checkpoint_is_refused_by_the_ranks(config: RunConfig, straight: Path) -> None:
+    wider = config.model_copy(update={"model": MODEL.model_copy(update={"num_experts": 8})})
+    with pytest.raises(CheckpointError, match=r"model\.num_experts: checkpoint has 4, configuration has 8"):
+        run_supervised(wider, "sft", config.run_dir / "wider", straight / "checkpoints")
