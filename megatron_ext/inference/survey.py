@@ -43,7 +43,7 @@ def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path) -> P
         raise UserError("discover", f"none of {asked} sampled answers of {checkpoint} was correct", "fine-tune longer, or lower data.level")
     folder.mkdir(parents=True, exist_ok=True)
     path, draft = folder / SURVEY_FILE, folder / f"partial-{SURVEY_FILE}"
-    np.savez_compressed(draft, **survey_table(correct, config), asked=asked)
+    np.savez_compressed(draft, allow_pickle=False, **survey_table(correct, config), asked=np.array(asked))
     draft.replace(path)
     return path
 

@@ -85,7 +85,7 @@ class VisionLanguageModel(MegatronModule):
     def prefill(self, inputs: ModelInputs, lengths_B: torch.Tensor, capacity: int) -> tuple[torch.Tensor, Memory]:
         """Reads prompts of the given lengths. Returns the logits [B, vocab / tp] after each row's last token, and the memory to decode from."""
         hidden, memory, sight, until_BS = self._read(inputs)
-        cache = KVCache(self.config.num_layers, capacity)
+        cache = KVCache(capacity)
         hidden = self.decoder(hidden, self._rope(inputs.tokens_BS.shape[1], hidden.device), memory, sight, cache)
         cache.start_decode(lengths_B)
         if self.config.sequence_parallel:

@@ -24,13 +24,13 @@ class KVCache:
     `lengths_B` counts the valid positions of each row; whatever lies behind them is padding that decode overwrites and the mask hides.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.decoding = False
         self.lengths_B = torch.empty(0, dtype=torch.int64)
         self._mask_BS: torch.Tensor | None = None
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self._keys: dict[int, torch.Tensor] = {}  # by layer
+        self._values: dict[int, torch.Tensor] = {}
 
     def append(self, layer: int, key_SBND: torch.Tensor, value_SBND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores what one layer computed and returns all keys and values [B, N_kv, length, D] that its queries may look at."""
@@ -71,8 +71,8 @@ class KVCache:
     def select(self, rows: torch.Tensor) -> None:
         """Keeps (or repeats) the given rows, in the given order: groups share one prefill, finished rows leave."""
         self.lengths_B, self._mask_BS = self.lengths_B[rows], None
-        self._keys = [None if x is None else x[rows] for x in self._keys]
-        self._values = [None if x is None else x[rows] for x in self._values]
+        self._keys = {layer: x[rows] for layer, x in self._keys.items()}
+        self._values = {layer: x[rows] for layer, x in self._values.items()}
 
 
 class SdpaCore(torch.nn.Module):
@@ -91,7 +91,7 @@ class SdpaCore(torch.nn.Module):
 class CausalSelfAttention(SelfAttention):
     """Takes [S, B, H] (sequence-parallel slices under TP) and the rope angles; returns the same shape and a None bias, as Megatron's layers expect."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -101,7 +101,9 @@ class CausalSelfAttention(SelfAttention):
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        query, key = rotate(query, rotary_pos_cos, rotary_pos_sin), rotate(key, rotary_pos_cos, rotary_pos_sin)
+        if rotary_pos_cos is None or rotary_pos_sin is None:
+            raise ValueError("this attention needs the rotary angles of its positions")
+        query, key = (rotate(x, rotary_pos_cos, rotary_pos_sin) for x in (query, key))
         if inference_context is not None and inference_context.decoding:
             return self.linear_proj(self._decode(query, key, value, inference_context))
         if inference_context is not None:

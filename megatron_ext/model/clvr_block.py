@@ -52,7 +52,7 @@ class ClvrBlock(MegatronModule):
         def rows(x_IVND: torch.Tensor) -> torch.Tensor:
             return x_IVND[tiles].flatten(1, 2).transpose(1, 2)
 
-        made = [tap.memory(features_IVH) for tap in self.taps]
+        made = [tap.memory(features_IVH) for tap in self._clvr_taps()]
         return VisionMemory(tuple(rows(key) for key, _ in made), tuple(rows(value) for _, value in made))
 
     def forward(
@@ -64,6 +64,7 @@ class ClvrBlock(MegatronModule):
         cache: KVCache | None,
     ) -> torch.Tensor:
         cos, sin = rope
+        taps = self._clvr_taps()
         waiting: dict[int, list[torch.Tensor]] = {}
         for number, layer in enumerate(self.layers):
             for refinement in waiting.pop(number, ()):
@@ -73,6 +74,9 @@ class ClvrBlock(MegatronModule):
                 continue
             for index, (source, target) in enumerate(self.tap_ends):
                 if source == number:
-                    refinement = self.taps[index](hidden_SBH, memory.keys[index], memory.values[index], sight)
+                    refinement = taps[index](hidden_SBH, memory.keys[index], memory.values[index], sight)
                     waiting.setdefault(target, []).append(refinement)
         return self.final_layernorm(hidden_SBH)
+
+    def _clvr_taps(self) -> list[ClvrTap]:
+        return [tap for tap in self.taps if isinstance(tap, ClvrTap)]

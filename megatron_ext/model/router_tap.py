@@ -40,21 +40,23 @@ class LayerTap:
         if self.targets is None:
             values, experts = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
         else:
-            experts = self._replayed(scores, topk, num_groups, group_topk, default)
+            experts = self._replayed(self.targets, scores, topk, num_groups, group_topk, default)
             values = scores.gather(1, experts)
         if self.listening:
             self.experts.append(experts.detach())
             self.gates.append(self._gates(values.detach().float()))
         return values, experts
 
-    def _replayed(self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:
-        if self.targets.shape != (scores.shape[0], topk):
-            raise ValueError(f"routes to replay have shape {tuple(self.targets.shape)}, the router sees {(scores.shape[0], topk)}")
-        if bool((self.targets >= 0).all()):
-            return self.targets
+    def _replayed(self, targets: torch.Tensor, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:
+        """The ids [tokens, K] to use: the targets, and the router's own where they are -1."""
+        if targets.shape != (scores.shape[0], topk):
+            raise ValueError(f"routes to replay have shape {tuple(targets.shape)}, the router sees {(scores.shape[0], topk)}")
+        given = targets >= 0
+        if bool(given.all()):
+            return targets
         with torch.no_grad():
             _, live = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        return torch.where(self.targets >= 0, self.targets, live)
+        return torch.where(given, targets, live)
 
     def _gates(self, values: torch.Tensor) -> torch.Tensor:
         return values / values.sum(-1, keepdim=True) if self._gates_are_normalised else torch.softmax(values, dim=-1)
