@@ -121,14 +121,10 @@ def propose_composite(kind: str, rng: Random, level: Level) -> tuple[Composite, 
             query = Compare(more, fewer) if rng.random() < 0.5 else Compare(fewer, more)
             return Composite(kind, query, None), Blueprint(tuple(shapes), lambda look: more not in look and fewer not in look)
         case "spatial+color":
-            subject, anchor = rng.sample(level.looks, 2)
-            shape = rng.choice([shape for shape in level.shapes if shape not in (subject[1], anchor[1])])
-            plan = Blueprint(
-                (subject, anchor, (rng.choice(level.colors), shape)),
-                lambda look: look not in (subject, anchor) and look[1] != shape,
-                relation=rng.choice(RELATIONS),
-            )
-            return Composite(kind, Relation(subject, anchor), ColorOf(shape)), plan
+            placed = tuple(rng.sample(level.looks, 1 if level.centred else 2))
+            shape = rng.choice([shape for shape in level.shapes if shape not in [named for _, named in placed]])
+            plan = Blueprint((*placed, (rng.choice(level.colors), shape)), lambda look: look not in placed and look[1] != shape, relation=rng.choice(RELATIONS))
+            return Composite(kind, Relation(placed[0], None if level.centred else placed[1]), ColorOf(shape)), plan
     raise ValueError(f"no composite {kind!r}")
 
 

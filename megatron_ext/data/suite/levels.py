@@ -1,9 +1,9 @@
 """The knobs of the suite: what a scene of each level may hold. Two levels; both keep one cell of the grid on one image token of the tiny model.
 
-| level | image   | grid  | shapes | colors | objects | digits | counts | relations                                   |
+| level | image   | grid  | shapes | colors | objects | digits | counts | relations of an object                      |
 |-------|---------|-------|--------|--------|---------|--------|--------|---------------------------------------------|
-| 0     | 32 x 32 | 4 x 4 | 4      | 4      | 3-8     | 1-2    | 0-5    | the two objects share a row or a column     |
-| 1     | 48 x 48 | 6 x 6 | 6      | 6      | 4-12    | 1-3    | 0-8    | the longer of the two distances decides     |
+| 0     | 32 x 32 | 4 x 4 | 4      | 4      | 3-8     | 1-2    | 0-5    | to the centre of the picture                |
+| 1     | 48 x 48 | 6 x 6 | 6      | 6      | 4-12    | 1-3    | 0-8    | to another object                           |
 """
 
 from __future__ import annotations
@@ -46,12 +46,17 @@ class Level:
     max_digits: int
     max_count: int
     max_pair: int
-    aligned: bool  # the two objects of a relation share a row or a column
+    centred: bool  # relations are to the centre of the picture, not to another object
 
     @property
     def image_size(self) -> int:
         """Pixels of a side before magnification."""
         return self.grid * CELL
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Row and column of the middle of the picture, in cells."""
+        return (self.grid - 1) / 2, (self.grid - 1) / 2
 
     @cached_property
     def looks(self) -> tuple[tuple[str, str], ...]:
@@ -61,8 +66,8 @@ class Level:
 
 _COLOR_WORDS = tuple(COLORS)
 LEVELS = (
-    Level(0, 4, SHAPES[:4], _COLOR_WORDS[:4], 3, 8, 2, 5, 3, aligned=True),
-    Level(1, 6, SHAPES, _COLOR_WORDS[:6], 4, 12, 3, 8, 4, aligned=False),
+    Level(0, 4, SHAPES[:4], _COLOR_WORDS[:4], 3, 8, 2, 5, 3, centred=True),
+    Level(1, 6, SHAPES, _COLOR_WORDS[:6], 4, 12, 3, 8, 4, centred=False),
 )
 
 

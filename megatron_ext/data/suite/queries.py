@@ -4,7 +4,7 @@
 |---------|----------------------------------------------|----------------------|
 | ocr     | the digits, in raster order                  | "4" or "4 2"         |
 | count   | how many shapes have a form or a color       | "0" to "8"           |
-| spatial | where one object is as seen from another     | left right above below |
+| spatial | where an object is as seen from the centre, or another object | left right above below |
 | color   | the color of the only shape of a form        | a color              |
 | compare | which of two colors has more shapes          | a color              |
 
@@ -74,29 +74,38 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Where `subject` is as seen from `anchor`; both are looks that occur once."""
+    """Where `subject` is as seen from `anchor`, or from the centre of the picture (None); both are looks that occur once."""
 
     subject: Look
-    anchor: Look
+    anchor: Look | None
     skill: ClassVar[str] = "spatial"
 
     def wordings(self) -> tuple[str, ...]:
-        subject, anchor = " ".join(self.subject), " ".join(self.anchor)
+        subject = " ".join(self.subject)
+        if self.anchor is None:
+            return f"where is the {subject} seen from the centre", f"which side of the picture is the {subject} on"
+        anchor = " ".join(self.anchor)
         return f"where is the {subject} seen from the {anchor}", f"which side of the {anchor} is the {subject} on"
 
     def answer(self, scene: Scene) -> str | None:
-        found = self.witnesses(scene)
-        if [item.look for item in found] not in ([self.subject, self.anchor], [self.anchor, self.subject]):
-            return None
-        subject, anchor = found if found[0].look == self.subject else found[::-1]
-        return relation_of(subject.row, subject.column, anchor.row, anchor.column, scene.level.aligned)
+        places = []
+        for look in self._looks():
+            found = [(item.row, item.column) for item in scene.items if item.look == look]
+            if len(found) != 1:
+                return None
+            places += found
+        seen_from = scene.level.centre if self.anchor is None else places[1]
+        return relation_of(*places[0], *seen_from)
 
     def witnesses(self, scene: Scene) -> list[Item]:
-        return [item for item in scene.items if item.look == self.subject or item.look == self.anchor]
+        return [item for item in scene.items if item.look in self._looks()]
 
-    def names_shapes(self) -> tuple[str, str]:
+    def names_shapes(self) -> list[str]:
         """Shapes whose color the wording gives away."""
-        return self.subject[1], self.anchor[1]
+        return [shape for _, shape in self._looks()]
+
+    def _looks(self) -> tuple[Look, ...]:
+        return (self.subject,) if self.anchor is None else (self.subject, self.anchor)
 
 
 @dataclass(frozen=True, slots=True)

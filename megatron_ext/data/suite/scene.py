@@ -79,7 +79,7 @@ def split_of(scene: Scene) -> Split:
 @dataclass(frozen=True, slots=True)
 class Blueprint:
     """What makes an answer true: shapes that must stand in the scene, shapes that may fill it, its digits in raster order
-    (None: any) and, when `relation` is given, how the first shape stands to the second."""
+    (None: any) and, when `relation` is given, how the first shape stands to the second, or to the centre of the picture."""
 
     shapes: tuple[Look, ...]
     may_fill: Callable[[Look], bool]
@@ -87,10 +87,10 @@ class Blueprint:
     relation: str | None = None
 
 
-def relation_of(row: int, column: int, other_row: int, other_column: int, aligned: bool) -> str | None:
-    """Where the first cell lies as seen from the other, or None where neither direction is clear."""
+def relation_of(row: float, column: float, other_row: float, other_column: float) -> str | None:
+    """Where the first place lies as seen from the other: the longer of the two distances decides; None where they are equal."""
     down, right = row - other_row, column - other_column
-    if abs(down) == abs(right) or (aligned and down and right):
+    if abs(down) == abs(right):
         return None
     if abs(right) > abs(down):
         return "right" if right > 0 else "left"
@@ -98,11 +98,13 @@ def relation_of(row: int, column: int, other_row: int, other_column: int, aligne
 
 
 @lru_cache(maxsize=16)
-def _related_cells(level: Level, relation: str) -> tuple[tuple[int, int], ...]:
-    """Every ordered pair of cells in that relation."""
+def _related_cells(level: Level, relation: str) -> tuple[tuple[int, ...], ...]:
+    """Every cell that stands in the relation to the centre, or every ordered pair of cells in it."""
     cells = range(level.grid**2)
+    if level.centred:
+        return tuple((a,) for a in cells if relation_of(*divmod(a, level.grid), *level.centre) == relation)
     pairs = ((a, b) for a in cells for b in cells)
-    return tuple((a, b) for a, b in pairs if relation_of(*divmod(a, level.grid), *divmod(b, level.grid), level.aligned) == relation)
+    return tuple((a, b) for a, b in pairs if relation_of(*divmod(a, level.grid), *divmod(b, level.grid)) == relation)
 
 
 def build(blueprint: Blueprint, rng: Random, level: Level, handwritten: dict[str, tuple[int, ...]] | None) -> Scene:
@@ -128,13 +130,13 @@ def build(blueprint: Blueprint, rng: Random, level: Level, handwritten: dict[str
 
 
 def _draw_cells(count: int, rng: Random, level: Level, relation: str | None) -> list[int]:
-    """Distinct cells; the first two stand in the relation when there is one."""
+    """Distinct cells; the first, or the first two, stand in the relation when there is one."""
     cells = level.grid**2
     if relation is None:
         return rng.sample(range(cells), count)
-    first, second = rng.choice(_related_cells(level, relation))
-    rest = [cell for cell in range(cells) if cell not in (first, second)]
-    return [first, second, *rng.sample(rest, count - 2)]
+    placed = rng.choice(_related_cells(level, relation))
+    rest = [cell for cell in range(cells) if cell not in placed]
+    return [*placed, *rng.sample(rest, count - len(placed))]
 
 
 def build_in_split(blueprint: Blueprint, rng: Random, level: Level, split: Split, real_digits: float) -> Scene:

@@ -81,8 +81,8 @@ def _propose_count(rng: Random, level: Level) -> tuple[Query, Blueprint]:
 
 
 def _propose_spatial(rng: Random, level: Level) -> tuple[Query, Blueprint]:
-    subject, anchor = rng.sample(level.looks, 2)
-    return Relation(subject, anchor), Blueprint((subject, anchor), lambda look: look not in (subject, anchor), relation=rng.choice(RELATIONS))
+    placed = tuple(rng.sample(level.looks, 1 if level.centred else 2))
+    return Relation(placed[0], None if level.centred else placed[1]), Blueprint(placed, lambda look: look not in placed, relation=rng.choice(RELATIONS))
 
 
 def _propose_color(rng: Random, level: Level) -> tuple[Query, Blueprint]:
@@ -111,6 +111,8 @@ _PROPOSE: dict[str, Callable[[Random, Level], tuple[Query, Blueprint]]] = {
 def _relations(scene: Scene) -> Iterator[Query]:
     looks = [item.look for item in scene.shapes]
     unique = [look for look in looks if looks.count(look) == 1]
+    if scene.level.centred:
+        return (Relation(subject, None) for subject in unique)
     return (Relation(subject, anchor) for subject in unique for anchor in unique if subject != anchor)
 
 

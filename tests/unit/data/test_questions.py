@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -46,7 +47,10 @@ EXAMPLE = scene_of((0, 0, "red", "circle"), (0, 2, "blue", "circle"), (1, 2, "wh
         (Count("green"), "0"),
         (Relation(("red", "circle"), ("blue", "circle")), "left"),
         (Relation(("red", "square"), ("red", "circle")), "below"),
-        (Relation(("red", "square"), ("blue", "circle")), None),  # neither in a row nor in a column
+        (Relation(("red", "square"), ("blue", "circle")), None),  # as far to the left as below
+        (Relation(("red", "square"), None), "left"),  # 1.5 cells left of the centre, 0.5 below
+        (Relation(("blue", "circle"), None), "above"),
+        (Relation(("red", "circle"), None), None),  # in a corner
         (Relation(("green", "square"), ("blue", "circle")), None),  # there is no green square
         (ColorOf("square"), "red"),
         (ColorOf("circle"), None),  # two circles
@@ -206,11 +210,14 @@ def test_relations_are_asked_more_often_in_training_and_no_skill_is_left_out():
     "asked, query",
     [
         (Relation(("red", "circle"), ("blue", "circle")), Relation(("blue", "circle"), ("red", "circle"))),
-        (Relation(("red", "circle"), ("red", "square")), ColorOf("square")),
+        (Relation(("red", "square"), ("blue", "circle")), ColorOf("square")),
+        (Relation(("red", "square"), None), ColorOf("square")),
         (Count("red"), Count("red")),
     ],
 )
 def test_a_question_that_an_earlier_one_answers_is_not_offered(asked, query):
-    offered = {offer(query.skill, Random(seed), EXAMPLE) for seed in range(100)}
-    still_offered = {offer(query.skill, Random(seed), EXAMPLE, [asked]) for seed in range(100)}
+    level = LEVELS[1] if isinstance(query, Relation) else LEVELS[0]
+    scene = replace(EXAMPLE, level=level)
+    offered = {offer(query.skill, Random(seed), scene) for seed in range(100)}
+    still_offered = {offer(query.skill, Random(seed), scene, [asked]) for seed in range(100)}
     assert query in offered and query not in still_offered

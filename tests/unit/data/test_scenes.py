@@ -107,17 +107,18 @@ def test_the_share_of_handwritten_scenes_is_the_configured_one(share):
 
 
 @pytest.mark.parametrize(
-    "cell, other, aligned, relation",
+    "place, other, relation",
     [
-        ((0, 0), (0, 2), True, "left"),
-        ((3, 1), (0, 1), True, "below"),
-        ((0, 0), (1, 2), True, None),
-        ((0, 0), (1, 2), False, "left"),
-        ((2, 2), (0, 0), False, None),
+        ((0, 0), (0, 2), "left"),
+        ((3, 1), (0, 1), "below"),
+        ((0, 0), (1, 2), "left"),
+        ((2, 2), (0, 0), None),
+        ((1, 0), (1.5, 1.5), "left"),
+        ((0, 3), (1.5, 1.5), None),
     ],
 )
-def test_relations_are_asked_only_where_one_direction_is_clear(cell, other, aligned, relation):
-    assert relation_of(*cell, *other, aligned) == relation
+def test_relations_are_asked_only_where_one_direction_is_clear(place, other, relation):
+    assert relation_of(*place, *other) == relation
 
 
 def test_a_level_or_image_size_that_does_not_exist_is_named_with_what_would_work():
