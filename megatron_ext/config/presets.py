@@ -1,0 +1,50 @@
+"""Named models. `model.preset` picks one; whatever the file or the command line says overrides it.
+
+A preset is a part of a configuration: what follows from the model besides its own numbers (the size of an image, say) stands here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Small enough for a laptop without a GPU. The schema's defaults are this model's numbers.
+    "tiny": {"discover": {"committee_top": 2}},
+    # InternVL3.5-30B-A3B: InternViT-300M, pixel unshuffle 2, Qwen3-30B-A3B. Taps at the middle layers, which carry object-specific image content.
+    "internvl3_5_30b_a3b": {
+        "model": {
+            "vocab_size": 151936,
+            "num_layers": 48,
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_query_groups": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "experts_per_token": 8,
+            "expert_ffn_hidden_size": 768,
+            "norm_topk_prob": True,
+            "rope_theta": 1e6,
+            "norm_eps": 1e-6,
+            "tie_embeddings": False,
+            "max_positions": 40960,
+            "dtype": "bf16",
+            "vision": {
+                "image_size": 448,
+                "patch_size": 14,
+                "num_layers": 24,
+                "hidden_size": 1024,
+                "num_attention_heads": 16,
+                "ffn_hidden_size": 4096,
+                "qk_norm": False,
+                "norm": "layernorm",
+                "qkv_bias": True,
+                "layer_scale_init": 0.1,
+                "norm_eps": 1e-6,
+                "downsample": 2,
+            },
+            "clvr": {"taps": [[12, 16], [20, 24], [28, 32]], "num_heads": 16, "num_kv_heads": 4, "head_dim": 128},
+        },
+        "data": {"image_size": 448, "max_length": 8192},
+        "discover": {"committee_top": 8, "experts_per_layer": 8},
+    },
+}

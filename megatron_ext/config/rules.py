@@ -1,0 +1,239 @@
+"""Rules that relate two fields. Each broken rule names its field, both numbers and what would work; all are reported, not the first.
+
+How a model is laid out over ranks has rules of its own (`parallel/plan.py`); they are checked beside these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import PurePath
+
+from megatron_ext.config.schema import OptimizerConfig, RunConfig, TrainConfig
+from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
+from megatron_ext.errors import UserError
+
+Problems = Iterator[UserError]
+_MOST_DIVISORS = 12
+
+
+def check_rules(config: RunConfig) -> list[UserError]:
+    """Every rule between fields that `config` breaks."""
+    rules: tuple[Callable[[RunConfig], Problems], ...] = (_run, _vision, _decoder, _clvr, _data, _stages, _rollout, _discover, _earl, _rl, _evaluate)
+    return [problem for rule in rules for problem in rule(config)]
+
+
+def _run(config: RunConfig) -> Problems:
+    if not config.name or PurePath(config.name).name != config.name or config.name.startswith("."):
+        yield UserError("name", f"{config.name!r} cannot name a folder", "use letters, digits, - and _")
+
+
+def _vision(config: RunConfig) -> Problems:
+    vision, data = config.model.vision, config.data
+    if data.image_size != vision.image_size:
+        yield UserError(
+            "data.image_size",
+            f"{data.image_size} differs from model.vision.image_size = {vision.image_size}",
+            "images and model must agree: change one of the two",
+        )
+    if vision.image_size % vision.patch_size:
+        yield _must_divide("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
+    elif patches_per_side(vision) % vision.downsample:
+        yield _must_divide("model.vision.downsample", vision.downsample, "the patches per side", patches_per_side(vision))
+    if vision.hidden_size % vision.num_attention_heads:
+        yield _must_divide("model.vision.num_attention_heads", vision.num_attention_heads, "model.vision.hidden_size", vision.hidden_size)
+
+
+def _decoder(config: RunConfig) -> Problems:
+    model = config.model
+    if model.num_attention_heads % model.num_query_groups:
+        yield _must_divide("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+    if model.head_dim % 2:
+        yield UserError("model.head_dim", f"{model.head_dim} is odd", "rotary positions turn pairs: use an even number")
+    if model.experts_per_token > model.num_experts:
+        yield UserError("model.experts_per_token", f"{model.experts_per_token} is more than model.num_experts = {model.num_experts}", "choose fewer")
+    if model.experts_per_token == 1 and model.norm_topk_prob:
+        yield UserError(
+            "model.norm_topk_prob",
+            "true with model.experts_per_token = 1 makes every gate 1, so the router never learns",
+            "set it to false, or use 2 experts per token",
+        )
+    if model.vocab_size % 8:
+        yield UserError("model.vocab_size", f"{model.vocab_size} is not a multiple of 8", f"use {_round_up(model.vocab_size, 8)}")
+    if config.data.vocab_size > model.vocab_size:
+        yield UserError(
+            "data.vocab_size",
+            f"a tokenizer of {config.data.vocab_size} tokens does not fit model.vocab_size = {model.vocab_size}",
+            f"set model.vocab_size={_round_up(config.data.vocab_size, 8)} or ask for fewer tokens",
+        )
+
+
+def _clvr(config: RunConfig) -> Problems:
+    clvr, model = config.model.clvr, config.model
+    if not clvr.enabled:
+        return
+    if not clvr.taps:
+        yield UserError("model.clvr.taps", "is empty", "name a pair of layers such as [[1, 2]], or set model.clvr.enabled=false")
+    for source, target in clvr.taps:
+        if not 0 <= source < target < model.num_layers:
+            yield UserError(
+                "model.clvr.taps",
+                f"({source}, {target}) is no pair of layers with source < target among model.num_layers = {model.num_layers}",
+                f"layers count from 0: use pairs between 0 and {model.num_layers - 1}",
+            )
+    if len(set(clvr.taps)) != len(clvr.taps):
+        yield UserError("model.clvr.taps", "names a pair twice", "keep one of the two")
+    if clvr.num_heads % clvr.num_kv_heads:
+        yield _must_divide("model.clvr.num_kv_heads", clvr.num_kv_heads, "model.clvr.num_heads", clvr.num_heads)
+    if model.vision.hidden_size % 4:
+        yield UserError("model.vision.hidden_size", f"{model.vision.hidden_size} is not a multiple of 4", "CLVR's 2-D patch positions need four equal parts")
+
+
+def _data(config: RunConfig) -> Problems:
+    data, model = config.data, config.model
+    if data.kind == "jsonl" and data.path is None:
+        yield UserError("data.path", "is missing, but data.kind = jsonl reads a file", "give the path of the JSONL file")
+    if data.kind == "suite" and data.path is not None:
+        yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
+    if data.max_length > model.max_positions:
+        yield UserError(
+            "data.max_length", f"{data.max_length} is more than model.max_positions = {model.max_positions}", "shorten the rows or raise the model's positions"
+        )
+    if tokens_per_tile(model.vision) >= data.max_length:
+        yield UserError(
+            "data.max_length",
+            f"{data.max_length} leaves no room for text: an image alone takes {tokens_per_tile(model.vision)} tokens",
+            "raise it, or model.vision.downsample",
+        )
+
+
+def _stages(config: RunConfig) -> Problems:
+    for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
+        yield from _batches(name, stage, data_parallel(config.parallel))
+        yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
+        yield from _optimizer(f"{name}.optimizer", stage.optimizer)
+
+
+def _batches(name: str, stage: TrainConfig, dp: int) -> Problems:
+    if dp and stage.global_batch % dp:
+        yield UserError(f"{name}.global_batch", f"{stage.global_batch} cannot be shared by {dp} data-parallel ranks", f"use a multiple of {dp}")
+    elif dp and (stage.global_batch // dp) % stage.micro_batch:
+        share = stage.global_batch // dp
+        yield UserError(
+            f"{name}.micro_batch",
+            f"{stage.micro_batch} does not divide the {share} conversations of a rank ({name}.global_batch = {stage.global_batch} over {dp} ranks)",
+            f"use {_divisors(share)}",
+        )
+
+
+def _mix(field: str, mix: dict[str, float], known: tuple[str, ...]) -> Problems:
+    for kind, weight in mix.items():
+        if kind not in known:
+            yield UserError(f"{field}.{kind}", "is not a kind of conversation", f"use {', '.join(known)}")
+        if weight < 0:
+            yield UserError(f"{field}.{kind}", f"the weight {weight:g} is negative", "use 0 to leave a kind out")
+    if not any(weight > 0 for weight in mix.values()):
+        yield UserError(field, "gives no kind of conversation a weight above 0", f"weigh one of {', '.join(known)}")
+
+
+def _optimizer(field: str, optimizer: OptimizerConfig) -> Problems:
+    if optimizer.min_lr > optimizer.lr:
+        yield UserError(f"{field}.min_lr", f"{optimizer.min_lr:g} is more than lr = {optimizer.lr:g}", "the schedule falls from lr to min_lr")
+    for beta in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, beta) < 1:
+            yield UserError(f"{field}.{beta}", f"{getattr(optimizer, beta):g} is not in [0, 1)", "0.9 and 0.98 are usual")
+    if optimizer.eps <= 0:
+        yield UserError(f"{field}.eps", f"{optimizer.eps:g} is not positive", "1e-8 is usual")
+
+
+def _rollout(config: RunConfig) -> Problems:
+    rollout, model = config.rollout, config.model
+    needed = tokens_per_tile(model.vision) + rollout.max_new_tokens
+    if needed >= model.max_positions:
+        yield UserError(
+            "rollout.max_new_tokens",
+            f"{rollout.max_new_tokens} after an image of {tokens_per_tile(model.vision)} tokens exceeds model.max_positions = {model.max_positions}",
+            "generate fewer tokens or raise the model's positions",
+        )
+    if rollout.top_k > model.vocab_size:
+        yield UserError("rollout.top_k", f"{rollout.top_k} is more than model.vocab_size = {model.vocab_size}", "use 0 to keep every token")
+    if rollout.temperature == 0 and config.rl.steps:
+        yield UserError("rollout.temperature", "0 makes all rollouts of a prompt the same, so there is nothing to learn from", "use 1.0, or rl.steps=0")
+
+
+def _discover(config: RunConfig) -> Problems:
+    discover, experts = config.discover, config.model.num_experts
+    if discover.committee_top >= experts:
+        yield UserError(
+            "discover.committee_top",
+            f"{discover.committee_top} of model.num_experts = {experts} makes every expert a committee member",
+            f"use less than {experts}; experts_per_token = {config.model.experts_per_token} is a good start",
+        )
+    if discover.experts_per_layer >= experts:
+        yield UserError(
+            "discover.experts_per_layer", f"{discover.experts_per_layer} is not fewer than model.num_experts = {experts}", "a cluster is a part of the experts"
+        )
+    if (discover.permutations + 1) * discover.fwer < 1:
+        yield UserError(
+            "discover.permutations",
+            f"{discover.permutations} cannot show significance at discover.fwer = {discover.fwer:g}",
+            f"use at least {int(1 / discover.fwer)}",
+        )
+
+
+def _earl(config: RunConfig) -> Problems:
+    earl, rl = config.earl, config.rl
+    if not earl.enabled:
+        return
+    if earl.warmup + earl.cooldown > 1:
+        yield UserError(
+            "earl.warmup", f"{earl.warmup:g} and earl.cooldown = {earl.cooldown:g} are more than the whole run", "they are shares: keep their sum at most 1"
+        )
+    if earl.min_correct > rl.rollouts_per_prompt:
+        yield UserError(
+            "earl.min_correct", f"{earl.min_correct} is more than rl.rollouts_per_prompt = {rl.rollouts_per_prompt}: no group would ever get a bonus", "use 2"
+        )
+
+
+def _rl(config: RunConfig) -> Problems:
+    rl, dp = config.rl, data_parallel(config.parallel)
+    if rl.rollouts_per_prompt < 2:
+        yield UserError("rl.rollouts_per_prompt", f"{rl.rollouts_per_prompt} rollout has nothing to be compared with", "use at least 2; 8 is usual")
+    if dp and (rl.prompts_per_step * rl.rollouts_per_prompt) % (rl.minibatches * dp):
+        yield UserError(
+            "rl.prompts_per_step",
+            f"{rl.prompts_per_step} prompts x {rl.rollouts_per_prompt} rollouts do not divide into rl.minibatches = {rl.minibatches} over {dp} ranks",
+            f"use a multiple of {rl.minibatches * dp} prompts",
+        )
+    if rl.clip_low >= 1:
+        yield UserError("rl.clip_low", f"{rl.clip_low:g} would let a probability ratio fall to nothing", "use less than 1; 0.2 is usual")
+    module, colon, function = rl.reward.partition(":")
+    if not (colon and module and function.isidentifier()):
+        yield UserError("rl.reward", f"{rl.reward!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
+    yield from _mix("rl.mix", rl.mix, ("qa", "composite"))
+    yield from _optimizer("rl.optimizer", rl.optimizer)
+
+
+def _evaluate(config: RunConfig) -> Problems:
+    evaluate = config.evaluate
+    if evaluate.samples and evaluate.sampled_prompts_per_skill > evaluate.prompts_per_skill:
+        yield UserError(
+            "evaluate.sampled_prompts_per_skill",
+            f"{evaluate.sampled_prompts_per_skill} is more than evaluate.prompts_per_skill = {evaluate.prompts_per_skill}",
+            "the sampled prompts are the first of the others",
+        )
+
+
+def _must_divide(field: str, value: int, other: str, total: int) -> UserError:
+    return UserError(field, f"{value} does not divide {other} = {total}", f"use {_divisors(total)}")
+
+
+def _divisors(total: int) -> str:
+    """The divisors of a number in words; of many, the smallest."""
+    divisors = [str(n) for n in range(1, total + 1) if total % n == 0]
+    if len(divisors) > _MOST_DIVISORS:
+        divisors = [*divisors[: _MOST_DIVISORS - 1], "..."]
+    return ", ".join(divisors[:-1]) + (f" or {divisors[-1]}" if len(divisors) > 1 else divisors[-1])
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,273 @@
+"""The one configuration of a run: frozen, typed, strict. Validating it never imports torch.
+
+    RunConfig
+      model        what is trained            (a preset plus overrides)
+      parallel     how it is laid out         (the learner; `rollout.parallel` for the rollout fleet)
+      data         what it learns from
+      pretrain, sft                           (two stages of one kind)
+      rollout      how answers are sampled
+      discover     how expert clusters are found
+      earl, rl     the bonus and the reinforcement learning
+      evaluate     how accuracy is measured
+
+Rules that relate two fields live in `config/rules.py`; reading YAML and overrides in `config/load.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys are errors, numbers are never silently converted from strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class VisionConfig(Section):
+    image_size: int = Field(32, gt=0)
+    """Height and width of a tile in pixels."""
+    patch_size: int = Field(4, gt=0)
+    """Height and width of a patch in pixels; divides `image_size`."""
+    num_layers: int = Field(2, gt=0)
+    hidden_size: int = Field(64, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    ffn_hidden_size: int = Field(128, gt=0)
+    qk_norm: bool = False
+    """RMSNorm of queries and keys over the full width (InternViT-6B: true, InternViT-300M: false)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qkv_bias: bool = True
+    layer_scale_init: float = Field(0.1, gt=0)
+    """Initial value of the two layer-scale vectors of a layer."""
+    norm_eps: float = 1e-6
+    downsample: int = Field(2, gt=0)
+    """Pixel unshuffle: this many by this many ViT tokens become one image token."""
+
+
+class ClvrConfig(Section):
+    """Cross-layer vision refinement: see `model/clvr.py` for the mathematics."""
+
+    enabled: bool = True
+    taps: tuple[tuple[int, int], ...] = ((1, 2),)
+    """Pairs (source, target) of 0-based decoder layers, source < target: the query is the output of `source`, the refinement enters before `target`."""
+    num_heads: int = Field(4, gt=0)
+    num_kv_heads: int = Field(2, gt=0)
+    head_dim: int = Field(16, gt=0)
+    gate: Literal["zero_out", "tanh_gate"] = "zero_out"
+    """`zero_out`: W_o starts at 0, gate fixed at 1. `tanh_gate`: W_o random, gate tanh(g) with g = 0. Both leave the outputs unchanged at step 0."""
+    inject: Literal["text", "all"] = "text"
+    """Where the refinement is added: text tokens after an image, or every token after an image."""
+
+
+class ModelConfig(Section):
+    """A Qwen3-MoE-style decoder behind an InternViT encoder. `preset` names the defaults; every other field overrides it."""
+
+    preset: str = "tiny"
+    vocab_size: int = Field(256, gt=0)
+    """Rows of the embedding, a multiple of 8 and at least the tokenizer's size."""
+    num_layers: int = Field(3, gt=0)
+    hidden_size: int = Field(64, gt=0)
+    num_attention_heads: int = Field(4, gt=0)
+    num_query_groups: int = Field(2, gt=0)
+    """KV heads."""
+    head_dim: int = Field(16, gt=0)
+    num_experts: int = Field(8, gt=1)
+    experts_per_token: int = Field(2, gt=0)
+    expert_ffn_hidden_size: int = Field(64, gt=0)
+    norm_topk_prob: bool = True
+    """Softmax over the chosen logits (true: gates sum to 1) or over all of them (false)."""
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    init_std: float = Field(0.02, gt=0)
+    max_positions: int = Field(512, gt=0)
+    moe_aux_loss_coeff: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss per MoE layer (Megatron's convention)."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    vision: VisionConfig = VisionConfig()
+    clvr: ClvrConfig = ClvrConfig()
+
+
+class ParallelConfig(Section):
+    """One grid of ranks. Ranks = tp * pp * cp * dp; experts are split over ep of the dp ranks (and over etp)."""
+
+    num_ranks: int = Field(1, gt=0)
+    """Processes. dp follows: num_ranks / (tp * pp * cp)."""
+    tp: int = Field(1, gt=0)
+    """Tensor parallel. Above 1, sequence parallelism is always on."""
+    pp: int = Field(1, gt=0)
+    cp: int = Field(1, gt=0)
+    ep: int = Field(1, gt=0)
+    """Expert parallel; divides num_ranks / (etp * pp)."""
+    etp: int | None = None
+    """Expert tensor parallel. Unset: 1 when ep > 1, else tp."""
+    threads_per_rank: int = Field(1, gt=0)
+
+
+class DataConfig(Section):
+    kind: Literal["suite", "jsonl"] = "suite"
+    """`suite`: the procedural skill suite, drawn as it is read. `jsonl`: one conversation with images a line."""
+    path: Path | None = None
+    """The JSONL file when kind is `jsonl`; images are relative to its folder."""
+    image_size: int = Field(32, gt=0)
+    level: int = Field(0, ge=0)
+    """Difficulty of the suite's scenes."""
+    questions_per_image: int = Field(6, gt=0)
+    """Question-answer turns packed into one training conversation."""
+    vocab_size: int = Field(256, gt=0)
+    """Size asked of SentencePiece."""
+    real_digits: float = Field(0.25, ge=0, le=1)
+    """Share of OCR scenes drawn from scikit-learn's handwritten digits."""
+    max_length: int = Field(192, gt=0)
+    """Tokens a row may hold; a longer conversation is an error that names it."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(3e-3, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm; 0 leaves gradients as they are."""
+
+
+class TrainConfig(Section):
+    """A supervised stage: `pretrain` (captions and questions) or `sft` (the instruction format)."""
+
+    steps: int = Field(100, ge=0)
+    global_batch: int = Field(64, gt=0)
+    """Conversations per step over all data-parallel ranks."""
+    micro_batch: int = Field(32, gt=0)
+    """Conversations per forward pass of one rank."""
+    mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
+    """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    log_every: int = Field(10, gt=0)
+    init_from: Path | None = None
+    """Checkpoint to start from; unset: the stage before, or random weights for the first stage."""
+
+
+class RolloutConfig(Section):
+    temperature: float = Field(1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """0 keeps every token."""
+    max_new_tokens: int = Field(24, gt=0)
+    batch_size: int = Field(256, gt=0)
+    """Sequences decoded side by side by one replica."""
+    replicas: int = Field(2, gt=0)
+    """Rollout worlds; each has `parallel.num_ranks` processes."""
+    parallel: ParallelConfig = ParallelConfig()
+
+
+class DiscoverConfig(Section):
+    prompts_per_skill: int = Field(96, gt=1)
+    permutations: int = Field(1000, gt=0)
+    fwer: float = Field(0.05, gt=0, lt=1)
+    min_risk_difference: float = Field(0.02, ge=0)
+    min_lift: float = Field(1.5, ge=0)
+    experts_per_layer: int = Field(2, gt=0)
+    """At most this many experts of a layer in one skill's cluster."""
+    max_layers: int = Field(16, gt=0)
+    committee_top: int = Field(8, ge=0)
+    """An expert among the top this-many of EVERY skill in a layer is a standing committee member and joins no cluster. Must stay below num_experts."""
+    token_control_kappa: float = Field(20.0, ge=0)
+    stability_jaccard: float = Field(0.6, ge=0, le=1)
+    bootstrap_frequency: float = Field(0.8, ge=0, le=1)
+    bootstraps: int = Field(200, gt=0)
+
+
+class EarlConfig(Section):
+    enabled: bool = True
+    bonus: float = Field(0.3, ge=0)
+    """lambda: weight of the bonus."""
+    max_share: float = Field(0.5, ge=0, lt=1)
+    """rho: the bonus never exceeds this share of |task advantage|, so it can never change its sign."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    cooldown: float = Field(0.3, ge=0, le=1)
+    """Shares of the run over which lambda rises linearly and falls to 0 along a cosine."""
+    correct_threshold: float = 1.0
+    """tau: the task reward from which a rollout counts as correct."""
+    min_correct: int = Field(2, gt=0)
+    """Groups with fewer correct rollouts get no bonus."""
+    subtask: Literal["prompt", "tags"] = "prompt"
+    """The span whose routes are scored: the whole response as the prompt's skill, or every `<skill>..</skill>` span as its own."""
+
+
+class RLConfig(Section):
+    steps: int = Field(60, ge=0)
+    prompts_per_step: int = Field(64, gt=0)
+    rollouts_per_prompt: int = Field(8, gt=0)
+    """G."""
+    micro_batch: int = Field(128, gt=0)
+    """Rollouts per forward pass of one learner rank."""
+    minibatches: int = Field(1, gt=0)
+    """Optimizer steps per batch of rollouts."""
+    mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
+    algorithm: Literal["grpo", "dr_grpo"] = "grpo"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.28, gt=0)
+    dual_clip: float = Field(3.0, gt=1)
+    kl_coeff: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || SFT model); 0 keeps no reference model."""
+    router_lr_scale: float = Field(0.1, ge=0)
+    """The router learns this many times slower; 0 freezes it."""
+    replay_routes: bool = True
+    train_vision: bool = True
+    reward: str = "megatron_ext.rl.rewards:skill_reward"
+    """Dotted path `module:function` of the task reward."""
+    reward_timeout_s: float = Field(10.0, gt=0)
+    max_logprob_diff: float = Field(1e-2, gt=0)
+    """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
+    fleet: Literal["ray", "local"] = "ray"
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
+    save_every: int = Field(0, ge=0)
+    keep: int = Field(2, gt=0)
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations on the validation split; 0 evaluates only before and after."""
+    init_from: Path | None = None
+
+
+class EvaluateConfig(Section):
+    split: Literal["train", "val", "test"] = "test"
+    prompts_per_skill: int = Field(200, gt=0)
+    samples: int = Field(8, ge=0)
+    """Sampled answers per prompt for mean@k and pass@k, besides the greedy one; 0 skips sampling."""
+    sampled_prompts_per_skill: int = Field(64, gt=0)
+    blind: bool = True
+    """Also answer with the image replaced by noise: must be near chance."""
+
+
+class RunConfig(Section):
+    """A whole recipe: every stage of one run."""
+
+    name: str = "tiny"
+    output_dir: Path = Path("runs")
+    """The run lives in output_dir/name, a folder per stage."""
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    pretrain: TrainConfig = TrainConfig()
+    sft: TrainConfig = TrainConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    discover: DiscoverConfig = DiscoverConfig()
+    earl: EarlConfig = EarlConfig()
+    rl: RLConfig = RLConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name

@@ -1,0 +1,87 @@
+"""Sizes that follow from a configuration: image tokens, data-parallel ranks, parameters. Arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ext.config.schema import ClvrConfig, ModelConfig, ParallelConfig, VisionConfig
+
+
+def patches_per_side(vision: VisionConfig) -> int:
+    return vision.image_size // vision.patch_size
+
+
+def vision_tokens(vision: VisionConfig) -> int:
+    """ViT tokens of a tile: what CLVR looks at."""
+    return patches_per_side(vision) ** 2
+
+
+def tokens_per_tile(vision: VisionConfig) -> int:
+    """Image tokens of a tile in the language model, after pixel unshuffle."""
+    return vision_tokens(vision) // vision.downsample**2
+
+
+def data_parallel(parallel: ParallelConfig) -> int:
+    """dp = num_ranks / (tp * pp * cp), rounded down; whether it divides is a rule of the layout."""
+    return parallel.num_ranks // (parallel.tp * parallel.pp * parallel.cp)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters each part of a model has. `active` are those that one token passes through (experts_per_token of num_experts)."""
+
+    vision: int
+    projector: int
+    embeddings: int
+    attention: int
+    router: int
+    experts: int
+    norms: int
+    clvr: int
+    experts_active: int
+
+    @property
+    def total(self) -> int:
+        return self.vision + self.projector + self.embeddings + self.attention + self.router + self.experts + self.norms + self.clvr
+
+    @property
+    def active(self) -> int:
+        return self.total - self.experts + self.experts_active
+
+
+def count_parameters(model: ModelConfig) -> Parameters:
+    """The parameters of the whole model, before it is split over ranks."""
+    hidden, layers = model.hidden_size, model.num_layers
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    expert = 3 * hidden * model.expert_ffn_hidden_size
+    return Parameters(
+        vision=_vision(model.vision),
+        projector=_projector(model.vision, hidden),
+        embeddings=model.vocab_size * hidden * (1 if model.tie_embeddings else 2),
+        attention=layers * (hidden * (query + 2 * key_value) + query * hidden),
+        router=layers * model.num_experts * hidden,
+        experts=layers * model.num_experts * expert,
+        norms=layers * (2 * hidden + 2 * model.head_dim) + hidden,
+        clvr=len(model.clvr.taps) * _tap(model.clvr, hidden, model.vision.hidden_size) if model.clvr.enabled else 0,
+        experts_active=layers * model.experts_per_token * expert,
+    )
+
+
+def _vision(vision: VisionConfig) -> int:
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size
+    norm = 2 * width if vision.norm == "layernorm" else width
+    embeddings = width + 3 * vision.patch_size**2 * width + width + (vision_tokens(vision) + 1) * width
+    attention = 3 * width**2 + (3 * width if vision.qkv_bias else 0) + (2 * width if vision.qk_norm else 0) + width**2 + width
+    layer = 2 * norm + attention + 2 * width * ffn + ffn + width + 2 * width
+    return embeddings + vision.num_layers * layer
+
+
+def _projector(vision: VisionConfig, hidden: int) -> int:
+    width = vision.hidden_size * vision.downsample**2
+    return 2 * width + width * hidden + hidden + hidden**2 + hidden
+
+
+def _tap(clvr: ClvrConfig, hidden: int, vision_hidden: int) -> int:
+    query, key_value = clvr.num_heads * clvr.head_dim, clvr.num_kv_heads * clvr.head_dim
+    norms = 2 * vision_hidden + hidden + 2 * clvr.head_dim
+    return norms + hidden * query + 2 * vision_hidden * key_value + query * hidden + (1 if clvr.gate == "tanh_gate" else 0)

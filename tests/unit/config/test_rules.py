@@ -1,0 +1,78 @@
+"""Rules between fields: each names its field, both numbers and what would work."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ext.config.load import load_config
+from megatron_ext.config.sizes import data_parallel
+from megatron_ext.errors import ConfigError
+
+BROKEN = [
+    (["name=a/b"], "name", "'a/b' cannot name a folder"),
+    (["data.image_size=48"], "data.image_size", "48 differs from model.vision.image_size = 32"),
+    (["model.vision.patch_size=5"], "model.vision.patch_size", "5 does not divide model.vision.image_size = 32"),
+    (["model.vision.downsample=3"], "model.vision.downsample", "3 does not divide the patches per side = 8"),
+    (["model.vision.num_attention_heads=3"], "model.vision.num_attention_heads", "3 does not divide model.vision.hidden_size = 64"),
+    (["model.vision.hidden_size=62", "model.vision.num_attention_heads=2"], "model.vision.hidden_size", "62 is not a multiple of 4"),
+    (["model.num_query_groups=3"], "model.num_query_groups", "3 does not divide model.num_attention_heads = 4"),
+    (["model.head_dim=15"], "model.head_dim", "15 is odd"),
+    (["model.experts_per_token=9"], "model.experts_per_token", "9 is more than model.num_experts = 8"),
+    (["model.experts_per_token=1"], "model.norm_topk_prob", "true with model.experts_per_token = 1"),
+    (["model.vocab_size=257"], "model.vocab_size", "257 is not a multiple of 8"),
+    (["data.vocab_size=300"], "data.vocab_size", "300 tokens does not fit model.vocab_size = 256"),
+    (["model.clvr.taps=[[2, 1]]"], "model.clvr.taps", "(2, 1) is no pair of layers with source < target among model.num_layers = 3"),
+    (["model.clvr.taps=[[1, 3]]"], "model.clvr.taps", "(1, 3) is no pair of layers"),
+    (["model.clvr.taps=[[0, 1], [0, 1]]"], "model.clvr.taps", "names a pair twice"),
+    (["model.clvr.taps=[]"], "model.clvr.taps", "is empty"),
+    (["model.clvr.num_kv_heads=3"], "model.clvr.num_kv_heads", "3 does not divide model.clvr.num_heads = 4"),
+    (["data.kind=jsonl"], "data.path", "is missing"),
+    (["data.path=x.jsonl"], "data.path", "'x.jsonl' would be ignored"),
+    (["data.max_length=1024"], "data.max_length", "1024 is more than model.max_positions = 512"),
+    (["data.max_length=16"], "data.max_length", "an image alone takes 16 tokens"),
+    (["sft.micro_batch=24"], "sft.micro_batch", "24 does not divide the 64 conversations of a rank"),
+    (["parallel.num_ranks=3"], "pretrain.global_batch", "64 cannot be shared by 3 data-parallel ranks"),
+    (["sft.mix.captoin=1"], "sft.mix.captoin", "is not a kind of conversation"),
+    (["sft.mix={qa: 0}"], "sft.mix", "gives no kind of conversation a weight above 0"),
+    (["sft.mix.qa=-1"], "sft.mix.qa", "the weight -1 is negative"),
+    (["sft.optimizer.min_lr=1"], "sft.optimizer.min_lr", "1 is more than lr = 0.003"),
+    (["sft.optimizer.beta2=1.0"], "sft.optimizer.beta2", "1 is not in [0, 1)"),
+    (["rollout.max_new_tokens=500"], "rollout.max_new_tokens", "500 after an image of 16 tokens exceeds model.max_positions = 512"),
+    (["rollout.temperature=0"], "rollout.temperature", "makes all rollouts of a prompt the same"),
+    (["rollout.top_k=257"], "rollout.top_k", "257 is more than model.vocab_size = 256"),
+    (["discover.committee_top=8"], "discover.committee_top", "8 of model.num_experts = 8 makes every expert a committee member"),
+    (["discover.experts_per_layer=8"], "discover.experts_per_layer", "8 is not fewer than model.num_experts = 8"),
+    (["discover.permutations=10"], "discover.permutations", "10 cannot show significance at discover.fwer = 0.05"),
+    (["earl.warmup=0.8"], "earl.warmup", "0.8 and earl.cooldown = 0.3 are more than the whole run"),
+    (["earl.min_correct=9"], "earl.min_correct", "9 is more than rl.rollouts_per_prompt = 8"),
+    (["rl.rollouts_per_prompt=1", "earl.enabled=false"], "rl.rollouts_per_prompt", "1 rollout has nothing to be compared with"),
+    (["rl.minibatches=7"], "rl.prompts_per_step", "64 prompts x 8 rollouts do not divide into rl.minibatches = 7"),
+    (["rl.clip_low=1.0"], "rl.clip_low", "1 would let a probability ratio fall to nothing"),
+    (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
+    (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "field", "words"), BROKEN, ids=[field + " " + words[:12] for _, field, words in BROKEN])
+def test_a_broken_rule_names_field_numbers_and_remedy(overrides: list[str], field: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    matching = [problem for problem in caught.value.problems if problem.where.split(" ")[0] == field and words in problem.problem]
+    assert matching, str(caught.value)
+    assert matching[0].remedy
+
+
+def test_switched_off_parts_are_not_judged() -> None:
+    load_config(None, ["model.clvr.enabled=false", "model.clvr.taps=[]"])
+    load_config(None, ["earl.enabled=false", "earl.warmup=1.0"])
+    load_config(None, ["rl.steps=0", "rollout.temperature=0"])
+
+
+@given(ranks=st.integers(1, 8), micro=st.integers(1, 16), repeats=st.integers(1, 4), tp=st.sampled_from([1, 2]))
+def test_a_batch_that_every_rank_can_split_evenly_is_accepted(ranks: int, micro: int, repeats: int, tp: int) -> None:
+    total = ranks * micro * repeats
+    sizes = [f"{stage}.{name}" for stage in ("pretrain", "sft") for name in (f"global_batch={total}", f"micro_batch={micro}")]
+    resolved = load_config(None, [*sizes, f"rl.prompts_per_step={ranks}", f"parallel.num_ranks={ranks * tp}", f"parallel.tp={tp}"])
+    assert resolved.config.sft.global_batch % (data_parallel(resolved.config.parallel) * resolved.config.sft.micro_batch) == 0
