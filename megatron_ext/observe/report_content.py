@@ -1,0 +1,232 @@
+"""What a report says: a run's files turned into words, tables and pictures for the template. A part that is missing is None or empty."""
+
+from __future__ import annotations
+
+import base64
+import fnmatch
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ext import __version__
+from megatron_ext.observe.metrics import Record, read_metrics, series
+from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, expert_heat_map, usage_bars
+from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_evaluation
+from megatron_ext.observe.summary import COLUMNS, number, title
+
+STAGES = ("tokenizer", "pretrain", "sft", "discover", "evaluate/sft", "rl", "evaluate/rl")
+SAMPLES_PER_SKILL = 2
+_FAILED = "rollout/failed"
+
+
+def content(root: Path) -> dict[str, Any]:
+    """Every variable of the template."""
+    before, after = (read_evaluation(root / "evaluate" / f"{of}.json") for of in ("sft", "rl"))
+    rl = read_metrics(root / "rl")
+    clusters = _json(root / "discover" / "expert_clusters.json")
+    return {
+        "name": root.resolve().name,
+        "version": __version__,
+        "config": _text(root / "config.yaml"),
+        "stages": [_stage(root / stage, stage) for stage in STAGES],
+        "versions": _versions(root),
+        "accuracy": _accuracy(before, after),
+        "learning": _learning(read_metrics(root / "pretrain"), read_metrics(root / "sft"), rl),
+        "clusters": _clusters(clusters),
+        "usage": _usage(before, after),
+        "earl": _pictures(rl, EARL),
+        "health": _pictures(rl, HEALTH),
+        "failures": _failures(rl),
+        "samples": [(label, found) for label, of in (("after fine-tuning", "sft"), ("after RL", "rl")) if (found := _samples(root / "evaluate" / of))],
+    }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A picture of the metrics that match `names`, where there are any. `few`: measured now and then rather than every step."""
+
+    title: str
+    unit: str
+    names: tuple[str, ...]
+    log: bool = False
+    few: bool = False
+
+
+LEARNING = (
+    Wanted("Reinforcement learning: sampled reward", "reward", ("reward/mean",)),
+    Wanted("Sampled reward by skill", "reward", ("reward/skill/*/mean",)),
+    Wanted("Validation during RL: greedy accuracy", "accuracy", ("val/val/*/accuracy",), few=True),
+    Wanted("Policy entropy", "nats per token", ("actor/entropy",)),
+    Wanted("Response length", "tokens", ("response_length/mean",)),
+)
+EARL = (
+    Wanted("Cluster usage of sampled answers", "gate mass", ("earl/cluster_usage/*",)),
+    Wanted("Weight and share of the EARL bonus", "", ("earl/lambda", "earl/bonus_share")),
+    Wanted("Load of the experts", "max / mean - 1", ("moe/max_vio",)),
+)
+HEALTH = (
+    Wanted(
+        "Rollout against learner, same weights", "log-probability difference", ("mismatch/logprob_abs_diff_max", "mismatch/logprob_abs_diff_mean"), log=True
+    ),
+    Wanted("Largest probability ratio of an update", "ratio", ("actor/ratio_max",)),
+    Wanted("Seconds of a step by role", "s", ("timing_s/*",)),
+)
+
+
+def _pictures(records: list[Record], wanted: Sequence[Wanted]) -> list[str]:
+    """The pictures for which there are numbers."""
+    names = sorted({name for record in records for name in record})
+    found = []
+    for one in wanted:
+        matching = [name for pattern in one.names for name in fnmatch.filter(names, pattern)]
+        if matching:
+            lines = [Curve(_short_names(matching)[name], *series(records, name), points=one.few) for name in matching]
+            found.append(curves(one.title, lines, one.unit, one.log))
+    return found
+
+
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Names without the parts that all of them share: `val/val/ocr/accuracy` among its like is `ocr`."""
+    parts = [name.split("/") for name in names]
+    kept = [at for at in range(min(map(len, parts))) if len({part[at] for part in parts}) > 1]
+    return {name: "/".join(part[at] for at in kept) or name for name, part in zip(names, parts, strict=True)}
+
+
+def _learning(pretrain: list[Record], sft: list[Record], rl: list[Record]) -> list[str]:
+    losses = [Curve(name, *series(records, "loss")) for name, records in (("pretrain", pretrain), ("sft", sft))]
+    losses = [line for line in losses if len(line.steps) > 0]
+    first = [curves("Supervised stages: loss on answers", losses, "nats per token", log=True)] if losses else []
+    return first + _pictures(rl, LEARNING)
+
+
+def _accuracy(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any] | None:
+    known = before or after
+    if known is None:
+        return None
+    found = [evaluation for evaluation in (before, after) if evaluation is not None]
+    labels = [label for label, evaluation in (("SFT", before), ("RL", after)) if evaluation is not None]
+    names = list(dict.fromkeys(name for evaluation in found for name in evaluation.skills))
+    rows = {name: [evaluation.skills.get(name, NOTHING) for evaluation in found] for name in names}
+    bars = [
+        (f"greedy, after {label}", [row[at].greedy for row in rows.values()], [row[at].greedy_se for row in rows.values()]) for at, label in enumerate(labels)
+    ]
+    return {
+        "split": known.split,
+        "stages": labels,
+        "columns": [title(name, known.samples) for name, _, _ in COLUMNS],
+        "rows": [(name, _row(row)) for name, row in rows.items()],
+        "macro": _row([evaluation.macro for evaluation in found]),
+        "checkpoints": [evaluation.checkpoint for evaluation in found],
+        "picture": accuracy_bars(names, bars, [row[0].chance for row in rows.values()]),
+    }
+
+
+def _row(rows: list[Accuracy]) -> dict[str, Any]:
+    """Texts of a table row; each measure has a cell per evaluation, and `change` says whether the last differs by more than two standard errors."""
+    cells = [[number(value(row), error(row)).replace("+-", " ± ") for row in rows] for _, value, error in COLUMNS]
+    return {"n": rows[0].n, "chance": number(rows[0].chance), "blind": number(rows[0].blind), "cells": cells, "change": _change(rows)}
+
+
+def _change(rows: list[Accuracy]) -> str:
+    """Of greedy accuracy: `up`, `down`, or nothing where two standard errors of the difference cover it."""
+    first, last = rows[0], rows[-1]
+    if first.greedy is None or last.greedy is None or first.greedy_se is None or last.greedy_se is None:
+        return ""
+    difference, error = last.greedy - first.greedy, float(np.hypot(first.greedy_se, last.greedy_se))
+    return "" if abs(difference) <= 2 * error else "up" if difference > 0 else "down"
+
+
+def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    skills = found["skills"]
+    mass_XLE = np.array([skill["mean_mass_LE"] for skill in skills])
+    pairs = [[(pair["layer"], pair["expert"]) for pair in skill["pairs"]] for skill in skills]
+    return {
+        "picture": expert_heat_map([skill["skill"] for skill in skills], mass_XLE, pairs, [skill["status"] == "ok" for skill in skills]),
+        "information": [f"{bits:.3f}" for bits in found["information_L"]],
+        "rows": [
+            {
+                "skill": skill["skill"],
+                "status": skill["status"],
+                "reason": skill["reason"],
+                "prompts": skill["num_prompts"],
+                "pairs": ", ".join(f"{layer}:{expert}" for layer, expert in own) or "-",
+                "auroc": number(skill["auroc"]),
+                "jaccard": number(skill["jaccard"]),
+            }
+            for skill, own in zip(skills, pairs, strict=True)
+        ],
+    }
+
+
+def _usage(before: Evaluation | None, after: Evaluation | None) -> str | None:
+    names = [name for name, row in (before.skills if before else {}).items() if row.cluster_mass is not None]
+    if before is None or not names:
+        return None
+    later = after.skills if after is not None else {}
+    return usage_bars(names, [before.skills[name].cluster_mass for name in names], [later.get(name, NOTHING).cluster_mass for name in names])
+
+
+def _failures(rl: list[Record]) -> list[tuple[str, int]] | None:
+    """(reason, how many over the run), or None where RL has not run. The total comes first."""
+    if not rl:
+        return None
+    names = sorted({name for record in rl for name in record if name.startswith(_FAILED) and "ratio" not in name})
+    return [(name.removeprefix(_FAILED).strip("/_") or "count", int(sum(series(rl, name)[1]))) for name in names]
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """A few answers of every skill with their images."""
+    path = folder / "samples.jsonl"
+    if not path.exists():
+        return []
+    taken: dict[str, int] = {}
+    chosen = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        taken[sample["skill"]] = taken.get(sample["skill"], 0) + 1
+        if taken[sample["skill"]] <= SAMPLES_PER_SKILL:
+            chosen.append({**sample, "image": _data_uri(folder / sample["image"]) if sample["image"] else None})
+    return sorted(chosen, key=lambda sample: str(sample["skill"]))
+
+
+def _data_uri(path: Path) -> str | None:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii") if path.exists() else None
+
+
+def _stage(folder: Path, name: str) -> dict[str, str]:
+    done, started = _json(folder / "done.json"), _json(folder / "started.json")
+    label = name.replace("/", "-") if name.startswith("evaluate") else name
+    if done is not None:
+        return {
+            "name": label,
+            "state": "done",
+            "text": f"{_duration(done['seconds'])}, finished {done['finished_at'].replace('T', ' ').removesuffix('+00:00')} UTC",
+        }
+    if started is not None:
+        return {"name": label, "state": "begun", "text": "begun, not finished"}
+    return {"name": label, "state": "missing", "text": "not there yet"}
+
+
+def _versions(root: Path) -> dict[str, str]:
+    """The versions of the last finished stage."""
+    done = [found for stage in STAGES if (found := _json(root / stage / "done.json")) is not None]
+    return dict(max(done, key=lambda mark: mark["finished_at"])["versions"]) if done else {}
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:g} s"
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(_text(path) or "null") if path.exists() else None
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -1,0 +1,145 @@
+"""The pictures of a report: matplotlib figures as PNG data URIs, drawn without a display.
+
+Colours are the Okabe-Ito palette and the cividis map, which colour-blind readers can tell apart.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8f98"
+FEW = 8
+"""Fewer values than this are drawn as points."""
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#000000")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line: `values` over `steps`. `points`: few measurements, drawn as they are; else many, drawn smoothed."""
+
+    name: str
+    steps: Sequence[float]
+    values: Sequence[float]
+    points: bool = False
+
+
+def curves(title: str, lines: Sequence[Curve], ylabel: str, log: bool = False) -> str:
+    """Lines over training steps, each smoothed over a tenth of its length with the raw values faint behind it."""
+    figure, axes = _figure(5.2, 2.7)
+    for colour, line in zip(PALETTE, lines, strict=False):
+        steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
+        if line.points or len(steps) < FEW:
+            axes.plot(steps, values, "o-", color=colour, markersize=4, linewidth=1.2, label=line.name)
+        else:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=line.name)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("step")
+    axes.set_ylabel(ylabel)
+    if log and all(min(line.values, default=1) > 0 for line in lines):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=8)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8, ncols=1 if len(lines) < 4 else 2)
+    return _png(figure)
+
+
+def accuracy_bars(skills: Sequence[str], series: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]], chance: Sequence[float | None]) -> str:
+    """Grouped bars per skill, one per series (name, values, standard errors), with a line at chance."""
+    figure, axes = _figure(max(7.0, 1.1 * len(skills) + 1.5), 2.9)
+    width = 0.8 / max(len(series), 1)
+    for index, (colour, (name, values, errors)) in enumerate(zip(PALETTE, series, strict=False)):
+        places = np.arange(len(skills)) + (index - (len(series) - 1) / 2) * width
+        heights = [0.0 if value is None else value for value in values]
+        bars = [0.0 if error is None else error for error in errors]
+        axes.bar(places, heights, width * 0.92, yerr=bars, color=colour, label=name, error_kw={"elinewidth": 1, "ecolor": "#333333"})
+    for place, level in enumerate(chance):
+        if level is not None:
+            axes.hlines(level, place - 0.42, place + 0.42, color="#333333", linestyle=":", linewidth=1.4, label="chance" if place == 0 else None)
+    axes.set_xticks(range(len(skills)), skills)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel("accuracy")
+    axes.legend(frameon=False, fontsize=8, ncols=len(series) + 1, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return _png(figure)
+
+
+def expert_heat_map(skills: Sequence[str], mass_XLE: np.ndarray, clusters: Sequence[Sequence[tuple[int, int]]], solid: Sequence[bool]) -> str:
+    """Mean gate mass per skill and expert, a panel per layer. Frames mark each skill's cluster: solid where it gets the bonus, dashed where it is unstable."""
+    num_skills, num_layers, num_experts = mass_XLE.shape
+    columns = min(num_layers, 4)
+    rows = -(-num_layers // columns)
+    figure = Figure(figsize=(min(1.2 + columns * max(1.8, 0.27 * num_experts), 14), 0.9 + rows * (0.55 + 0.27 * num_skills)), dpi=160, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    top = float(mass_XLE.max())
+    for axes in panels[num_layers:]:
+        axes.set_visible(False)
+    for layer, axes in enumerate(panels[:num_layers]):
+        image = axes.imshow(mass_XLE[:, layer], cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        _label_panel(axes, skills if layer % columns == 0 else [""] * num_skills, num_experts, f"layer {layer}")
+        for skill, pairs in enumerate(clusters):
+            for at, expert in pairs:
+                if at == layer:
+                    _frame(axes, skill, expert, solid[skill])
+    figure.colorbar(image, ax=list(panels), shrink=0.8, label="mean gate mass")
+    return _png(figure)
+
+
+def usage_bars(skills: Sequence[str], before: Sequence[float | None], after: Sequence[float | None]) -> str:
+    """The share of its routing that each skill gives to its own cluster, before and after RL."""
+    figure, axes = _figure(max(7.0, 0.9 * len(skills) + 1.5), 2.4)
+    for offset, colour, name, values in ((-0.2, GREY, "after fine-tuning", before), (0.2, BLUE, "after RL", after)):
+        axes.bar(np.arange(len(skills)) + offset, [0.0 if value is None else value for value in values], 0.36, color=colour, label=name)
+    axes.set_xticks(range(len(skills)), skills)
+    axes.set_ylabel("gate mass on own cluster")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _label_panel(axes: Any, skills: Sequence[str], num_experts: int, title: str) -> None:
+    axes.set_title(title, fontsize=9)
+    axes.set_yticks(range(len(skills)), skills, fontsize=8)
+    step = max(1, num_experts // 8)
+    axes.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=7)
+    axes.tick_params(length=0)
+
+
+def _frame(axes: Any, row: int, column: int, solid: bool) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=ORANGE, linewidth=1.8, linestyle="-" if solid else (0, (2, 1.5))))
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred mean over a tenth of the values; windows at the ends are shorter."""
+    half = max(len(values) // 20, 0)
+    windows = [values[max(0, at - half) : at + half + 1] for at in range(len(values))]
+    return np.array([np.nanmean(window) if np.isfinite(window).any() else np.nan for window in windows])
+
+
+def _png(figure: Figure) -> str:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
