@@ -1,0 +1,102 @@
+"""`doctor`: what is installed, what is missing, and the packages that look right and are not. Suspects are judged by their metadata, never imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
+from typing import Literal
+
+from packaging.requirements import Requirement
+
+from megatron_ext import __version__
+from megatron_ext.errors import EXIT_OK, EXIT_USER
+
+Verdict = Literal["ok", "note", "wrong"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: Verdict
+    name: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Exit code 0 when everything needed is there, 2 when something is missing or wrong."
+
+
+def run(args: argparse.Namespace) -> int:
+    findings = [_python(), *_required(), apex(), transformer_engine(), *_devices()]
+    width = max(len(finding.name) for finding in findings)
+    print(f"megatron-ext {__version__}")
+    for finding in findings:
+        print(f"  {finding.verdict:<5}  {finding.name:<{width}}  {finding.text}")
+    return EXIT_USER if any(finding.verdict == "wrong" for finding in findings) else EXIT_OK
+
+
+def apex() -> Finding:
+    """NVIDIA Apex is an optional accelerator. The package of that name on PyPI is a toolkit for the Pyramid web framework."""
+    found = _find("apex")
+    if found is None:
+        return Finding("note", "apex", "not installed; optional, used by Megatron on GPUs; install it from github.com/NVIDIA/apex, never from PyPI")
+    if "pyramid" in (found.metadata["Summary"] or "").lower() or "velruse" in (found.metadata["Summary"] or "").lower():
+        return Finding("wrong", "apex", f"{found.version} is the web toolkit from PyPI, not NVIDIA Apex: `pip uninstall apex`")
+    return Finding("ok", "apex", f"{found.version}")
+
+
+def transformer_engine() -> Finding:
+    """The bare `transformer-engine` package is empty; importing it raises, and with it the import of Megatron's layer specifications."""
+    found = _find("transformer-engine")
+    if found is None:
+        return Finding("note", "transformer-engine", "not installed; optional, not used by this release")
+    if not any(_find(f"transformer-engine-{core}") for core in ("cu12", "cu13")):
+        return Finding(
+            "wrong", "transformer-engine", f"{found.version} has no CUDA core and breaks the import of megatron.core: `pip uninstall transformer-engine`"
+        )
+    return Finding("ok", "transformer-engine", f"{found.version}")
+
+
+def _python() -> Finding:
+    return Finding("ok" if sys.version_info >= (3, 11) else "wrong", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _required() -> list[Finding]:
+    """Every dependency of this package with the version found, against the range asked for."""
+    try:
+        wanted = [Requirement(text) for text in requires("megatron-ext") or ()]
+    except PackageNotFoundError:
+        return [Finding("wrong", "megatron-ext", "is not installed: `pip install -c constraints.txt -e .`")]
+    needed = [item for item in wanted if item.marker is None or item.marker.evaluate({"extra": ""})]
+    return [_judge(item) for item in sorted(needed, key=lambda item: item.name.lower())]
+
+
+def _judge(wanted: Requirement) -> Finding:
+    found = _find(wanted.name)
+    if found is None:
+        return Finding("wrong", wanted.name, f"missing: `pip install '{wanted}'`")
+    if not wanted.specifier.contains(found.version, prereleases=True):
+        return Finding("wrong", wanted.name, f"{found.version} is not {wanted.specifier}: `pip install '{wanted}'`")
+    return Finding("ok", wanted.name, found.version)
+
+
+def _devices() -> list[Finding]:
+    cores = Finding("ok", "cpu", f"{len(os.sched_getaffinity(0))} cores for this process")
+    if _find("torch") is None:
+        return [cores]
+    import torch
+
+    if not torch.cuda.is_available():
+        return [cores, Finding("note", "gpu", "none: everything runs on the CPU over gloo")]
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return [cores, Finding("ok", "gpu", ", ".join(names))]
+
+
+def _find(name: str) -> Distribution | None:
+    try:
+        return distribution(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,90 @@
+"""What can be said about a run without training: sizes, layout, batches, files. Raises ConfigError when a file or function it names is missing."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from megatron_ext.config.schema import ParallelConfig, RunConfig, TrainConfig
+from megatron_ext.config.sizes import count_parameters, patches_per_side, tokens_per_tile, vision_tokens
+from megatron_ext.errors import ConfigError, UserError
+from megatron_ext.parallel.plan import Layout
+
+
+def describe(config: RunConfig) -> str:
+    """The facts, one a line, for a person to check."""
+    problems = missing_files(config)
+    if problems:
+        raise ConfigError(problems)
+    rows = [("run folder", str(config.run_dir)), *_model(config), *_layouts(config), *_batches(config), *_files(config)]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows) + "\nThe configuration is valid. Nothing was trained."
+
+
+def missing_files(config: RunConfig) -> list[UserError]:
+    """Files, checkpoints and functions that the configuration names and this machine does not have."""
+    problems = [UserError(field, f"there is no {path}", "give a path that exists") for field, path in _named_paths(config) if not path.exists()]
+    module = config.rl.reward.partition(":")[0]
+    try:
+        found = find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None:
+        problems.append(UserError("rl.reward", f"there is no module {module}", "install it, or put its folder on PYTHONPATH"))
+    return problems
+
+
+def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
+    named = (
+        ("data.path", config.data.path),
+        ("pretrain.init_from", config.pretrain.init_from),
+        ("sft.init_from", config.sft.init_from),
+        ("rl.init_from", config.rl.init_from),
+    )
+    return [(field, path) for field, path in named if path is not None]
+
+
+def _model(config: RunConfig) -> list[tuple[str, str]]:
+    model, vision = config.model, config.model.vision
+    parameters = count_parameters(model)
+    parts = ("vision", "projector", "embeddings", "attention", "router", "experts", "norms", "clvr")
+    side = patches_per_side(vision)
+    small = side // vision.downsample
+    pixels = f"{vision.image_size} x {vision.image_size} pixels"
+    taps = ", ".join(f"{source} -> {target}" for source, target in model.clvr.taps) if model.clvr.enabled else "off"
+    return [
+        ("parameters", f"{parameters.total:,} ({parameters.active:,} active per token)"),
+        *((f"  {part}", f"{getattr(parameters, part):,}") for part in parts),
+        ("image", f"{pixels} -> {side} x {side} = {vision_tokens(vision)} ViT tokens -> {small} x {small} = {tokens_per_tile(vision)} image tokens"),
+        ("decoder", f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts, {model.experts_per_token} per token"),
+        ("CLVR taps", taps),
+    ]
+
+
+def _layouts(config: RunConfig) -> list[tuple[str, str]]:
+    return [("learner ranks", _layout(config.parallel)), ("rollout ranks", f"{config.rollout.replicas} replicas, each {_layout(config.rollout.parallel)}")]
+
+
+def _layout(parallel: ParallelConfig) -> str:
+    layout = Layout.of(parallel)
+    return f"{layout.num_ranks} = tp {layout.tp} x dp {layout.dp}; experts: ep {layout.ep} x etp {layout.etp}"
+
+
+def _batches(config: RunConfig) -> list[tuple[str, str]]:
+    dp = Layout.of(config.parallel).dp
+
+    def supervised(stage: TrainConfig) -> str:
+        share = f"a rank: {stage.global_batch // dp // stage.micro_batch} x {stage.micro_batch}"
+        return f"{stage.steps} steps of {stage.global_batch} rows of at most {config.data.max_length} tokens; {share}"
+
+    rl = config.rl
+    rollouts = rl.prompts_per_step * rl.rollouts_per_prompt
+    return [
+        ("pretrain", supervised(config.pretrain)),
+        ("sft", supervised(config.sft)),
+        ("rl", f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rl.rollouts_per_prompt} = {rollouts} rollouts, {rl.minibatches} updates each"),
+    ]
+
+
+def _files(config: RunConfig) -> list[tuple[str, str]]:
+    return [(field, f"{path} (found)") for field, path in _named_paths(config)]

@@ -1,0 +1,115 @@
+"""`generate CONFIG`: one question about one image, answered. The image is a file, or a scene that the skill suite draws."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_ext.cli.options import add_config_arguments, resolve
+from megatron_ext.cli.run_folder import RunFolder
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.config.sizes import tokens_per_tile
+from megatron_ext.errors import EXIT_OK, UserError
+
+if TYPE_CHECKING:
+    from megatron_ext.batch import Prompt, Rollout
+
+TIMEOUT_S = 600.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the run's RL checkpoint, else its SFT checkpoint")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture; it is scaled to the model's image size")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question about it")
+    parser.add_argument("--example", metavar="SKILL", help="instead of --image and --prompt: a question of the suite's test split")
+    parser.add_argument("--index", type=int, default=0, metavar="N", help="which question of --example (default 0)")
+    parser.add_argument("--samples", type=int, default=0, metavar="N", help="sampled answers besides the most likely one (default 0)")
+    parser.epilog = (
+        "examples:\n  megatron-ext generate examples/tiny.yaml --example composite --index 3\n"
+        "  megatron-ext generate examples/tiny.yaml --image scene.png --prompt 'how many circles?' --samples 4"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.example is None) == (args.image is None or args.prompt is None):
+        raise UserError("generate", "what to answer is not clear", "give --image FILE and --prompt TEXT, or --example SKILL")
+    resolved = resolve(args)
+    if resolved is None:
+        return EXIT_OK
+    config, folder = resolved.config, RunFolder(resolved.config.run_dir)
+    checkpoint = args.checkpoint or _newest(folder, config)
+    prompt = _example(config, folder, args.example, args.index) if args.example else _question(config, folder, args.image, args.prompt)
+    print(f"checkpoint: {checkpoint}")
+    for rollout in answers(config, checkpoint, prompt, args.samples):
+        print(f"{'answer' if rollout.sample < 0 else 'sample'}: {rollout.text}" + ("" if rollout.finish == "stop" else " ... (cut at rollout.max_new_tokens)"))
+    return EXIT_OK
+
+
+def answers(config: RunConfig, checkpoint: Path, prompt: Prompt, samples: int) -> list[Rollout]:
+    """The most likely answer (its `sample` is -1), then `samples` sampled ones. Starts one rollout replica."""
+    from megatron_ext.parallel.local import run_ranks
+
+    parallel = config.rollout.parallel
+    found = run_ranks(_rank, parallel.num_ranks, config, checkpoint, prompt, samples, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
+    rollouts: list[Rollout] = found[0]
+    return rollouts
+
+
+def _rank(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoint: Path, prompt: Prompt, samples: int) -> list[Rollout]:
+    from dataclasses import replace
+
+    from megatron_ext.device import session
+    from megatron_ext.inference.replica import load_engine
+    from megatron_ext.inference.sampling import rollout_seed
+    from megatron_ext.parallel.groups import open_parallel
+
+    with session(), open_parallel(config.rollout.parallel, rank, world_size, init_method, config.seed) as context:
+        engine, _ = load_engine(config, checkpoint, context)
+
+        def seeds(index: int, sample: int) -> int:
+            return rollout_seed("generate", config.seed, sample)
+
+        likely = [replace(rollout, sample=-1) for rollout in engine.generate([prompt], 1, seeds=seeds, version=0, greedy=True)]
+        return likely + (engine.generate([prompt], samples, seeds=seeds, version=0) if samples else [])
+
+
+def _newest(folder: RunFolder, config: RunConfig) -> Path:
+    for path in (folder.checkpoints("rl"), folder.start_of_rl(config)):
+        if path.exists():
+            return path
+    raise UserError(str(folder.root), "holds no checkpoint of an instruction-tuned model", "first `megatron-ext run CONFIG --until sft`, or give --checkpoint")
+
+
+def _question(config: RunConfig, folder: RunFolder, image: Path, text: str) -> Prompt:
+    from megatron_ext.batch import Prompt
+    from megatron_ext.data.chat import IMAGE, check_placeholders, encode_prompt
+    from megatron_ext.data.images import load_image
+    from megatron_ext.data.tokenizer import Tokenizer
+
+    turn = (text if IMAGE in text else f"{IMAGE}\n{text}", "")
+    check_placeholders([turn], 1, "--prompt")
+    vision = config.model.vision
+    tokens_S = encode_prompt(turn[0], Tokenizer.load(folder.tokenizer), tokens_per_tile(vision))
+    return Prompt("generate", "none", tokens_S, (load_image(image, vision.image_size),), "")
+
+
+def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Prompt:
+    """The question, its right answer, and its picture as a file, shown to the reader."""
+    from PIL import Image
+
+    from megatron_ext.data.suite import ALL_SKILLS, draw_prompts
+    from megatron_ext.data.tokenizer import Tokenizer
+    from megatron_ext.data.vocabulary import IMAGE_END, TURN_END
+
+    if skill not in ALL_SKILLS:
+        raise UserError("--example", f"there is no skill {skill!r}", f"use {', '.join(ALL_SKILLS)}")
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    prompt = draw_prompts("test", [skill], index + 1, config.seed, config.data, tokenizer, config.model.vision)[-1]
+    path = folder.root / "generate" / f"{skill}-{index}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(prompt.images[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+    question = tokenizer.decode(prompt.tokens_S.tolist()).rpartition(IMAGE_END)[2].partition(TURN_END)[0].strip()
+    print(f"picture: {path}\nquestion: {question}\nright answer: {prompt.answer}")
+    return prompt

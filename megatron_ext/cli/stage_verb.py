@@ -1,0 +1,29 @@
+"""`tokenizer`, `pretrain`, `sft`, `discover`, `rl`: one stage of a recipe, after the stages it needs."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_ext.cli.execute import Executor, open_run
+from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
+from megatron_ext.cli.stages import STAGES
+from megatron_ext.errors import EXIT_OK
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+    add_force_argument(parser)
+    verb = parser.get_default("verb")
+    parser.epilog = (
+        f"The stages before it must be done: `megatron-ext run CONFIG --until {verb}` does them all.\n\nexample:\n  megatron-ext {verb} examples/tiny.yaml"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    resolved = resolve(args)
+    if resolved is None:
+        return EXIT_OK
+    folder = open_run(resolved)
+    with folder.locked():
+        Executor(resolved.config, folder, args.force).execute(STAGES[args.verb])
+    return EXIT_OK

@@ -1,0 +1,139 @@
+"""The stages of a recipe: what each needs, what it depends on, and the one call that does it.
+
+    tokenizer -> pretrain -> sft -> discover -> evaluate-sft
+                                       \\-> rl -> evaluate-rl
+
+The expert clusters are found before the first evaluation, so that their use is measured before and after RL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from megatron_ext.cli.run_folder import RunFolder
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`sections`: the parts of the configuration that this stage adds to those of the stages it needs.
+    `outputs`: what it owns in the run's folder, its own folder first."""
+
+    name: str
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+    outputs: tuple[str, ...]
+    execute: Callable[[RunConfig, RunFolder], dict[str, Any]]
+
+    def folder(self, run: RunFolder) -> Path:
+        return run.root / self.outputs[0]
+
+
+def _tokenizer(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    from megatron_ext.data.tokenizer import train_tokenizer
+
+    return {"tokenizer": str(train_tokenizer(config.data, run.tokenizer, config.seed))}
+
+
+def _pretrain(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    from megatron_ext.training.stage import run_supervised
+
+    return run_supervised(config, "pretrain", run.root / "pretrain", config.pretrain.init_from)
+
+
+def _sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    from megatron_ext.training.stage import run_supervised
+
+    return run_supervised(config, "sft", run.root / "sft", config.sft.init_from or run.checkpoints("pretrain"))
+
+
+def _discover(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    import numpy as np
+
+    from megatron_ext.earl.clusters import discover
+    from megatron_ext.earl.files import write_clusters
+    from megatron_ext.inference.survey import run_discovery_survey
+
+    checkpoint = run.start_of_rl(config)
+    with np.load(run_discovery_survey(config, checkpoint, run.discover), allow_pickle=False) as survey:
+        clusters = discover(
+            survey["mass_NLE"],
+            survey["skill_N"].tolist(),
+            survey["template_N"].tolist(),
+            config.discover,
+            config.seed,
+            control_NLE=survey["control_NLE"],
+            checkpoint=str(checkpoint),
+        )
+    write_clusters(clusters, run.clusters)
+    for found in clusters.skills:
+        print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
+    return {"clusters": {found.skill: found.status for found in clusters.skills}}
+
+
+def _rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    from megatron_ext.rl.run import run_rl
+
+    return run_rl(config, run.root / "rl", run.start_of_rl(config), run.clusters)
+
+
+def _evaluate_sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters)
+
+
+def _evaluate_rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters)
+
+
+def evaluate(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None) -> dict[str, Any]:
+    """Accuracy by skill of any checkpoint, written to `out`."""
+    from megatron_ext.inference.evaluate import run_evaluation
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return run_evaluation(config, checkpoint, out, clusters)
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("tokenizer", (), ("data", "seed"), ("tokenizer",), _tokenizer),
+        Stage("pretrain", ("tokenizer",), ("model", "pretrain"), ("pretrain",), _pretrain),
+        Stage("sft", ("pretrain",), ("sft",), ("sft",), _sft),
+        Stage("discover", ("sft",), ("discover", "rollout"), ("discover",), _discover),
+        Stage("evaluate-sft", ("sft", "discover"), ("evaluate", "rollout"), ("evaluate/sft", "evaluate/sft.json"), _evaluate_sft),
+        Stage("rl", ("sft", "discover"), ("rl", "earl", "rollout"), ("rl",), _rl),
+        Stage("evaluate-rl", ("rl", "discover"), ("evaluate", "rollout"), ("evaluate/rl", "evaluate/rl.json"), _evaluate_rl),
+    )
+}
+
+
+def needs(stage: Stage, config: RunConfig) -> tuple[str, ...]:
+    """The stages whose results this one reads. A stage that starts from a given checkpoint does not need the stages that would have made it."""
+    if stage.name == "sft" and config.sft.init_from is not None:
+        return ("tokenizer",)
+    if config.rl.init_from is not None and "sft" in stage.needs:
+        return tuple("tokenizer" if name == "sft" else name for name in stage.needs)
+    return stage.needs
+
+
+def sections(stage: Stage, config: RunConfig) -> tuple[str, ...]:
+    """The parts of the configuration that decide the result of a stage: its own and those of everything before it."""
+    before = {section for name in needs(stage, config) for section in sections(STAGES[name], config)}
+    return tuple(sorted(before | set(stage.sections) | ({"model"} if stage.name != "tokenizer" else set())))
+
+
+def recipe(until: str | None, config: RunConfig) -> list[Stage]:
+    """The stages that lead to `until`, in order; without it, all that lead to a comparison of before and after RL."""
+    if until is not None and until not in STAGES:
+        close = get_close_matches(until, list(STAGES), n=1)
+        raise UserError("--until", f"there is no stage {until!r}", f"did you mean {close[0]}?" if close else f"use {', '.join(STAGES)}")
+    wanted = {until} if until is not None else {"evaluate-sft", "evaluate-rl"}
+    for stage in reversed(STAGES.values()):
+        if stage.name in wanted:
+            wanted |= set(needs(stage, config))
+    return [stage for stage in STAGES.values() if stage.name in wanted]

@@ -1,0 +1,64 @@
+"""doctor: wrong packages are known by their metadata and never imported."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.cli import doctor
+from megatron_ext.cli.main import main
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch):
+    """Puts the metadata of a package on the path, and a module that refuses to be imported."""
+
+    def install(name: str, version: str, summary: str = "") -> None:
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {summary}\n")
+        (tmp_path / f"{name.replace('-', '_')}.py").write_text("raise RuntimeError('imported')\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return install
+
+
+def test_the_apex_of_pypi_is_recognised_as_another_package(install) -> None:
+    install("apex", "0.9.10.dev0", "Pyramid toolkit to add Velruse, Flash Messages, CSRF")
+    found = doctor.apex()
+    assert found.verdict == "wrong"
+    assert "pip uninstall apex" in found.text
+    assert "apex" not in sys.modules
+
+
+def test_the_real_apex_is_fine_and_a_missing_one_is_only_noted(install) -> None:
+    assert doctor.apex().verdict == "note"
+    install("apex", "0.1", "PyTorch Extensions written by NVIDIA")
+    assert doctor.apex() == doctor.Finding("ok", "apex", "0.1")
+
+
+def test_an_empty_transformer_engine_is_called_what_it_is(install) -> None:
+    assert doctor.transformer_engine().verdict == "note"
+    install("transformer-engine", "2.20.2")
+    assert doctor.transformer_engine().verdict == "wrong"
+    install("transformer-engine-cu12", "2.20.2")
+    assert doctor.transformer_engine().verdict == "ok"
+
+
+def test_a_package_that_is_missing_or_too_old_is_told_with_the_command_that_mends_it(install) -> None:
+    from packaging.requirements import Requirement
+
+    install("somepackage", "1.0")
+    assert doctor._judge(Requirement("somepackage>=1")).verdict == "ok"
+    assert doctor._judge(Requirement("somepackage>=2")).text == "1.0 is not >=2: `pip install 'somepackage>=2'`"
+    assert doctor._judge(Requirement("no-such-package>=2")).text == "missing: `pip install 'no-such-package>=2'`"
+
+
+def test_doctor_prints_one_line_a_finding_and_fails_when_something_is_wrong(install, capsys) -> None:
+    install("apex", "0.9.10.dev0", "Pyramid toolkit")
+    assert main(["doctor"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["wrong", "apex"] for line in lines)
+    assert any(line.split()[:2] == ["ok", "python"] for line in lines)
