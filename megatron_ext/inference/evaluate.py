@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.suite import ALL_SKILLS, chance, check, draw_prompts
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.vocabulary import IMAGE_END, TURN_END
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.replica import all_replicas, load_engine
+from megatron_ext.inference.replica import all_replicas, load_engine, tokenizer_folder
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
@@ -33,13 +36,14 @@ from megatron_ext.parallel.local import run_ranks
 PROMPT_SEED = 0
 """Every checkpoint of every run answers the same prompts, so that differences are paired."""
 TIMEOUT_S = 3600.0
+SAMPLES_PER_SKILL = 4
 
 
 @dataclass(frozen=True)
 class Outcome:
     """One prompt's verdicts. `samples`: of the sampled answers; `blind`: of the greedy answer without the image (None: not asked); `mass`: gate mass
     of the greedy
-    answer on its skill's cluster, nan without one; `text`: the greedy answer."""
+    answer on its skill's cluster, nan without one; `text`: the greedy answer; `question`: the prompt's text without its image."""
 
     key: str
     skill: str
@@ -49,7 +53,7 @@ class Outcome:
     mass: float
     text: str
     gold: str
-    phrasing: str
+    question: str
 
 
 def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None = None) -> dict[str, Any]:
@@ -59,6 +63,7 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     outcomes = [outcome for part in parts for outcome in part]
     table = {"checkpoint": str(checkpoint), "split": config.evaluate.split, **summarise(outcomes, config)}
     out.parent.mkdir(parents=True, exist_ok=True)
+    _write_samples(out.with_suffix(""), outcomes, config)
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(out)
@@ -105,7 +110,7 @@ def answer(engine: Engine, prompts: Sequence[Prompt], sampled: set[str], config:
             math.nan if bonus is None else bonus.mass(rollout.routes, prompt.skill, *rollout.response_rows),
             rollout.text,
             prompt.answer,
-            str(prompt.meta.get("phrasing", "")),
+            _question(engine, prompt),
         )
         for prompt, (right, rollout), unseen in zip(prompts, greedy, blind, strict=True)
     ]
@@ -140,6 +145,29 @@ def _row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     blind = [outcome.blind for outcome in outcomes if outcome.blind is not None]
     masses = [outcome.mass for outcome in outcomes if math.isfinite(outcome.mass)]
     return {**row, "blind": float(np.mean(blind)) if blind else None, "cluster_mass": float(np.mean(masses)) if masses else None}
+
+
+def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig) -> None:
+    """`folder/samples.jsonl` and a picture for each line: the first few prompts of every skill with what was answered, for people to look at."""
+    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    prompts = draw_prompts(
+        config.evaluate.split, ALL_SKILLS, min(SAMPLES_PER_SKILL, config.evaluate.prompts_per_skill), PROMPT_SEED, config.data, tokenizer, config.model.vision
+    )
+    by_key = {outcome.key: outcome for outcome in outcomes}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for prompt in prompts:
+        outcome = by_key[prompt.key]
+        picture = f"{prompt.key.replace('/', '-')}.png"
+        Image.fromarray(prompt.images[0]).save(folder / picture)
+        said = {"question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
+        lines.append(json.dumps({"skill": prompt.skill, **said, "image": picture}))
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _question(engine: Engine, prompt: Prompt) -> str:
+    text = engine.vocabulary.decode([token for token in prompt.tokens_S.tolist() if token != engine.vocabulary.image_id])
+    return text.split(IMAGE_END)[-1].split(TURN_END)[0].strip()
 
 
 def _standard_error(values: np.ndarray) -> float:

@@ -60,7 +60,7 @@ def small_prompts(count: int, seed: int = 0) -> list[Prompt]:
         images = () if index % 3 == 2 else (rng.integers(0, 256, size=(16, 16, 3), dtype=np.uint8),)
         text = rng.integers(8, USABLE, size=int(rng.integers(3, 9)))
         tokens = np.concatenate([[8], [IMAGE] * TOKENS_PER_TILE * len(images), text]).astype(np.int32)
-        prompts.append(Prompt(f"prompt/{index}", "ocr", tokens, images, ""))
+        prompts.append(Prompt(f"prompt/{index}", "ocr", tokens, images, "", {"template": "plain"}))
     return prompts
 
 

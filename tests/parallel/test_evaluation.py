@@ -1,0 +1,89 @@
+"""Evaluation, discovery survey and single questions from a real checkpoint, on two ranks; and the engine under tensor and expert parallelism."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext.config.schema import ParallelConfig, RunConfig
+from megatron_ext.data.suite import ALL_SKILLS
+from megatron_ext.errors import CheckpointError, DataError, UserError
+from megatron_ext.inference.ask import ask
+from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
+from megatron_ext.inference.survey import run_discovery_survey
+from megatron_ext.parallel.local import run_ranks
+from tests.support.generation import answers_of_a_rank
+from tests.support.rl_run import prepare, rl_config, save_clusters
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    config = rl_config(tmp_path_factory.mktemp("run"))
+    evaluate = config.evaluate.model_copy(update={"prompts_per_skill": 12, "samples": 3, "sampled_prompts_per_skill": 4})
+    config = config.model_copy(update={"evaluate": evaluate, "discover": config.discover.model_copy(update={"prompts_per_skill": 10})})
+    return config, prepare(config)
+
+
+def test_an_evaluation_has_a_row_for_every_skill_and_writes_what_it_returns(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, checkpoint = run
+    clusters = save_clusters(config, tmp_path / "expert_clusters.json")
+    table = run_evaluation(config, checkpoint, tmp_path / "sft.json", clusters)
+    assert json.loads((tmp_path / "sft.json").read_text()) == table
+    assert list(table["skills"]) == list(ALL_SKILLS) and table["split"] == "test"
+    for row in table["skills"].values():
+        assert row["n"] == 12 and 0 <= row["greedy"] <= 1 and row["pass@3"] >= row["mean@3"] and row["blind"] is not None
+    assert 0 < table["skills"]["count"]["cluster_mass"] < 1 and table["skills"]["composite"]["cluster_mass"] is None
+    assert table["macro"]["greedy"] == pytest.approx(np.mean([row["greedy"] for row in table["skills"].values()]))
+
+
+def test_two_ranks_and_one_rank_give_the_same_evaluation(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, checkpoint = run
+    alone = config.model_copy(update={"rollout": config.rollout.model_copy(update={"replicas": 1})})
+    assert run_evaluation(alone, checkpoint, tmp_path / "one.json") == run_evaluation(config, checkpoint, tmp_path / "two.json")
+
+
+def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """The random model never ends its answers in time."""
+    with pytest.raises(UserError, match="none of 60 sampled answers .* was correct; fine-tune longer"):
+        run_discovery_survey(*run, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_question_is_answered_and_a_broken_image_or_checkpoint_is_named(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    config, checkpoint = run
+    assert len(ask(config, checkpoint, None, "how many?", samples=2)) == 2
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        ask(config, checkpoint, tmp_path / "broken.png", "how many?")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        ask(config, tmp_path / "nowhere", None, "how many?")
+
+
+def test_standard_errors_and_means_of_a_table_worked_by_hand(run: tuple[RunConfig, Path]) -> None:
+    """Two of four greedy answers are right: 0.5, standard error sqrt(1/3) / 2. Sampled means are 1 and 0.5 of two prompts."""
+    samples = [(True, True), (False, True), (), ()]
+    outcomes = [Outcome(str(n), "ocr", n < 2, samples[n], n == 0, math.nan if n else 0.3, "", "", "") for n in range(4)]
+    row = summarise(outcomes, run[0])["skills"]["ocr"]
+    assert row["greedy"] == 0.5 and row["greedy_se"] == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert row["mean@2"] == 0.75 and row["pass@2"] == 1.0 and row["blind"] == 0.25 and row["cluster_mass"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=4, tp=2, ep=2)],
+    ids=["TP2+SP", "EP2", "TP2 x EP2"],
+)
+def test_the_engine_gives_the_same_answers_in_every_layout(parallel: ParallelConfig) -> None:
+    """Five prompts, three samples: tokens and routes equal those of one rank, log-probs to 1e-4. Under EP2 one rank has two prompts, or none, and
+    keeps step."""
+    alone = run_ranks(answers_of_a_rank, 1, ParallelConfig(), timeout_s=120)[0]
+    parts = run_ranks(answers_of_a_rank, parallel.num_ranks, parallel, timeout_s=120)
+    together = {key: answer for part in parts for key, answer in part.items()}
+    assert together.keys() == alone.keys()
+    for key, (tokens, logprobs, digest) in alone.items():
+        assert together[key][0] == tokens and together[key][2] == digest
+        np.testing.assert_allclose(together[key][1], logprobs, atol=1e-4)
