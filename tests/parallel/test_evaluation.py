@@ -48,7 +48,7 @@ def test_two_ranks_and_one_rank_give_the_same_evaluation(run: tuple[RunConfig, P
 
 def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """The random model never ends its answers in time."""
-    with pytest.raises(UserError, match="none of 60 sampled answers .* was correct; fine-tune longer"):
+    with pytest.raises(UserError, match=r"none of 60 sampled answers .* was correct; fine-tune longer"):
         run_discovery_survey(*run, tmp_path)
     assert not list(tmp_path.iterdir())
 
