@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Small enough for a laptop without a GPU. The schema's defaults are this model's numbers.
-    "tiny": {"discover": {"committee_top": 2}},
+    # Small enough for a laptop without a GPU. The schema's defaults are this model's numbers; narrow layers want larger initial weights than 0.02.
+    "tiny": {"model": {"init_std": 0.08}, "discover": {"committee_top": 2}},
     # InternVL3.5-30B-A3B: InternViT-300M, pixel unshuffle 2, Qwen3-30B-A3B. Taps at the middle layers, which carry object-specific image content.
     "internvl3_5_30b_a3b": {
         "model": {

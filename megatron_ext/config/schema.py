@@ -121,7 +121,7 @@ class DataConfig(Section):
     """Size asked of SentencePiece."""
     real_digits: float = Field(0.25, ge=0, le=1)
     """Share of OCR scenes drawn from scikit-learn's handwritten digits."""
-    max_length: int = Field(192, gt=0)
+    max_length: int = Field(256, gt=0)
     """Tokens a row may hold; a longer conversation is an error that names it."""
 
 

@@ -26,7 +26,10 @@ def policy_logits(logits: torch.Tensor, temperature: float, banned_V: torch.Tens
 
 
 def token_logprobs(logits_SBV: torch.Tensor, targets_BS: torch.Tensor, tp_group: Any) -> torch.Tensor:
-    """log softmax of the vocabulary-parallel logits at the targets, float32 [B, S]. The caller shifts: `targets[:, s]` is what position s predicts."""
+    """log softmax of the vocabulary-parallel logits at the targets, float32 [B, S]. The caller shifts: `targets[:, s]` is what position s predicts.
+
+    With tensor parallelism Megatron's cross entropy works in place: float32 logits are overwritten, so read them before, not after.
+    """
     targets_SB = targets_BS.transpose(0, 1).contiguous()
     if tp_group.size() == 1:
         losses = F.cross_entropy(logits_SBV.float().flatten(0, 1), targets_SB.flatten(), reduction="none").view_as(targets_SB)

@@ -1,0 +1,126 @@
+"""From the rewards of a step to advantages: the group's own comparison, then the EARL bonus.
+
+    scored rollouts -> table [P, G] -> group_advantages -> + clip(lambda B, ...) -> advantages_R, in the order of the rollouts
+
+Rollouts that failed leave holes in the table: they take no part in their group's statistics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.batch import ScoredRollout
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.earl.bonus import EarlBonus, apply_bonus, lambda_at
+from megatron_ext.earl.clusters import ExpertClusters
+from megatron_ext.earl.spans import Span, tag_spans
+from megatron_ext.earl.statistics import sigma_from
+from megatron_ext.rl.advantage import alike, group_advantages
+
+SIGMA_FILE = "earl_sigma.json"
+TagIds = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """The scored rollouts by prompt and sample. `row_R`, `column_R`: where each stands."""
+
+    row_R: np.ndarray
+    column_R: np.ndarray
+    skill_P: tuple[str, ...]
+    valid_PG: np.ndarray
+
+    @classmethod
+    def of(cls, scored: Sequence[ScoredRollout], samples: int) -> Table:
+        prompts = {answer.rollout.prompt.key: answer.rollout.prompt.skill for answer in scored}
+        index = {key: row for row, key in enumerate(prompts)}
+        row_R = np.array([index[answer.rollout.prompt.key] for answer in scored])
+        column_R = np.array([answer.rollout.sample for answer in scored])
+        valid_PG = np.zeros((len(prompts), samples), dtype=bool)
+        valid_PG[row_R, column_R] = True
+        return cls(row_R, column_R, tuple(prompts.values()), valid_PG)
+
+    def spread(self, values_R: np.ndarray) -> np.ndarray:
+        """float64 [P, G], nan where there is no rollout."""
+        spread_PG = np.full(self.valid_PG.shape, np.nan)
+        spread_PG[self.row_R, self.column_R] = values_R
+        return spread_PG
+
+    def gather(self, values_PG: np.ndarray) -> np.ndarray:
+        return values_PG[self.row_R, self.column_R]
+
+
+class Credit:
+    """The credit of one run; see `loop.Recipe`. Without clusters there is no bonus.
+
+    A skill's sigma comes from discovery. One that discovery does not know (a composite whose sub-tasks are scored) is taken from the first correct answers,
+    before RL has changed much, and kept in `stage_dir`, so that a resumed run uses the same.
+    """
+
+    def __init__(self, config: RunConfig, clusters: ExpertClusters | None, tags: TagIds, stage_dir: Path) -> None:
+        self._config, self._clusters, self._tags, self._file = config, clusters, tags, stage_dir / SIGMA_FILE
+        self._sigma: dict[str, float] = {}
+        if clusters is not None:
+            self._sigma = clusters.sigmas() | (json.loads(self._file.read_text()) if self._file.exists() else {})
+
+    def __call__(self, scored: Sequence[ScoredRollout], step: int) -> tuple[np.ndarray, dict[str, float]]:
+        rl = self._config.rl
+        table = Table.of(scored, rl.rollouts_per_prompt)
+        rewards_PG = table.spread(np.array([answer.reward for answer in scored]))
+        advantages_PG = group_advantages(rewards_PG, table.valid_PG, rl.algorithm)
+        metrics = {"reward/frac_zero_std_groups": float(alike(rewards_PG, table.valid_PG).mean())}
+        if self._clusters is not None:
+            advantages_PG, earl_metrics = self._with_bonus(self._clusters, scored, table, rewards_PG, advantages_PG, step)
+            metrics |= earl_metrics
+        advantages_R = table.gather(advantages_PG)
+        metrics |= {f"advantage/{name}": float(getattr(advantages_R, name)()) for name in ("mean", "min", "max")}
+        return advantages_R, metrics
+
+    def _with_bonus(
+        self, clusters: ExpertClusters, scored: Sequence[ScoredRollout], table: Table, rewards_PG: np.ndarray, task_PG: np.ndarray, step: int
+    ) -> tuple[np.ndarray, dict[str, float]]:
+        earl = self._config.earl
+        bonus = EarlBonus(clusters, earl, self._sigma)
+        mass_R = np.array([self._mass(bonus, answer) for answer in scored])
+        if self._learn_sigma(scored, mass_R):
+            bonus = EarlBonus(clusters, earl, self._sigma)
+        bonus_PG = bonus.bonus(table.spread(mass_R), rewards_PG, table.valid_PG, table.skill_P)
+        weight = lambda_at(step, self._config.rl.steps, earl)
+        advantages_PG = apply_bonus(task_PG, bonus_PG, weight, earl.max_share)
+        added_R, total_R = np.abs(table.gather(advantages_PG - task_PG)), np.abs(table.gather(advantages_PG))
+        metrics = {
+            "earl/lambda": weight,
+            "earl/bonus_mean": float(np.abs(table.gather(bonus_PG)).mean()),
+            "earl/bonus_share": float(added_R.sum() / max(total_R.sum(), 1e-12)),
+        }
+        skill_R = np.array(table.skill_P)[table.row_R]
+        for skill in sorted(set(table.skill_P)):
+            used = mass_R[(skill_R == skill) & np.isfinite(mass_R)]
+            if len(used):
+                metrics[f"earl/cluster_usage/{skill}"] = float(used.mean())
+        return advantages_PG, metrics
+
+    def _mass(self, bonus: EarlBonus, answer: ScoredRollout) -> float:
+        rollout = answer.rollout
+        spans = tag_spans(rollout.response_T, rollout.response_rows[0], self._tags) if self._config.earl.subtask == "tags" else []
+        return bonus.mass_of_spans(rollout.routes, spans or [Span(rollout.prompt.skill, *rollout.response_rows)])
+
+    def _learn_sigma(self, scored: Sequence[ScoredRollout], mass_R: np.ndarray) -> bool:
+        """Whether a skill got its sigma now."""
+        correct_R = np.array([answer.reward for answer in scored]) >= self._config.earl.correct_threshold
+        skill_R = np.array([answer.rollout.prompt.skill for answer in scored])
+        learnt = {skill: sigma_from(mass_R[correct_R & np.isfinite(mass_R) & (skill_R == skill)]) for skill in sorted(set(skill_R)) if skill not in self._sigma}
+        learnt = {skill: sigma for skill, sigma in learnt.items() if math.isfinite(sigma)}
+        if not learnt:
+            return False
+        self._sigma |= learnt
+        draft = self._file.with_suffix(".partial")
+        draft.write_text(json.dumps(self._sigma, indent=1))
+        draft.replace(self._file)
+        return True

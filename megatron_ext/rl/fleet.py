@@ -1,0 +1,145 @@
+"""The loop's Fleet and Learner, made of ranks: who is asked what, which prompts go where, and how weights get from one to the other.
+
+    MegatronFleet    replicas of rollout ranks      generate: prompts to lanes by cost, answers back in the order of the prompts
+    MegatronLearner  ranks of one grid              update: a shard to each data-parallel rank
+    publish          learner -> every rollout rank  all stage and verify, then all load; repeated in a new group when the broadcast fails
+
+The driver moves prompts, rollouts and verdicts; weights go from rank to rank. A rank that dies ends the run with an error that names it; the latest
+checkpoint is where to resume. All ranks are on this machine: they meet over files and the loopback address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.errors import WeightSyncError
+from megatron_ext.rl.batching import plan_shards, split_by_cost
+from megatron_ext.rl.learner import LearnerPlace, LearnerRank
+from megatron_ext.rl.loop import Metrics
+from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.rollout_worker import Lane, RolloutRank
+from megatron_ext.rl.weight_sync import Meeting
+
+SYNC_ATTEMPTS = 3
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """The longest that each verb may take."""
+
+    open_s: float = 600.0
+    generate_s: float = 3600.0
+    update_s: float = 3600.0
+    save_s: float = 1800.0
+    sync_s: float = 120.0
+
+
+DEADLINES = Deadlines()
+
+
+def num_ranks(config: RunConfig) -> int:
+    """Processes of the learner and of all replicas."""
+    return config.parallel.num_ranks + config.rollout.replicas * config.rollout.parallel.num_ranks
+
+
+def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Path, pad_id: int, deadlines: Deadlines) -> tuple[MegatronFleet, MegatronLearner]:
+    """Starts every rank and waits until all are open: they start side by side."""
+    learners = board.host.start(LearnerRank, [f"learner rank {rank}" for rank in range(config.parallel.num_ranks)])
+    per_replica = config.rollout.parallel.num_ranks
+    names = [f"rollout replica {replica} rank {rank}" for replica in range(config.rollout.replicas) for rank in range(per_replica)]
+    workers = board.host.start(RolloutRank, names)
+
+    def place(world: str, rank: int, size: int) -> Place:
+        return Place(rank, size, f"file://{board.host.folder}/{world}.store")
+
+    calls = [Call(rank, "open", (config, stage_dir, init_from, place("learner", number, len(learners)))) for number, rank in enumerate(learners)]
+    for number, rank in enumerate(workers):
+        replica, within = divmod(number, per_replica)
+        calls.append(Call(rank, "open", (config, place(f"replica-{replica}", within, per_replica))))
+    opened = board.ask(calls, deadlines.open_s)
+    port = board.ask([Call(learners[0], "open_store", (LOOPBACK,))], deadlines.open_s)[0]
+    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, port)
+    return MegatronFleet(board, config, deadlines, workers, opened[len(learners) :]), learner
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A version of the learner's weights, which stay where they are until they are published."""
+
+    version: int
+    senders: tuple[Rank, ...]
+    port: int
+
+
+class MegatronLearner:
+    """See `loop.Learner`."""
+
+    def __init__(
+        self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], places: Sequence[LearnerPlace], pad_id: int, port: int
+    ) -> None:
+        self._board, self._config, self._deadlines, self._ranks, self._places = board, config, deadlines, tuple(ranks), places
+        self._pad_id, self._port = pad_id, port
+        self.finished_steps = places[0].finished_steps
+
+    def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
+        shards = plan_shards(
+            scored,
+            advantages_R,
+            minibatches=self._config.rl.minibatches,
+            dp_size=self._places[0].dp_size,
+            multiple=self._config.parallel.tp,
+            pad_id=self._pad_id,
+        )
+        calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
+        answers = self._board.ask(calls, self._deadlines.update_s)
+        self.finished_steps = step + 1
+        return {**answers[0], "perf/peak_memory_bytes": max(answer["perf/peak_memory_bytes"] for answer in answers)}
+
+    def weights(self) -> Weights:
+        return Weights(self.finished_steps, self._ranks, self._port)
+
+    def save(self, step: int) -> None:
+        self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
+
+
+class MegatronFleet:
+    """See `loop.Fleet`."""
+
+    def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
+        self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes
+        self._generation = 0
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Rollout | FailedRollout]:
+        dp_size = self._lanes[0].dp_size
+        costs = [len(prompt.tokens_S) + samples * self._config.rollout.max_new_tokens for prompt in prompts]
+        shares = split_by_cost(costs, self._config.rollout.replicas * dp_size)
+        calls, per_replica = [], self._config.rollout.parallel.num_ranks
+        for number, (rank, lane) in enumerate(zip(self._ranks, self._lanes, strict=True)):
+            share = shares[number // per_replica * dp_size + lane.dp_rank]
+            calls.append(Call(rank, "generate", ([prompts[index] for index in share], samples, step, greedy)))
+        answers = self._board.ask(calls, self._deadlines.generate_s)
+        order = {prompt.key: index for index, prompt in enumerate(prompts)}
+        return sorted((rollout for answer in answers for rollout in answer), key=lambda rollout: (order[rollout.prompt.key], rollout.sample))
+
+    def publish(self, weights: Weights) -> Metrics:
+        """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them."""
+        for attempt in range(1, SYNC_ATTEMPTS + 1):
+            self._generation += 1
+            meeting = Meeting(LOOPBACK, weights.port, self._generation, 1 + len(self._ranks), self._deadlines.sync_s)
+            sends = [Call(rank, "send_weights", (meeting,)) for rank in weights.senders]
+            receives = [Call(rank, "receive_weights", (meeting, place, weights.version)) for place, rank in enumerate(self._ranks, start=1)]
+            answers = self._board.ask([*sends, *receives], 2 * self._deadlines.sync_s, settle=(WeightSyncError,))
+            errors = [answer for answer in answers if isinstance(answer, WeightSyncError)]
+            if not errors:
+                break
+            if attempt == SYNC_ATTEMPTS:
+                raise errors[0]
+        self._board.ask([Call(rank, "load_weights", (weights.version,)) for rank in self._ranks], self._deadlines.sync_s)
+        return {"sync/bytes": float(answers[0]), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}

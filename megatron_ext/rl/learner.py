@@ -1,0 +1,140 @@
+"""One rank of the learner: updates the policy on its shard of scored rollouts, publishes and saves the weights. Lives in a process of its own, as long as
+that process.
+
+    open -> (update -> send_weights)* -> save
+
+An update replays the routes that the rollouts recorded, so that the learner's log-probs are of the very experts that answered. Two checks stand between a
+rollout and the optimizer: the routes that were really replayed must have the digest that the rollout recorded, and the log-probs must agree with the
+rollout's where both have the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.full_tensors import full_tensors
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import WeightSyncError
+from megatron_ext.inference.replica import tokenizer_folder
+from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.rl.batching import Shard, microbatches
+from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
+from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
+from megatron_ext.rl.weight_sync import Meeting, join_meeting, open_store, pack, send
+from megatron_ext.training.loop import peak_memory_bytes
+from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.step import optimizer_step
+
+CHECKPOINTS = "checkpoints"
+STORE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class LearnerPlace:
+    """What a rank tells the driver once it is open: which shard is its own, and how many steps its checkpoint had finished."""
+
+    dp_rank: int
+    dp_size: int
+    finished_steps: int
+
+
+class LearnerRank:
+    """The role; see `ranks.Host`. Its methods are the verbs."""
+
+    def open(self, config: RunConfig, stage_dir: Path, init_from: Path, place: Place) -> LearnerPlace:
+        """Joins the learner's world; resumes from the stage's latest checkpoint, or starts from the weights of `init_from`."""
+        loopback_gloo()
+        self._config, self._checkpoints = config, stage_dir / CHECKPOINTS
+        self._world = ExitStack()  # stays open as long as the process
+        self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
+        self._tokenizer = Tokenizer.load(tokenizer_folder(config))
+        self._state, self._finished = _train_state(config, self._checkpoints, init_from, self._tokenizer.image_id, self._context)
+        reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else None
+        self._policy = Policy(self._state.model, reference, config, self._tokenizer.vocab_size, self._context)
+        return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished)
+
+    def update(self, shards: Sequence[Shard]) -> dict[str, float]:
+        """One optimizer step for each shard (one a minibatch). Returns metrics, equal on all ranks but for memory.
+
+        Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
+        """
+        if shards[0].batch.version != self._finished:
+            raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
+        parts = [self._microbatches(shard) for shard in shards]
+        began = time.perf_counter()
+        if len(parts) > 1:  # later minibatches meet a policy that has moved: old log-probs must be taken before the first
+            parts = [[self._policy.with_old_logprobs(batch) for batch in part] for part in parts]
+        old_log_prob_s = time.perf_counter() - began
+        steps = [optimizer_step(self._state, part, self._policy.loss, self._context) for part in parts]
+        self._finished += 1
+        return {**_over_minibatches(steps), "timing_s/old_log_prob": old_log_prob_s, "perf/peak_memory_bytes": peak_memory_bytes()}
+
+    def open_store(self, host: str) -> int:
+        """Opens the meeting place of weight publications (rank 0); its port."""
+        self._store = open_store(host, STORE_TIMEOUT_S)
+        return int(self._store.port)
+
+    def send_weights(self, meeting: Meeting) -> int:
+        """Publishes the full weights to the meeting; all ranks gather, rank 0 sends. Returns the bytes sent."""
+        tensors = full_tensors(self._state.model.module, self._context)
+        if self._context.rank != 0:
+            for _ in tensors:
+                pass
+            return 0
+        parcel = pack(tensors, self._finished)
+        try:
+            send(join_meeting(meeting, 0, self._store), parcel)
+        except RuntimeError as error:
+            raise WeightSyncError(f"the broadcast of generation {meeting.generation} failed: {error}") from None
+        return parcel.manifest.num_bytes
+
+    def save(self, step: int) -> None:
+        state = self._state
+        save_checkpoint(
+            self._checkpoints, step, state.model, state.optimizer, state.scheduler, {"stage": "rl"}, self._context, self._config.model, self._config.rl.keep
+        )
+
+    def _microbatches(self, shard: Shard) -> list[PolicyBatch]:
+        multiple = self._context.layout.tp
+        return [policy_batch(part, self._context.device) for part in microbatches(shard, self._config.rl.micro_batch, multiple)]
+
+
+def _train_state(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[TrainState, int]:
+    """The policy ready to train, and the steps it has finished. The load-balancing loss is off: it would pull against what the reward teaches the router."""
+    resume = latest_step(checkpoints) is not None
+    model = build_model(config.model.model_copy(update={"moe_aux_loss_coeff": 0.0}), image_token, context)
+    if not resume:
+        load_checkpoint(init_from, model, context=context, model_config=config.model)
+    updates = config.rl.steps * config.rl.minibatches
+    frozen = () if config.rl.train_vision else ("vision",)
+    state = build_optimizer(model, config.rl.optimizer, updates, context, router_lr_scale=config.rl.router_lr_scale, frozen=frozen)
+    if not resume:
+        return state, 0
+    loaded = load_checkpoint(checkpoints, state.model, state.optimizer, state.scheduler, context=context, model_config=config.model)
+    return state, int(loaded["step"])
+
+
+def _reference(config: RunConfig, init_from: Path, image_token: int, context: ParallelContext) -> VisionLanguageModel:
+    """The frozen model that RL started from."""
+    model = build_model(config.model, image_token, context)
+    load_checkpoint(init_from, model, context=context, model_config=config.model)
+    return model.requires_grad_(False).eval()
+
+
+def _over_minibatches(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Means, and the largest of what is named a maximum; the optimizer's own numbers move under `actor/`."""
+    names = {"grad_norm": "actor/grad_norm", "lr": "actor/lr"}
+    joined = {}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        joined[names.get(name, name)] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    for ours in ("loss", "num_tokens"):  # said better by actor/loss and the rollouts' own lengths
+        joined.pop(ours)
+    return joined

@@ -1,0 +1,100 @@
+"""Talking to the processes of a run: every rank answers verbs, one at a time, and every wait has a deadline and names who it waits for.
+
+A `Host` is where ranks live: forkserver processes of this machine (`local_fleet.py`) or Ray actors (`ray_fleet.py`). A rank is an object of a plain class in
+a process of its own; a verb is one of its methods. A rank whose process is lost fails its pending verb with `RankFailed` naming it; nothing is restarted or
+sent again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ext.errors import RankFailed
+
+POLL_S = 0.5
+"""The longest single wait: Python runs signal handlers in between."""
+WORLD_TIMEOUT_S = 1800.0
+"""How long a rank waits for its peers in a collective. A peer that dies is noticed at once; this is for one that hangs while the driver does not ask."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rank:
+    """One process of the run. `name` is for people: "learner rank 1", "rollout replica 0 rank 0"."""
+
+    name: str
+    process: Any
+
+
+class Host(Protocol):
+    """Where ranks live."""
+
+    folder: Path
+    """A private folder of this machine for the rendezvous files of the ranks' process groups."""
+
+    def start(self, role: type, names: Sequence[str]) -> list[Rank]:
+        """One new process for each name, holding `role()`."""
+
+    def send(self, rank: Rank, verb: str, arguments: tuple[Any, ...]) -> None:
+        """Asks a rank; it must not be busy with another verb."""
+
+    def ready(self, ranks: Sequence[Rank], timeout_s: float) -> list[Rank]:
+        """Those of the given busy ranks that have answered or died, after at most `timeout_s`; waits for the first of them."""
+
+    def take(self, rank: Rank) -> Any:
+        """The answer of a ready rank, or the error that it raised."""
+
+
+@dataclass(frozen=True)
+class Call:
+    rank: Rank
+    verb: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Switchboard:
+    """Asks many ranks of one host at once."""
+
+    host: Host
+
+    def ask(self, calls: Sequence[Call], timeout_s: float, settle: tuple[type[Exception], ...] = ()) -> list[Any]:
+        """The answers in the order of the calls. The first error of any rank is raised at once, without waiting for its peers, which may hang in a collective.
+
+        Errors of the types in `settle` stand among the answers instead, and the other ranks are waited for.
+        """
+        deadline = time.monotonic() + timeout_s
+        for call in calls:
+            self.host.send(call.rank, call.verb, call.arguments)
+        waiting = {index: call.rank for index, call in enumerate(calls)}
+        answers: list[Any] = [None] * len(calls)
+        while waiting:
+            ready = self.host.ready(list(waiting.values()), min(POLL_S, max(0.0, deadline - time.monotonic())))
+            if not ready and time.monotonic() >= deadline:
+                raise RankFailed(f"no answer to {calls[0].verb!r} within {timeout_s:.0f} s from {', '.join(rank.name for rank in waiting.values())}")
+            for index in [index for index, rank in waiting.items() if rank in ready]:
+                try:
+                    answers[index] = self.host.take(waiting.pop(index))
+                except settle as error:
+                    answers[index] = error
+        return answers
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank joins its world."""
+
+    rank: int
+    world_size: int
+    init_method: str
+
+
+def loopback_gloo() -> None:
+    """Keeps gloo's connections inside this machine, for the process that calls it: it would listen on the outside address otherwise."""
+    names = [name for _, name in socket.if_nameindex()]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if "lo" in names else "lo0"

@@ -1,0 +1,91 @@
+"""What is kept of a step: its metrics, its rollouts, and a line of progress for the person who waits.
+
+stage_dir/metrics.jsonl                     one line a step
+stage_dir/rollouts/step_000012.jsonl.gz     one line a rollout: what was answered, what it earned, the seed and the version of the weights that made it
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.batch import FailedRollout, ScoredRollout
+from megatron_ext.observe.metrics import MetricsWriter
+from megatron_ext.observe.progress import StageProgress
+from megatron_ext.rl.loop import Metrics, StepReport
+
+ROLLOUTS = "rollouts"
+
+
+class Recorder:
+    """Writes every step's report. `num_ranks`: processes of the run, for rates per process."""
+
+    def __init__(self, stage_dir: Path, writer: MetricsWriter, progress: StageProgress, num_ranks: int) -> None:
+        self._folder, self._writer, self._progress, self._num_ranks = stage_dir / ROLLOUTS, writer, progress, num_ranks
+        self.last: Metrics = {}
+
+    def __call__(self, report: StepReport, more: Metrics) -> None:
+        finished = report.step + 1
+        self.last = {**rollout_metrics(report.scored, report.failed), **report.metrics, **self._rates(report), **more}
+        self._writer.write(finished, self.last)
+        write_rollouts(self._folder, finished, report)
+        shown = {"reward": "reward/mean", "length": "response_length/mean", "tokens/s": "perf/tokens_per_s"}
+        self._progress.update(finished, {short: self.last[name] for short, name in shown.items()})
+
+    def _rates(self, report: StepReport) -> Metrics:
+        tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in report.scored)
+        per_s = tokens / report.metrics["timing_s/step"]
+        return {"perf/tokens_per_s": per_s, "perf/tokens_per_s_per_gpu": per_s / self._num_ranks}
+
+
+def rollout_metrics(scored: Sequence[ScoredRollout], failed: Sequence[FailedRollout]) -> Metrics:
+    """Rewards, lengths and failures of a step's rollouts."""
+    metrics = _describe("reward", [answer.reward for answer in scored], "mean", "std", "min", "max")
+    for name in sorted({name for answer in scored for name in answer.rewards}):
+        metrics |= _describe(f"reward/{name}", [answer.rewards[name] for answer in scored if name in answer.rewards], "mean", "std")
+    for skill in sorted({answer.rollout.prompt.skill for answer in scored}):
+        metrics |= _describe(f"reward/skill/{skill}", [answer.reward for answer in scored if answer.rollout.prompt.skill == skill], "mean")
+    metrics |= _describe("response_length", [len(answer.rollout.response_T) for answer in scored], "mean", "max")
+    metrics |= _describe("prompt_length", [len(answer.rollout.prompt.tokens_S) for answer in scored], "mean", "max")
+    metrics["response_length/clip_ratio"] = float(np.mean([answer.rollout.finish == "length" for answer in scored]))
+    metrics["rollout/failed_count"] = float(len(failed))
+    metrics["rollout/failed_ratio"] = len(failed) / (len(failed) + len(scored))
+    return metrics | {f"rollout/failed/{reason}": float(count) for reason, count in Counter(failure.reason for failure in failed).items()}
+
+
+def write_rollouts(folder: Path, finished: int, report: StepReport) -> None:
+    """One file a step, whole or not at all; a step that is run again replaces its file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [_scored_line(answer, float(advantage)) for answer, advantage in zip(report.scored, report.advantages_R, strict=True)]
+    lines += [{"key": failure.prompt.key, "sample": failure.sample, "failed": failure.reason, "detail": failure.detail} for failure in report.failed]
+    path = folder / f"step_{finished:06d}.jsonl.gz"
+    draft = path.with_suffix(".partial")
+    with gzip.open(draft, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    draft.replace(path)
+
+
+def _scored_line(answer: ScoredRollout, advantage: float) -> dict[str, object]:
+    rollout = answer.rollout
+    return {
+        "key": rollout.prompt.key,
+        "sample": rollout.sample,
+        "skill": rollout.prompt.skill,
+        "answer": rollout.prompt.answer,
+        "text": rollout.text,
+        "finish": rollout.finish,
+        "reward": answer.reward,
+        "rewards": dict(answer.rewards),
+        "advantage": round(advantage, 6),
+        "seed": rollout.seed,
+        "version": rollout.version,
+    }
+
+
+def _describe(name: str, values: Sequence[float], *statistics: str) -> Metrics:
+    return {f"{name}/{statistic}": float(getattr(np.asarray(values, dtype=float), statistic)()) for statistic in statistics}

@@ -1,0 +1,88 @@
+"""One rank of a rollout replica: holds a model and an engine, generates, and takes new weights. Lives in a process of its own, as long as that process.
+
+    open -> (receive_weights -> load_weights -> generate)*
+
+A replica is a world of its own: its ranks share nothing with the learner's but the short meetings of `weight_sync.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ext.batch import FailedRollout, Prompt, Rollout
+from megatron_ext.checkpoint.full_tensors import load_full_tensors
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.errors import WeightSyncError
+from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.replica import tokenizer_folder
+from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.model.assembly import build_model
+from megatron_ext.parallel.groups import open_parallel
+from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
+from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Where a rank stands in its replica: ranks of different `dp_rank` answer different prompts, of equal `dp_rank` the same ones; `speaks` marks the one
+    that returns them.
+    """
+
+    dp_rank: int
+    dp_size: int
+    speaks: bool
+
+
+class RolloutRank:
+    """The role; see `ranks.Host`. Its methods are the verbs."""
+
+    def open(self, config: RunConfig, place: Place) -> Lane:
+        """Joins the replica's world and builds the model, whose weights are random until the first `load_weights`."""
+        loopback_gloo()
+        parallel = config.rollout.parallel
+        self._world = ExitStack()  # stays open as long as the process
+        self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
+        tokenizer = Tokenizer.load(tokenizer_folder(config))
+        self._config, self._version = config, -1
+        self._model = build_model(config.model, tokenizer.image_id, self._context)
+        self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
+        self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+        return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
+
+    def receive_weights(self, meeting: Meeting, place: int, version: int) -> None:
+        """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
+        self._staged = None
+        try:
+            parcel = receive(join_meeting(meeting, place))
+        except RuntimeError as error:
+            raise WeightSyncError(f"the broadcast of generation {meeting.generation} failed: {error}") from None
+        self._staged = version, unpack(parcel, version)
+
+    def load_weights(self, version: int) -> None:
+        """Loads what was staged; from now on rollouts carry this version."""
+        if self._staged is None or self._staged[0] != version:
+            raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
+        load_full_tensors(self._model, self._staged[1], self._context)
+        self._version, self._staged = version, None
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
+        """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""
+        limit = self._config.model.max_positions - self._config.rollout.max_new_tokens
+        fitting = [prompt for prompt in prompts if len(prompt.tokens_S) <= limit]
+
+        def seeds(index: int, sample: int) -> int:
+            return rollout_seed(self._config.seed, step, fitting[index].key, sample)
+
+        rollouts = self._engine.generate(fitting, samples, seeds=seeds, version=self._version, greedy=greedy)
+        if self._context.tp_rank != 0:
+            return []
+        return [*rollouts, *(_too_long(prompt, sample, limit) for prompt in prompts if len(prompt.tokens_S) > limit for sample in range(samples))]
+
+
+def _too_long(prompt: Prompt, sample: int, limit: int) -> FailedRollout:
+    return FailedRollout(prompt, sample, "prompt_too_long", f"{len(prompt.tokens_S)} tokens; model.max_positions leaves room for {limit}")

@@ -1,0 +1,129 @@
+"""The reinforcement-learning stage, from a configuration to a folder that holds its result.
+
+    stage_dir/  metrics.jsonl   rollouts/   checkpoints/step_.../   earl_sigma.json
+
+    tokenizer, clusters -> fleet (Ray actors or local processes) -> loop -> metrics, rollouts, checkpoints
+
+Running the stage again continues it from its latest checkpoint. A rank that dies, or a check that fails, ends the stage with an error that names it; it can
+then be run again. Ctrl-C and SIGTERM end it after the step, with a checkpoint; a second Ctrl-C at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.batch import Prompt, Rollout
+from megatron_ext.checkpoint.dist import latest_step
+from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.suite import ALL_SKILLS, SKILLS, check, draw_prompts
+from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.earl.clusters import ExpertClusters
+from megatron_ext.earl.files import read_clusters
+from megatron_ext.errors import StoppedForRequeue, UserError
+from megatron_ext.inference.replica import tokenizer_folder
+from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.observe.metrics import MetricsWriter, read_metrics
+from megatron_ext.observe.progress import stage_progress
+from megatron_ext.rl import fleet as fleets
+from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.learner import CHECKPOINTS
+from megatron_ext.rl.loop import Metrics, Recipe, run_loop
+from megatron_ext.rl.ranks import Host, Switchboard
+from megatron_ext.rl.record import Recorder
+from megatron_ext.rl.reward_pool import RewardPool
+from megatron_ext.training.stopping import stop_on_signals
+
+REWARD_WORKERS = 2
+VALIDATION_SEED = 1
+
+
+def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: Path | None, deadlines: fleets.Deadlines = fleets.DEADLINES) -> Metrics:
+    """Improves `sft_checkpoint` for `config.rl.steps` steps. Returns the last metrics and `step`. Raises StoppedForRequeue when a signal stopped it.
+
+    `clusters` is `expert_clusters.json`; with `earl.enabled` it must be there and of this model.
+    """
+    if (latest_step(stage_dir / CHECKPOINTS) or -1) >= config.rl.steps:
+        return read_metrics(stage_dir)[-1]
+    found = _clusters(config, clusters)
+    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    workers = min(REWARD_WORKERS, os.cpu_count() or 1)
+    with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config) as host, stop_on_signals() as stop:
+        fleet, learner = fleets.start(Switchboard(host), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
+        first = learner.finished_steps
+        if stop.received is not None:
+            raise StoppedForRequeue(f"stopped before step {first + 1}: run again to resume")
+        with MetricsWriter(stage_dir) as writer, stage_progress("rl", config.rl.steps, first) as progress:
+            record = Recorder(stage_dir, writer, progress, fleets.num_ranks(config))
+            recipe = Recipe(
+                steps=config.rl.steps,
+                samples=config.rl.rollouts_per_prompt,
+                draw=lambda step: prompts_of_step(step, config, tokenizer),
+                credit=Credit(config, found, tokenizer.tag_ids, stage_dir),
+                save_every=config.rl.save_every,
+                after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
+                stop_requested=lambda: stop.received is not None,
+            )
+            run_loop(recipe, fleet, scorer, learner, first)
+    return {**record.last, "step": float(config.rl.steps)}
+
+
+def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
+    if not config.earl.enabled:
+        return None
+    if path is None:
+        raise UserError("earl.enabled", "is true, but there are no expert clusters", "run `discover` first, or set earl.enabled=false")
+    return read_clusters(path, config.model)
+
+
+@contextmanager
+def open_host(config: RunConfig) -> Iterator[Host]:
+    """Where the ranks live."""
+    if config.rl.fleet == "local":
+        from megatron_ext.rl.local_fleet import local_host
+
+        with local_host() as host:
+            yield host
+    else:
+        from megatron_ext.rl.ray_fleet import ray_host
+
+        with ray_host(fleets.num_ranks(config)) as host:
+            yield host
+
+
+def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[Prompt]:
+    """The prompts of a step, a function of (seed, step): skills by `rl.mix` (`qa` shared equally by the single skills), never the same prompt in two steps."""
+    prompts = []
+    for skill, count in skill_counts(step, config).items():
+        start = step * config.rl.prompts_per_step
+        prompts += draw_prompts("train", [skill], count, config.seed, config.data, tokenizer, config.model.vision, start)
+    order = np.random.default_rng(rollout_seed(config.seed, "order", step)).permutation(len(prompts))
+    return [prompts[index] for index in order]
+
+
+def skill_counts(step: int, config: RunConfig) -> dict[str, int]:
+    """How many prompts of each skill: they sum to `prompts_per_step`, and over steps each skill gets its share exactly on average (systematic sampling)."""
+    qa, composite = config.rl.mix.get("qa", 0.0), config.rl.mix.get("composite", 0.0)
+    weights = np.array([qa / len(SKILLS)] * len(SKILLS) + [composite])
+    edges = np.concatenate([[0.0], np.cumsum(weights / weights.sum())]) * config.rl.prompts_per_step
+    offset = np.random.default_rng(rollout_seed(config.seed, "mix", step)).random()
+    counts = np.diff(np.floor(edges + offset + 1e-9)).astype(int)
+    return dict(zip(ALL_SKILLS, counts.tolist(), strict=True))
+
+
+def validate(finished: int, config: RunConfig, fleet: fleets.MegatronFleet, tokenizer: Tokenizer) -> Metrics:
+    """`val/val/<skill>/accuracy`: greedy answers on the validation split, every `eval_every` steps."""
+    every = config.rl.eval_every
+    if not every or finished % every:
+        return {}
+    prompts = draw_prompts("val", ALL_SKILLS, config.evaluate.prompts_per_skill, VALIDATION_SEED, config.data, tokenizer, config.model.vision)
+    verdicts: dict[str, list[bool]] = {}
+    for answer in fleet.generate(prompts, 1, finished, greedy=True):
+        right = isinstance(answer, Rollout) and check(answer.prompt.meta, answer.text).correct
+        verdicts.setdefault(answer.prompt.skill, []).append(right)
+    return {f"val/val/{skill}/accuracy": sum(right) / len(right) for skill, right in verdicts.items()}

@@ -1,0 +1,171 @@
+"""Ray for real, small: ranks answer, failures are named at once, nothing listens outside this machine, and nothing is left behind however a run ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_ext.errors import RankFailed, UserError
+from megatron_ext.rl.local_fleet import local_host
+from megatron_ext.rl.ranks import Call, Switchboard
+from megatron_ext.rl.ray_cluster import cluster_processes
+from megatron_ext.rl.ray_fleet import place_ranks, ray_host
+from tests.support.clerk import Clerk
+
+
+@pytest.fixture(scope="module")
+def ray_ranks():
+    with ray_host(12) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def local_ranks():
+    with local_host() as host:
+        yield host
+
+
+@pytest.fixture(params=["local_ranks", "ray_ranks"])
+def host(request):
+    """Both kinds of host must behave alike."""
+    return request.getfixturevalue(request.param)
+
+
+def clerks(host, *names):
+    return host.start(Clerk, names)
+
+
+def test_ranks_keep_their_state_and_answer_in_the_order_of_the_calls(host):
+    first, second = clerks(host, "learner rank 0", "learner rank 1")
+    board = Switchboard(host)
+    assert board.ask([Call(first, "remember", (1,)), Call(second, "remember", (2,))], 60) == [[1], [2]]
+    assert board.ask([Call(second, "remember", (3,)), Call(first, "remember", (4,))], 60) == [[2, 3], [1, 4]]
+
+
+def test_a_users_mistake_found_by_a_rank_arrives_as_it_is(host):
+    (clerk,) = clerks(host, "careful rank")
+    with pytest.raises(UserError, match=r"rl.steps: -1 is negative; use 0 or more"):
+        Switchboard(host).ask([Call(clerk, "refuse")], 60)
+
+
+def test_any_other_error_names_the_rank_and_carries_its_traceback(host):
+    (clerk,) = clerks(host, "rollout replica 0 rank 0")
+    with pytest.raises(RankFailed, match=r"(?s)rollout replica 0 rank 0 failed.*in stumble.*no such thing"):
+        Switchboard(host).ask([Call(clerk, "stumble")], 60)
+
+
+def test_a_rank_that_dies_is_named_at_once_while_its_peers_still_work(host):
+    dying, busy = clerks(host, "the dying rank", "the busy rank")
+    board = Switchboard(host)
+    board.ask([Call(dying, "remember", (1,)), Call(busy, "remember", (1,))], 60)
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match="the dying rank"):
+        board.ask([Call(busy, "sleep", (30.0,)), Call(dying, "die")], 60)
+    assert time.monotonic() - start < 15
+
+
+def test_a_rank_that_hangs_is_named_at_the_deadline(host):
+    slow, quick = clerks(host, "the slow rank", "the quick rank")
+    board = Switchboard(host)
+    board.ask([Call(slow, "remember", (1,)), Call(quick, "remember", (1,))], 60)
+    with pytest.raises(RankFailed, match=r"no answer to 'sleep' within 1 s from the slow rank$"):
+        board.ask([Call(slow, "sleep", (4.0,)), Call(quick, "sleep", (0.0,))], 1)
+
+
+def test_errors_that_the_caller_settles_stand_among_the_answers_and_everyone_is_waited_for(host):
+    good, bad = clerks(host, "the good rank", "the bad rank")
+    answers = Switchboard(host).ask([Call(bad, "refuse"), Call(good, "remember", (1,))], 60, settle=(UserError,))
+    assert isinstance(answers[0], UserError) and answers[1] == [1]
+
+
+def test_every_socket_of_the_cluster_is_on_the_loopback_address(ray_ranks):
+    clerks(ray_ranks, "a rank with sockets")
+    listening = [
+        connection.laddr.ip
+        for process in cluster_processes(ray_ranks.folder / "token")
+        for connection in psutil.Process(process).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_a_client_without_the_token_is_refused(ray_ranks):
+    import grpc
+    import ray
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel, pytest.raises(grpc.RpcError) as refusal:
+        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(gcs_service_pb2.GetAllNodeInfoRequest(), timeout=5)
+    assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_clusters_folder_and_token_are_private(ray_ranks):
+    assert ray_ranks.folder.stat().st_mode & 0o777 == 0o700
+    assert (ray_ranks.folder / "token").stat().st_mode & 0o777 == 0o600
+    assert max(len(str(path)) for path in ray_ranks.folder.rglob("sockets/*")) < 107
+
+
+BUSY_RUN = """
+from megatron_ext.rl.ranks import Call, Switchboard
+from megatron_ext.rl.ray_fleet import ray_host
+from tests.support.clerk import Clerk
+
+with ray_host(2) as host:
+    ranks = host.start(Clerk, ["a", "b"])
+    board = Switchboard(host)
+    board.ask([Call(rank, "remember", (1,)) for rank in ranks], 60)
+    print(host.folder, flush=True)
+    board.ask([Call(rank, "sleep", (60.0,)) for rank in ranks], 60)
+"""
+
+
+def test_ctrl_c_ends_a_busy_run_at_once_and_leaves_nothing_behind():
+    """Ctrl-C reaches every process of the terminal's process group, so the signal is sent to the group."""
+    root = Path(__file__).resolve().parents[2]
+    driver = subprocess.Popen([sys.executable, "-c", BUSY_RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root, start_new_session=True)
+    try:
+        folder = Path(driver.stdout.readline().strip())
+        assert len(cluster_processes(folder / "token")) >= 6
+        os.killpg(driver.pid, signal.SIGINT)
+        start = time.monotonic()
+        assert driver.wait(timeout=30) != 0
+        assert time.monotonic() - start < 25
+        assert "KeyboardInterrupt" in driver.stderr.read()
+        assert cluster_processes(folder / "token") == []
+        assert not folder.exists()
+    finally:
+        driver.kill()
+
+
+def test_ranks_that_follow_each_other_are_on_different_gpus():
+    bundles, share = place_ranks(num_ranks=6, num_gpus=4)
+    assert [bundle["GPU"] for bundle in bundles] == [1, 1, 1, 1] and share["num_gpus"] == 0.5
+    assert place_ranks(4, 4)[1]["num_gpus"] == 1.0
+    assert place_ranks(3, 1)[1]["num_gpus"] == 0.33
+    assert "num_gpus" not in place_ranks(4, 0)[1] and len(place_ranks(4, 0)[0]) == 4
+
+
+def test_a_failing_run_leaves_nothing_behind_and_restores_the_environment():
+    before = dict(os.environ)
+    script = (
+        "import os; before = dict(os.environ)\n"
+        "from megatron_ext.rl.ray_cluster import local_cluster, cluster_processes\n"
+        "try:\n"
+        "    with local_cluster(num_cpus=1) as folder:\n"
+        "        assert len(cluster_processes(folder / 'token')) >= 4\n"
+        "        raise ValueError('the run fails')\n"
+        "except ValueError:\n"
+        "    pass\n"
+        "assert not folder.exists() and cluster_processes(folder / 'token') == [] and dict(os.environ) == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert dict(os.environ) == before

@@ -1,0 +1,173 @@
+"""The reinforcement-learning stage for real, small: two steps on a random model, over local processes and over Ray, stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import signal
+
+import pytest
+
+from megatron_ext.checkpoint.dist import latest_step
+from megatron_ext.config.schema import EarlConfig, EvaluateConfig, ParallelConfig
+from megatron_ext.errors import RankFailed, StoppedForRequeue, UserError
+from megatron_ext.observe.metrics import read_metrics
+from megatron_ext.rl import fleet as fleets
+from megatron_ext.rl import run as rl
+from tests.support.rl_run import prepare, rl_config, save_clusters
+
+EXPECTED = {
+    "reward": ("mean", "std", "min", "max", "frac_zero_std_groups"),
+    "advantage": ("mean", "min", "max"),
+    "actor": ("pg_loss", "loss", "grad_norm", "lr", "entropy", "ppo_kl", "clipfrac_low", "clipfrac_high", "ratio_max"),
+    "mismatch": ("logprob_abs_diff_mean", "logprob_abs_diff_max"),
+    "response_length": ("mean", "max", "clip_ratio"),
+    "prompt_length": ("mean", "max"),
+    "rollout": ("failed_count", "failed_ratio"),
+    "timing_s": ("generate", "reward", "old_log_prob", "update", "sync", "step"),
+    "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "peak_memory_bytes"),
+    "moe": ("max_vio", "load_entropy"),
+    "route": ("coverage", "digest_ok"),
+    "sync": ("bytes", "digest_ok"),
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The configuration, and the checkpoint that every run of this module starts from."""
+    config = rl_config(tmp_path_factory.mktemp("runs"))
+    return config, prepare(config)
+
+
+def change(config, **rl_changes):
+    return config.model_copy(update={"rl": config.rl.model_copy(update=rl_changes)})
+
+
+@pytest.fixture(scope="module")
+def finished(start, tmp_path_factory):
+    """A two-step run that nothing disturbed: its folder, and what it returned."""
+    config, checkpoint = start
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, rl.run_rl(config, folder, checkpoint, None)
+
+
+def numbers(folder):
+    """Every step's metrics but for what the clock and the memory say."""
+    records = read_metrics(folder)
+    return [{name: value for name, value in record.items() if name != "time" and not name.startswith(("timing_s", "perf"))} for record in records]
+
+
+def test_two_steps_leave_metrics_a_checkpoint_and_what_was_answered(start, finished):
+    folder, last = finished
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [1, 2] and last["step"] == 2
+    names = [f"{family}/{name}" for family, members in EXPECTED.items() for name in members]
+    assert [name for name in names if not math.isfinite(records[0].get(name, math.nan))] == []
+    assert latest_step(folder / "checkpoints") == 2
+    with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    assert len(lines) == 24 and len({(line["key"], line["sample"]) for line in lines}) == 24
+    assert {line["version"] for line in lines} == {0} and len({line["seed"] for line in lines}) == 24
+
+
+def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_rounding(finished):
+    for record in read_metrics(finished[0]):
+        assert record["route/digest_ok"] == 1 and record["route/coverage"] == 1
+        assert record["mismatch/logprob_abs_diff_max"] < 1e-5
+        assert record["actor/ratio_max"] == 1
+
+
+def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
+    config, checkpoint = start
+    monkeypatch.setattr(rl, "open_host", None)
+    assert rl.run_rl(config, finished[0], checkpoint, None)["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("learner", "rollout", "replicas"),
+    [
+        pytest.param(ParallelConfig(), ParallelConfig(), 1, id="one learner rank and one replica"),
+        pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), 1, id="a TP2 learner and an EP2 replica"),
+        pytest.param(ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, tp=2), 1, id="an EP2 learner and a TP2 replica"),
+    ],
+)
+def test_every_layout_computes_the_same_steps(start, finished, tmp_path, learner, rollout, replicas):
+    config, checkpoint = start
+    settings = config.rollout.model_copy(update={"parallel": rollout, "replicas": replicas})
+    rl.run_rl(config.model_copy(update={"parallel": learner, "rollout": settings}), tmp_path, checkpoint, None)
+    first, reference = numbers(tmp_path)[0], numbers(finished[0])[0]
+    for name in ("reward/mean", "response_length/mean", "actor/grad_norm", "actor/entropy", "advantage/max"):
+        assert first[name] == pytest.approx(reference[name], rel=1e-4), name
+    assert numbers(tmp_path)[1]["reward/mean"] == pytest.approx(numbers(finished[0])[1]["reward/mean"], rel=0.1)
+
+
+def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_path):
+    config, checkpoint = start
+    rl.run_rl(change(config, fleet="ray"), tmp_path, checkpoint, None)
+    assert numbers(tmp_path) == numbers(finished[0])
+
+
+def at_step(number, action, monkeypatch):
+    """Does something when the prompts of that step are drawn."""
+    draw = rl.prompts_of_step
+
+    def draw_and_act(step, config, tokenizer):
+        if step == number:
+            action()
+        return draw(step, config, tokenizer)
+
+    monkeypatch.setattr(rl, "prompts_of_step", draw_and_act)
+
+
+def test_a_run_that_was_asked_to_stop_resumes_as_if_it_never_had(start, finished, tmp_path, monkeypatch):
+    config, checkpoint = start
+    with monkeypatch.context() as patch:
+        at_step(0, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
+        with pytest.raises(StoppedForRequeue, match="after step 1 of 2"):
+            rl.run_rl(config, tmp_path, checkpoint, None)
+    assert latest_step(tmp_path / "checkpoints") == 1
+    rl.run_rl(config, tmp_path, checkpoint, None)
+    assert numbers(tmp_path) == numbers(finished[0])
+
+
+def test_a_replica_that_dies_is_named_and_the_run_resumes_from_its_checkpoint(start, finished, tmp_path, monkeypatch):
+    config, checkpoint = start
+    config = change(config, save_every=1)
+    ranks = []
+    begin = fleets.start
+
+    def begin_and_remember(board, *arguments):
+        fleet, learner = begin(board, *arguments)
+        ranks.extend(fleet._ranks)
+        return fleet, learner
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fleets, "start", begin_and_remember)
+        at_step(1, lambda: ranks[1].process[0].kill(), patch)
+        with pytest.raises(RankFailed, match=r"rollout replica 1 rank 0 .* ended with exit code -9"):
+            rl.run_rl(config, tmp_path, checkpoint, None)
+    rl.run_rl(config, tmp_path, checkpoint, None)
+    assert numbers(tmp_path) == numbers(finished[0])
+
+
+def test_a_bonus_without_expert_clusters_is_refused_before_anything_starts(start, tmp_path):
+    config, checkpoint = start
+    with pytest.raises(UserError, match=r"earl.enabled: .* run `discover` first"):
+        rl.run_rl(config.model_copy(update={"earl": EarlConfig()}), tmp_path, checkpoint, None)
+
+
+def test_minibatches_a_reference_the_bonus_validation_and_failing_rewards_run_together(start, tmp_path):
+    config, checkpoint = start
+    earl = EarlConfig(warmup=0.0, cooldown=0.0, correct_threshold=0.2)
+    config = change(config, minibatches=3, kl_coeff=0.1, algorithm="dr_grpo", eval_every=2, reward="tests.support.vowels:moody_vowels")
+    config = config.model_copy(update={"earl": earl, "evaluate": EvaluateConfig(prompts_per_skill=2, sampled_prompts_per_skill=2)})
+    clusters = save_clusters(config, tmp_path / "expert_clusters.json")
+    rl.run_rl(config, tmp_path / "rl", checkpoint, clusters)
+    first, second = numbers(tmp_path / "rl")
+    assert first["actor/kl_ref"] > 0 and first["actor/ratio_max"] > 1
+    assert first["earl/lambda"] == 0.3 and first["earl/bonus_mean"] > 0 and 0 < first["earl/bonus_share"] <= 0.5
+    assert 0 < first["earl/cluster_usage/color"] < 1
+    assert "val/val/ocr/accuracy" not in first and second["val/val/ocr/accuracy"] in (0, 0.5, 1)
+    assert first["rollout/failed_count"] == first["rollout/failed/reward_raised"] in (8, 12, 16) and "earl/cluster_usage/composite" not in first

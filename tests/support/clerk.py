@@ -1,0 +1,32 @@
+"""A role without a model, for tests of the hosts. In a light module of its own, because ranks import it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from megatron_ext.errors import UserError
+
+
+class Clerk:
+    """A rank without a model."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def remember(self, value: object) -> list[object]:
+        self.seen.append(value)
+        return list(self.seen)
+
+    def refuse(self) -> None:
+        raise UserError("rl.steps", "-1 is negative", "use 0 or more")
+
+    def stumble(self) -> None:
+        raise KeyError("no such thing")
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,17 @@
+"""A reward for tests, in a light module of its own, because reward workers import it."""
+
+from __future__ import annotations
+
+from megatron_ext.batch import Prompt
+
+
+def vowels(prompt: Prompt, response: str) -> float:
+    """A reward that a random model earns now and then: the share of vowels in what it wrote."""
+    return sum(letter in "aeiou" for letter in response) / max(len(response), 1)
+
+
+def moody_vowels(prompt: Prompt, response: str) -> float:
+    """The same, but composites make it raise."""
+    if prompt.skill == "composite":
+        raise ValueError("not today")
+    return vowels(prompt, response)

@@ -1,0 +1,130 @@
+"""From scored rollouts to microbatches: nothing is lost, nothing is invented, padding is never trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, route_digest
+from megatron_ext.rl.batching import FILLER_KEY, BatchForm, join, microbatches, plan_shards, split_by_cost
+
+PAD = 0
+LAYERS_TOPK = (2, 3)
+
+
+def scored(key, sample, prompt_length, response_length, num_images=1, version=4):
+    """Tokens, log-probs and routes are drawn from the row's name, so that every row differs from every other."""
+    rng = np.random.default_rng([*key.encode(), sample])
+    images = tuple(np.full((2, 2, 3), sum(key.encode()) + index, np.uint8) for index in range(num_images))
+    prompt = Prompt(key, "count", rng.integers(1, 99, prompt_length).astype(np.int32), images, "3")
+    experts = rng.integers(0, 8, (prompt_length + response_length - 1, *LAYERS_TOPK)).astype(np.uint8)
+    routes = RouteTrace(experts, np.full(experts.shape, 1 / 3, np.float16))
+    response = rng.integers(1, 99, response_length)
+    return ScoredRollout(Rollout(prompt, sample, 0, version, response, rng.normal(size=response_length).astype(np.float32), "stop", "", routes), 1.0, {})
+
+
+@st.composite
+def steps(draw):
+    """The scored rollouts of a step: groups of unequal sizes (some rollouts have failed), prompts with none to two images."""
+    answers = []
+    for index in range(draw(st.integers(1, 6))):
+        prompt_length, num_images = draw(st.integers(1, 5)), draw(st.integers(0, 2))
+        for sample in range(draw(st.integers(1, 4))):
+            answers.append(scored(f"p{index}", sample, prompt_length, draw(st.integers(1, 6)), num_images))
+    return answers
+
+
+def plan(answers, minibatches=1, dp_size=2, multiple=1):
+    return plan_shards(answers, np.arange(len(answers)) + 1.0, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=PAD)
+
+
+def rows(shard):
+    """key -> what the learner sees of the row, up to its length."""
+    batch, seen = shard.batch, {}
+    for row, key in enumerate(shard.keys_B):
+        if key == FILLER_KEY:
+            assert batch.response_mask_BS[row].sum() == 0 and batch.advantages_B[row] == 0 and (batch.row_tiles_BM[row] == -1).all()
+            continue
+        length = shard.lengths_B[row]
+        assert batch.response_mask_BS[row, length:].sum() == 0, "padding is never trained on"
+        assert (batch.tokens_BS[row, length:] == PAD).all() and (batch.experts_BSLK[row, length - 1 :] == -1).all()
+        tiles = [batch.tiles_IHWC[tile].tolist() for tile in batch.row_tiles_BM[row] if tile >= 0]
+        arrays = (batch.tokens_BS, batch.response_mask_BS, batch.logprobs_BS, batch.experts_BSLK)
+        seen[key] = ([array[row, :length].tolist() for array in arrays], float(batch.advantages_B[row]), tiles, shard.digests_B[row])
+    return seen
+
+
+def test_a_row_holds_the_prompt_then_the_response_and_only_the_response_is_trained_on():
+    answer = scored("p", 0, 3, 2)
+    batch = join([answer], np.array([0.5]), 1, BatchForm.of([answer], 4, PAD)).batch
+    assert batch.tokens_BS.tolist() == [[*answer.rollout.prompt.tokens_S, *answer.rollout.response_T, PAD, PAD, PAD]]
+    assert batch.response_mask_BS.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
+    assert batch.logprobs_BS[0, 3:5].tolist() == answer.rollout.logprobs_T.tolist()
+    assert (batch.experts_BSLK[0, :4] == answer.rollout.routes.experts_SLK).all() and (batch.experts_BSLK[0, 4:] == -1).all()
+    assert batch.version == 4
+
+
+def test_the_rollouts_of_a_prompt_share_its_image():
+    shard = plan([scored("p", sample, 3, 2) for sample in range(4)] + [scored("q", 0, 3, 2)], dp_size=1)[0][0]
+    assert len(shard.batch.tiles_IHWC) == 2
+    assert sorted(shard.batch.row_tiles_BM[:, 0].tolist()) in ([0, 0, 0, 0, 1], [0, 1, 1, 1, 1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]))
+def test_split_over_minibatches_ranks_and_microbatches_every_row_is_there_exactly_once_and_unchanged(answers, minibatches, dp_size, micro_batch, multiple):
+    whole = rows(join(answers, np.arange(len(answers)) + 1.0, len(answers), BatchForm.of(answers, multiple, PAD)))
+    parts = [rows(part) for own in plan(answers, minibatches, dp_size, multiple) for shard in own for part in microbatches(shard, micro_batch, multiple)]
+    assert sum(len(part) for part in parts) == len(answers)
+    assert {key: row for part in parts for key, row in part.items()} == whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_every_rank_runs_equally_many_microbatches_of_every_minibatch(answers, minibatches, dp_size, micro_batch):
+    counts = [[len(microbatches(shard, micro_batch, 1)) for shard in own] for own in plan(answers, minibatches, dp_size)]
+    assert all(count == counts[0] for count in counts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.integers(1, 3), st.integers(1, 3))
+def test_a_group_is_never_split_over_minibatches_or_ranks(answers, minibatches, dp_size):
+    homes: dict[str, set[tuple[int, int]]] = {}
+    for rank, own in enumerate(plan(answers, minibatches, dp_size)):
+        for number, shard in enumerate(own):
+            for key in filter(None, shard.keys_B):
+                homes.setdefault(key.split("#")[0], set()).add((rank, number))
+    assert all(len(home) == 1 for home in homes.values())
+
+
+def test_microbatches_are_sorted_by_length_and_as_short_as_their_longest_row():
+    answers = [scored(f"p{length}", 0, 1, length) for length in (9, 1, 5, 3)]
+    parts = microbatches(plan(answers, dp_size=1)[0][0], 2, 1)
+    assert [part.lengths_B.tolist() for part in parts] == [[2, 4], [6, 10]]
+    assert [part.batch.tokens_BS.shape[1] for part in parts] == [4, 10]
+    assert [len(part.batch.tiles_IHWC) for part in parts] == [2, 2]
+
+
+def test_ranks_get_groups_of_like_lengths():
+    answers = [scored(f"p{length}", 0, 1, length) for length in (8, 7, 2, 1)]
+    tokens = [int(own[0].lengths_B.sum()) for own in plan(answers)]
+    assert tokens == [11, 11]
+
+
+def test_digests_identify_the_routes_that_each_rollout_recorded():
+    answer = scored("p", 0, 3, 2)
+    assert join([answer], np.zeros(1), 1, BatchForm.of([answer], 1, PAD)).digests_B == (route_digest(answer.rollout.routes.experts_SLK),)
+
+
+def test_rollouts_of_two_versions_cannot_be_in_one_batch():
+    with pytest.raises(ValueError, match=r"versions \[1, 2\]"):
+        plan([scored("p", 0, 1, 1, version=1), scored("p", 1, 1, 1, version=2)])
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 5))
+def test_split_by_cost_keeps_everything_and_no_part_exceeds_the_mean_by_more_than_one_item(costs, parts):
+    lists = split_by_cost(costs, parts)
+    assert sorted(index for part in lists for index in part) == list(range(len(costs)))
+    assert max(sum(costs[index] for index in part) for part in lists) <= sum(costs) / parts + max(costs)

@@ -1,0 +1,109 @@
+"""From rewards to advantages, with and without the bonus; tables with holes where rollouts failed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.config.schema import EarlConfig, ModelConfig, RLConfig, RunConfig
+from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
+from megatron_ext.rl.credit import SIGMA_FILE, Credit, Table
+
+TAGS = {"ocr": (90, 91), "count": (92, 93)}
+
+
+def scored(key, sample, reward, skill="ocr", mass=0.5, response=(1, 2)):
+    """Two experts, one layer: expert 0 takes `mass` of every response token."""
+    length = 1 + len(response)
+    experts = np.broadcast_to(np.array([0, 1], np.uint8), (length, 1, 2))
+    gates = np.broadcast_to(np.array([mass, 1 - mass], np.float16), (length, 1, 2))
+    prompt = Prompt(key, skill, np.array([5, 6], np.int32), (), "")
+    tokens = np.array(response)
+    return ScoredRollout(Rollout(prompt, sample, 0, 0, tokens, np.zeros(len(tokens), np.float32), "stop", "", RouteTrace(experts, gates)), reward, {})
+
+
+def clusters(*skills, sigma=0.1):
+    """Expert 0 of the only layer is the cluster of every skill."""
+    found = tuple(SkillCluster(skill, "ok", "", 9, (PairEffect(0, 0, 0.1, 2.0, 9.0, 0.001, 1.0),), sigma, 0.9, None, 1.0, None) for skill in skills)
+    table = np.full((len(skills), 1, 2), 0.5)
+    return ExpertClusters(1, 2, found, table, table * 0, np.zeros(1), 4.0, RunConfig().discover, 0, "sft")
+
+
+def config(samples=4, **earl):
+    settings = EarlConfig(**{"warmup": 0.0, "cooldown": 0.0, "bonus": 0.2, **earl})
+    return RunConfig(model=ModelConfig(num_layers=3), rl=RLConfig(rollouts_per_prompt=samples, algorithm="dr_grpo"), earl=settings)
+
+
+def test_advantages_come_in_the_order_of_the_rollouts_whatever_that_is(tmp_path):
+    """Group a: rewards 1, 0 -> +-1/2. Group b: rewards 2, 0, 1 -> 1, -1, 0."""
+    answers = [scored("b", 0, 2.0), scored("a", 1, 0.0), scored("b", 3, 0.0), scored("a", 0, 1.0), scored("b", 1, 1.0)]
+    advantages, metrics = Credit(config(), None, TAGS, tmp_path)(answers, 0)
+    assert advantages.tolist() == [1.0, -0.5, -1.0, 0.5, 0.0]
+    assert metrics["reward/frac_zero_std_groups"] == 0 and metrics["advantage/max"] == 1
+
+
+def test_a_group_that_lost_all_but_one_rollout_teaches_nothing(tmp_path):
+    advantages, metrics = Credit(config(), None, TAGS, tmp_path)([scored("a", 2, 1.0), scored("b", 0, 1.0), scored("b", 1, 0.0)], 0)
+    assert advantages.tolist() == [0.0, 0.5, -0.5]
+    assert metrics["reward/frac_zero_std_groups"] == 0.5
+
+
+def test_a_correct_answer_that_used_its_experts_more_gains_and_one_that_used_them_less_loses(tmp_path):
+    """Masses 0.55 and 0.45 around their mean 0.5, sigma 0.1: B = +-1/2. lambda 0.2: A = 1/2 +- 0.1. The wrong answer keeps -1."""
+    answers = [scored("a", 0, 1.0, mass=0.55), scored("a", 1, 1.0, mass=0.45), scored("a", 2, -0.5, mass=0.9)]
+    advantages, metrics = Credit(config(), clusters("ocr"), TAGS, tmp_path)(answers, 0)
+    assert advantages == pytest.approx([0.6, 0.4, -1.0], abs=1e-3)
+    assert metrics["earl/lambda"] == 0.2
+    assert metrics["earl/bonus_mean"] == pytest.approx(1 / 3, abs=1e-2)
+    assert metrics["earl/bonus_share"] == pytest.approx(0.2 / 2.0, abs=1e-2)
+    assert metrics["earl/cluster_usage/ocr"] == pytest.approx((0.55 + 0.45 + 0.9) / 3, abs=1e-3)
+
+
+def test_a_skill_without_a_cluster_gets_no_bonus(tmp_path):
+    answers = [scored("a", 0, 1.0, "count", 0.9), scored("a", 1, 1.0, "count", 0.1), scored("a", 2, 0.0, "count")]
+    with_bonus, metrics = Credit(config(), clusters("ocr"), TAGS, tmp_path)(answers, 0)
+    without, _ = Credit(config(), None, TAGS, tmp_path)(answers, 0)
+    assert with_bonus.tolist() == without.tolist()
+    assert "earl/cluster_usage/count" not in metrics
+
+
+def test_the_spread_of_a_composite_is_learnt_from_the_first_correct_answers_and_kept_for_a_resumed_run(tmp_path):
+    tagged = (90, 7, 91, 92, 8, 93)
+    answers = [scored("c", 0, 1.0, "composite", 0.6, tagged), scored("c", 1, 1.0, "composite", 0.4, tagged), scored("c", 2, 0.0, "composite", 0.5, tagged)]
+    first = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)(answers, 0)
+    sigma = json.loads((tmp_path / SIGMA_FILE).read_text())["composite"]
+    assert sigma == pytest.approx(np.std([0.6, 0.4], ddof=1), rel=1e-2)
+    later = [scored("d", sample, 1.0, "composite", mass, tagged) for sample, mass in ((0, 0.51), (1, 0.49))] + [scored("d", 2, 0.0, "composite")]
+    resumed = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)
+    resumed(later, 1)
+    assert json.loads((tmp_path / SIGMA_FILE).read_text())["composite"] == sigma
+    assert first[0][0] > first[0][1] > 0 > first[0][2]
+
+
+GROUPS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(GROUPS)
+def test_no_bonus_ever_changes_the_sign_of_an_advantage_or_touches_a_wrong_answer(tmp_path_factory, groups):
+    answers = [scored(f"p{index}", sample, round(reward), mass=mass) for index, group in enumerate(groups) for sample, (reward, mass) in enumerate(group)]
+    folder = tmp_path_factory.getbasetemp()
+    task, _ = Credit(config(), None, TAGS, folder)(answers, 0)
+    total, _ = Credit(config(), clusters("ocr"), TAGS, folder)(answers, 0)
+    assert (np.sign(total) == np.sign(task)).all()
+    wrong = np.array([answer.reward < 1 for answer in answers])
+    assert (total[wrong] == task[wrong]).all()
+
+
+@given(GROUPS)
+def test_spreading_over_the_table_and_gathering_is_the_identity(groups):
+    answers = [scored(f"p{index}", sample, 0.0) for index, group in enumerate(groups) for sample in range(len(group))]
+    table = Table.of(answers, 4)
+    values = np.arange(len(answers), dtype=float)
+    assert table.gather(table.spread(values)).tolist() == values.tolist()
+    assert table.valid_PG.sum() == len(answers) == np.isfinite(table.spread(values)).sum()

@@ -1,0 +1,137 @@
+"""The learner's forward pass on real rollouts of a real model: it agrees with the engine that sampled them, and refuses what it cannot vouch for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.batch import ScoredRollout
+from megatron_ext.batch.metric import merge_metrics
+from megatron_ext.config.schema import OptimizerConfig, RLConfig, RolloutConfig, RunConfig
+from megatron_ext.errors import RouteMismatch, UserError
+from megatron_ext.inference.engine import Engine
+from megatron_ext.model.assembly import build_model
+from megatron_ext.model.heads import banned_tokens, policy_logits
+from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.policy_step import Policy, policy_batch
+from megatron_ext.training.optimizer import build_optimizer
+from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
+
+SAMPLES = 3
+
+
+@pytest.fixture(scope="module")
+def model(context):
+    built = build_model(small_config(), IMAGE, context)
+    open_gates(built)
+    return build_optimizer(built, OptimizerConfig(warmup_steps=0), 10, context).model
+
+
+@pytest.fixture(scope="module")
+def answers(model, context):
+    engine = Engine(model.module, context, Words(), RolloutConfig(max_new_tokens=6, temperature=0.7))
+    rollouts = engine.generate(small_prompts(4), SAMPLES, seeds=lambda prompt, sample: 10 * prompt + sample, version=0)
+    return [ScoredRollout(rollout, float(len(rollout.response_T)), {}) for rollout in rollouts]
+
+
+def shard_of(answers, multiple=1):
+    return plan_shards(answers, np.linspace(-1, 1, len(answers)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0]
+
+
+def policy(model, context, reference=None, **rl):
+    config = RunConfig(model=small_config(), rollout=RolloutConfig(max_new_tokens=6, temperature=0.7), rl=RLConfig(**{"max_logprob_diff": 1e-4, **rl}))
+    return Policy(model, reference, config, USABLE, context)
+
+
+def loss_of(model, context, shard, micro_batch, **rl):
+    """(loss sum, divisor, metrics) over the microbatches."""
+    parts = [policy(model, context, **rl).loss(model, policy_batch(part, context.device)) for part in microbatches(shard, micro_batch, 1)]
+    return sum(part[0].item() for part in parts), sum(int(part[1]) for part in parts), merge_metrics(part[2] for part in parts)
+
+
+def test_the_learner_recomputes_the_very_log_probs_and_routes_of_the_rollouts(model, context, answers):
+    _, divisor, metrics = loss_of(model, context, shard_of(answers), 100)
+    assert divisor == sum(len(answer.rollout.response_T) for answer in answers)
+    assert metrics["mismatch/logprob_abs_diff_max"].value < 1e-5
+    assert metrics["route/digest_ok"].value == metrics["route/coverage"].value == 1
+    assert metrics["actor/ratio_max"].value == 1
+
+
+def test_the_loss_does_not_depend_on_how_rows_are_split_into_microbatches_or_padded(model, context, answers):
+    whole = loss_of(model, context, shard_of(answers), 100)
+    for shard, micro_batch in ((shard_of(answers), 1), (shard_of(answers), 5), (shard_of(answers, multiple=16), 100)):
+        loss, divisor, metrics = loss_of(model, context, shard, micro_batch)
+        assert loss == pytest.approx(whole[0], abs=1e-5) and divisor == whole[1]
+        assert metrics["actor/entropy"].value == pytest.approx(whole[2]["actor/entropy"].value, rel=1e-5)
+
+
+def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob_gradient(model, context, answers):
+    """The ratio is 1, so nothing is clipped: d loss / d w = - sum A d log pi / d w."""
+    shard = shard_of(answers)
+    batch = policy_batch(shard, context.device)
+    learner = policy(model, context)
+    weight = model.module.output_layer.weight
+    (gradient,) = torch.autograd.grad(learner.loss(model, batch)[0], weight)
+    logprobs_BS = learner._logprobs(learner._logits(model, model.module, batch), batch)
+    surrogate = -(torch.where(batch.mask_BS, logprobs_BS, 0.0) * batch.advantages_B[:, None]).sum()
+    (expected,) = torch.autograd.grad(surrogate, weight)
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(model, context, answers):
+    (answer,) = shard_rows = [answers[0]]
+    batch = policy_batch(shard_of(shard_rows), context.device)
+    _, _, metrics = policy(model, context).loss(model, batch)
+    with model.module.router_tap.replay(batch.experts_BSLK), torch.no_grad():
+        logits = policy_logits(model(batch.inputs), 0.7, banned_tokens(64, USABLE, IMAGE, context.pgs.tp, context.device))
+    probs = torch.softmax(logits[:-1, 0], dim=-1)[slice(*answer.rollout.response_rows)]
+    assert metrics["actor/entropy"].value == pytest.approx(float(-(probs * probs.clamp(min=1e-30).log()).sum(-1).mean()), rel=1e-5)
+
+
+def test_routes_that_differ_from_what_the_rollout_recorded_stop_the_run_and_name_it(model, context, answers):
+    shard = shard_of(answers)
+    row = 4
+    changed = shard.batch.experts_BSLK.copy()
+    changed[row, 2, 0] = changed[row, 2, 0][::-1]  # the same experts in another order
+    damaged = replace(shard, batch=replace(shard.batch, experts_BSLK=changed))
+    with pytest.raises(RouteMismatch, match=f"rollout {shard.keys_B[row]} recorded"):
+        policy(model, context).loss(model, policy_batch(damaged, context.device))
+
+
+@pytest.mark.parametrize("wrong", [0.01, float("nan")])
+def test_log_probs_that_differ_under_the_same_weights_stop_the_run_and_name_the_token(model, context, answers, wrong):
+    shard = shard_of(answers)
+    logprobs = shard.batch.logprobs_BS.copy()
+    position = int(shard.lengths_B[1]) - 1
+    logprobs[1, position] += wrong
+    damaged = policy_batch(replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs)), context.device)
+    for step in (policy(model, context).with_old_logprobs, lambda batch: policy(model, context).loss(model, batch)):
+        with pytest.raises(UserError, match=rf"rl.max_logprob_diff: the learner gives token {position} of {shard.keys_B[1]} .* under the same weights"):
+            step(damaged)
+
+
+def test_old_log_probs_are_those_of_the_weights_before_the_first_minibatch(model, context, answers):
+    batch = policy_batch(shard_of(answers), context.device)
+    learner = policy(model, context)
+    prepared = learner.with_old_logprobs(batch)
+    torch.testing.assert_close(prepared.old_BS[batch.mask_BS], batch.rollout_BS[batch.mask_BS], atol=1e-5, rtol=0)
+    direct, prepared_loss = learner.loss(model, batch), learner.loss(model, prepared)
+    assert direct[0].item() == pytest.approx(prepared_loss[0].item(), abs=1e-6)
+
+
+def test_the_kl_to_the_reference_is_zero_while_the_policy_is_the_reference(model, context, answers):
+    batch = policy_batch(shard_of(answers), context.device)
+    _, _, metrics = policy(model, context, reference=model.module, kl_coeff=0.1).loss(model, batch)
+    assert metrics["actor/kl_ref"].value == pytest.approx(0, abs=1e-9)
+    other = build_model(small_config(), IMAGE, context, seed=9)
+    _, _, metrics = policy(model, context, reference=other, kl_coeff=0.1).loss(model, batch)
+    assert metrics["actor/kl_ref"].value > 0.01
+
+
+def test_without_replay_the_learner_routes_by_itself_and_reports_no_digest(model, context, answers):
+    _, _, metrics = loss_of(model, context, shard_of(answers), 100, replay_routes=False)
+    assert "route/digest_ok" not in metrics
+    assert metrics["mismatch/logprob_abs_diff_max"].value < 1e-5

@@ -1,0 +1,91 @@
+"""What a step asks, and what is kept of it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.config.schema import DataConfig, RLConfig, RunConfig
+from megatron_ext.data.suite import SKILLS
+from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.rl.loop import StepReport
+from megatron_ext.rl.record import rollout_metrics, write_rollouts
+from megatron_ext.rl.run import prompts_of_step, skill_counts
+
+
+def config(prompts=10, seed=0, **mix):
+    return RunConfig(seed=seed, rl=RLConfig(prompts_per_step=prompts, mix=mix or {"qa": 1.0, "composite": 1.0}))
+
+
+@given(st.integers(0, 1000), st.integers(1, 70), st.floats(0, 5), st.floats(0.01, 5))
+def test_the_prompts_of_every_step_sum_to_what_was_asked_for(step, prompts, qa, composite):
+    assert sum(skill_counts(step, config(prompts, qa=qa, composite=composite)).values()) == prompts
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 40), st.floats(0.2, 5))
+def test_no_step_is_off_a_skills_share_by_a_prompt_or_more_and_over_many_steps_shares_are_exact(prompts, weight):
+    setting = config(prompts, qa=1.0, composite=weight)
+    counts = np.array([list(skill_counts(step, setting).values()) for step in range(400)])
+    share = prompts * np.array([1 / len(SKILLS)] * len(SKILLS) + [weight]) / (1 + weight)
+    assert (np.abs(counts - share) < 1 + 1e-6).all()
+    assert np.abs(counts.mean(0) - share).max() < 0.12
+
+
+def test_a_kind_of_weight_zero_is_never_asked():
+    assert all(skill_counts(step, config(7, qa=1.0, composite=0.0))["composite"] == 0 for step in range(50))
+
+
+def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
+    train_tokenizer(DataConfig(), tmp_path, 0)
+    tokenizer = Tokenizer.load(tmp_path)
+    steps = [[prompt.key for prompt in prompts_of_step(step, config(), tokenizer)] for step in range(4)]
+    assert steps[1] == [prompt.key for prompt in prompts_of_step(1, config(), tokenizer)]
+    assert max(Counter(key for keys in steps for key in keys).values()) == 1
+    assert not set(steps[0]) & {prompt.key for prompt in prompts_of_step(0, config(seed=1), tokenizer)}
+
+
+def answer(sample, reward, tokens, finish="stop", **parts):
+    routes = RouteTrace(np.zeros((tokens + 1, 1, 1), np.uint8), np.ones((tokens + 1, 1, 1), np.float16))
+    prompt = Prompt("p/0", "ocr", np.array([1, 2], np.int32), (), "42")
+    rollout = Rollout(prompt, sample, 9 + sample, 3, np.arange(tokens), np.zeros(tokens, np.float32), finish, "41", routes)
+    return ScoredRollout(rollout, reward, parts)
+
+
+FAILED = FailedRollout(Prompt("p/1", "ocr", np.array([1], np.int32), (), ""), 0, "reward_timeout", "no result within 10 s")
+
+
+def test_metrics_of_rollouts_count_failures_apart_from_rewards():
+    metrics = rollout_metrics([answer(0, 1.0, 2, correct=1.0), answer(1, 0.0, 4, "length", correct=0.0), answer(2, 0.5, 3)], [FAILED])
+    assert metrics["reward/mean"] == 0.5 and metrics["reward/max"] == 1 and metrics["reward/std"] == pytest.approx(np.std([1, 0, 0.5]))
+    assert metrics["reward/correct/mean"] == 0.5 and metrics["reward/skill/ocr/mean"] == 0.5
+    assert metrics["response_length/mean"] == 3 and metrics["response_length/max"] == 4 and metrics["response_length/clip_ratio"] == pytest.approx(1 / 3)
+    assert metrics["rollout/failed_count"] == 1 and metrics["rollout/failed_ratio"] == 0.25 and metrics["rollout/failed/reward_timeout"] == 1
+
+
+def test_every_rollout_of_a_step_is_kept_with_its_seed_and_version_and_failures_with_their_reason(tmp_path):
+    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [FAILED], np.array([0.7071067]), {})
+    write_rollouts(tmp_path, 7, report)
+    with gzip.open(tmp_path / "step_000007.jsonl.gz", "rt") as file:
+        made, failed = map(json.loads, file)
+    assert made == {
+        "key": "p/0",
+        "sample": 0,
+        "skill": "ocr",
+        "answer": "42",
+        "text": "41",
+        "finish": "stop",
+        "reward": 1.0,
+        "rewards": {"correct": 1.0},
+        "advantage": 0.707107,
+        "seed": 9,
+        "version": 3,
+    }
+    assert failed == {"key": "p/1", "sample": 0, "failed": "reward_timeout", "detail": "no result within 10 s"}
