@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing import forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
+
+from megatron_ext.parallel.environment import environment
 
 _PRELOAD = "megatron_ext.parallel.preload"
 _server = forkserver.ForkServer()
@@ -45,7 +45,8 @@ class _Popen(popen_forkserver.Popen):
             reduction.dump(process_obj, message)
         finally:
             set_spawning_popen(None)
-        with _starting_environment():
+        _server.set_forkserver_preload([_PRELOAD])
+        with environment(_for_the_server()):
             self.sentinel, write_end = _server.connect_to_new_process(self._fds)
         # The child reads the message from the other end; our copy of this end lets it notice when this process dies.
         kept_open = os.dup(write_end)
@@ -60,18 +61,6 @@ def _close(*descriptors: int) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _starting_environment() -> Iterator[None]:
+def _for_the_server() -> dict[str, str]:
     """What the server must find when it starts: our import path, and one thread for the pools that libraries size as they load."""
-    wanted = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    before = {name: os.environ.get(name) for name in wanted}
-    _server.set_forkserver_preload([_PRELOAD])
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -17,12 +17,13 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 from megatron_ext.errors import UserError
+from megatron_ext.parallel.environment import environment
 
 OBJECT_STORE_BYTES = 200 << 20
 LEAVE_GRACE_S = 5.0
@@ -101,21 +102,6 @@ def _require_loopback(address: str) -> None:
         raise UserError(
             "rl.fleet", f"Ray listens on {address}, outside this machine: it was imported before this run started", "start the run in a process of its own"
         )
-
-
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Sets environment variables for the length of the block and restores them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _variables(token: Path) -> dict[str, str]:
