@@ -13,9 +13,7 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.errors import EXIT_OK, UserError
 
 if TYPE_CHECKING:
-    from megatron_ext.batch import Prompt, Rollout
-
-TIMEOUT_S = 600.0
+    from megatron_ext.batch import Prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,38 +39,15 @@ def run(args: argparse.Namespace) -> int:
     config, folder = resolved.config, RunFolder(resolved.config.run_dir)
     checkpoint = args.checkpoint or _newest(folder, config)
     prompt = _example(config, folder, args.example, args.index) if args.example else _question(config, folder, args.image, args.prompt)
+    from megatron_ext.inference.ask import MOST_LIKELY, answers
+
     print(f"checkpoint: {checkpoint}")
     for rollout in answers(config, checkpoint, prompt, args.samples):
-        print(f"{'answer' if rollout.sample < 0 else 'sample'}: {rollout.text}" + ("" if rollout.finish == "stop" else " ... (cut at rollout.max_new_tokens)"))
+        print(
+            f"{'answer' if rollout.sample == MOST_LIKELY else 'sample'}: {rollout.text}"
+            + ("" if rollout.finish == "stop" else " ... (cut at rollout.max_new_tokens)")
+        )
     return EXIT_OK
-
-
-def answers(config: RunConfig, checkpoint: Path, prompt: Prompt, samples: int) -> list[Rollout]:
-    """The most likely answer (its `sample` is -1), then `samples` sampled ones. Starts one rollout replica."""
-    from megatron_ext.parallel.local import run_ranks
-
-    parallel = config.rollout.parallel
-    found = run_ranks(_rank, parallel.num_ranks, config, checkpoint, prompt, samples, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
-    rollouts: list[Rollout] = found[0]
-    return rollouts
-
-
-def _rank(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoint: Path, prompt: Prompt, samples: int) -> list[Rollout]:
-    from dataclasses import replace
-
-    from megatron_ext.device import session
-    from megatron_ext.inference.replica import load_engine
-    from megatron_ext.inference.sampling import rollout_seed
-    from megatron_ext.parallel.groups import open_parallel
-
-    with session(), open_parallel(config.rollout.parallel, rank, world_size, init_method, config.seed) as context:
-        engine, _ = load_engine(config, checkpoint, context)
-
-        def seeds(index: int, sample: int) -> int:
-            return rollout_seed("generate", config.seed, sample)
-
-        likely = [replace(rollout, sample=-1) for rollout in engine.generate([prompt], 1, seeds=seeds, version=0, greedy=True)]
-        return likely + (engine.generate([prompt], samples, seeds=seeds, version=0) if samples else [])
 
 
 def _newest(folder: RunFolder, config: RunConfig) -> Path:
@@ -99,9 +74,9 @@ def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Pr
     """The question, its right answer, and its picture as a file, shown to the reader."""
     from PIL import Image
 
+    from megatron_ext.data.chat import question_text
     from megatron_ext.data.suite import ALL_SKILLS, draw_prompts
     from megatron_ext.data.tokenizer import Tokenizer
-    from megatron_ext.data.vocabulary import IMAGE_END, TURN_END
 
     if skill not in ALL_SKILLS:
         raise UserError("--example", f"there is no skill {skill!r}", f"use {', '.join(ALL_SKILLS)}")
@@ -110,6 +85,5 @@ def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Pr
     path = folder.root / "generate" / f"{skill}-{index}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(prompt.images[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
-    question = tokenizer.decode(prompt.tokens_S.tolist()).rpartition(IMAGE_END)[2].partition(TURN_END)[0].strip()
-    print(f"picture: {path}\nquestion: {question}\nright answer: {prompt.answer}")
+    print(f"picture: {path}\nquestion: {question_text(prompt.tokens_S, tokenizer)}\nright answer: {prompt.answer}")
     return prompt

@@ -17,7 +17,11 @@ def vision_tokens(vision: VisionConfig) -> int:
 
 
 def tokens_per_tile(vision: VisionConfig) -> int:
-    """Image tokens of a tile in the language model, after pixel unshuffle."""
+    """Image tokens of a tile in the language model, after pixel unshuffle.
+
+    >>> tokens_per_tile(VisionConfig(image_size=32, patch_size=4, downsample=2))
+    16
+    """
     return vision_tokens(vision) // vision.downsample**2
 
 

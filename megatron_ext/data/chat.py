@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.config.schema import VisionConfig
 from megatron_ext.data.vocabulary import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
 from megatron_ext.errors import DataError
 
@@ -35,15 +34,6 @@ class Conversation:
 
     images: tuple[np.ndarray, ...]
     turns: tuple[Turn, ...]
-
-
-def tokens_per_tile(vision: VisionConfig) -> int:
-    """Image-context tokens of one image.
-
-    >>> tokens_per_tile(VisionConfig(image_size=32, patch_size=4, downsample=2))
-    16
-    """
-    return (vision.image_size // vision.patch_size // vision.downsample) ** 2
 
 
 def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_tile: int) -> tuple[list[int], list[int]]:
@@ -69,6 +59,12 @@ def encode_prompt(question: str, tokenizer: Tokenizer, tokens_per_tile: int, his
     """tokens_S int32 of the earlier turns and the question, ending where the response begins."""
     tokens, _ = encode_turns(history, tokenizer, tokens_per_tile)
     return np.array(tokens + _question(question, tokenizer, tokens_per_tile), np.int32)
+
+
+def question_text(tokens_S: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The last question of a prompt, for people to read: without template, image and history."""
+    last = tokenizer.decode(tokens_S.tolist()).rpartition(f"{TURN_START}user\n")[2].partition(TURN_END)[0]
+    return last.rpartition(IMAGE_END)[2].strip()
 
 
 def check_placeholders(turns: Sequence[Turn], num_images: int, where: str = "conversation") -> None:

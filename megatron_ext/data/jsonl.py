@@ -17,7 +17,8 @@ import numpy as np
 
 from megatron_ext.batch import Prompt
 from megatron_ext.config.schema import DataConfig, VisionConfig
-from megatron_ext.data.chat import Turn, check_placeholders, encode_prompt, tokens_per_tile
+from megatron_ext.config.sizes import tokens_per_tile
+from megatron_ext.data.chat import Turn, check_placeholders, encode_prompt
 from megatron_ext.data.digits import Split
 from megatron_ext.data.images import load_image
 from megatron_ext.data.suite.scene import split_of_text

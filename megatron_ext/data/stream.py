@@ -14,7 +14,8 @@ from random import Random
 import numpy as np
 
 from megatron_ext.config.schema import DataConfig, VisionConfig
-from megatron_ext.data.chat import Turn, encode_turns, tokens_per_tile
+from megatron_ext.config.sizes import tokens_per_tile
+from megatron_ext.data.chat import Turn, encode_turns
 from megatron_ext.data.collate import TokenBatch, collate
 from megatron_ext.data.digits import Split
 from megatron_ext.data.jsonl import read_split, shuffled

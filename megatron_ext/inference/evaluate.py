@@ -21,9 +21,9 @@ from PIL import Image
 
 from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.chat import question_text
 from megatron_ext.data.suite import ALL_SKILLS, chance, check, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.data.vocabulary import IMAGE_END, TURN_END
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
@@ -79,11 +79,11 @@ def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfi
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
         mine = prompts[context.dp_rank :: context.layout.dp]
         bonus = None if clusters is None else _bonus(config, clusters)
-        outcomes = answer(engine, mine, sampled, config, bonus)
+        outcomes = answer(engine, tokenizer, mine, sampled, config, bonus)
         return outcomes if context.tp_rank == 0 else []
 
 
-def answer(engine: Engine, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:
+def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:
     """Answers each prompt greedily, some of them several times, and all of them blind."""
 
     def verdicts(asked: Sequence[Prompt], samples: int, greedy: bool) -> list[list[tuple[bool, Rollout]]]:
@@ -110,7 +110,7 @@ def answer(engine: Engine, prompts: Sequence[Prompt], sampled: set[str], config:
             math.nan if bonus is None else bonus.mass(rollout.routes, prompt.skill, *rollout.response_rows),
             rollout.text,
             prompt.answer,
-            _question(engine, prompt),
+            question_text(prompt.tokens_S, tokenizer),
         )
         for prompt, (right, rollout), unseen in zip(prompts, greedy, blind, strict=True)
     ]
@@ -163,11 +163,6 @@ def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig)
         said = {"question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
         lines.append(json.dumps({"skill": prompt.skill, **said, "image": picture}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def _question(engine: Engine, prompt: Prompt) -> str:
-    text = engine.vocabulary.decode([token for token in prompt.tokens_S.tolist() if token != engine.vocabulary.image_id])
-    return text.split(IMAGE_END)[-1].split(TURN_END)[0].strip()
 
 
 def _standard_error(values: np.ndarray) -> float:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ext.batch import Prompt
 from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.data.suite import ALL_SKILLS
-from megatron_ext.errors import CheckpointError, DataError, UserError
-from megatron_ext.inference.ask import ask
+from megatron_ext.errors import CheckpointError, UserError
+from megatron_ext.inference.ask import MOST_LIKELY, answers
 from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
 from megatron_ext.inference.survey import run_discovery_survey
 from megatron_ext.parallel.local import run_ranks
@@ -53,14 +54,13 @@ def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfi
     assert not list(tmp_path.iterdir())
 
 
-def test_a_question_is_answered_and_a_broken_image_or_checkpoint_is_named(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_a_question_is_answered_and_a_missing_checkpoint_is_named(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, checkpoint = run
-    assert len(ask(config, checkpoint, None, "how many?", samples=2)) == 2
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
-    with pytest.raises(DataError, match=r"broken\.png"):
-        ask(config, checkpoint, tmp_path / "broken.png", "how many?")
+    prompt = Prompt("ask", "none", np.array([9, 10, 11], np.int32), (), "")
+    likely, *sampled = answers(config, checkpoint, prompt, samples=2)
+    assert likely.sample == MOST_LIKELY and [rollout.sample for rollout in sampled] == [0, 1]
     with pytest.raises(CheckpointError, match="nowhere"):
-        ask(config, tmp_path / "nowhere", None, "how many?")
+        answers(config, tmp_path / "nowhere", prompt, samples=0)
 
 
 def test_standard_errors_and_means_of_a_table_worked_by_hand(run: tuple[RunConfig, Path]) -> None:

@@ -14,7 +14,8 @@ from typing import Literal
 
 from megatron_ext.batch import Prompt
 from megatron_ext.config.schema import DataConfig, VisionConfig
-from megatron_ext.data.chat import IMAGE, Conversation, Turn, encode_prompt, tokens_per_tile
+from megatron_ext.config.sizes import tokens_per_tile
+from megatron_ext.data.chat import IMAGE, Conversation, Turn, encode_prompt
 from megatron_ext.data.digits import Split
 from megatron_ext.data.suite import skills as single
 from megatron_ext.data.suite.captions import map_turn, place_turns, tally_turn
