@@ -43,10 +43,8 @@ def run(args: argparse.Namespace) -> int:
 
     print(f"checkpoint: {checkpoint}")
     for rollout in answers(config, checkpoint, prompt, args.samples):
-        print(
-            f"{'answer' if rollout.sample == MOST_LIKELY else 'sample'}: {rollout.text}"
-            + ("" if rollout.finish == "stop" else " ... (cut at rollout.max_new_tokens)")
-        )
+        said = "answer" if rollout.sample == MOST_LIKELY else "sample"
+        print(f"{said}: {rollout.text}" + ("" if rollout.finish == "stop" else " ... (cut at rollout.max_new_tokens)"))
     return EXIT_OK
 
 

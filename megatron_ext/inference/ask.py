@@ -19,7 +19,8 @@ MOST_LIKELY = -1
 
 
 def answers(config: RunConfig, checkpoint: Path, prompt: Prompt, samples: int) -> list[Rollout]:
-    """The most likely answer, then `samples` sampled ones. Starts the ranks of one rollout replica. Raises CheckpointError for a checkpoint that does not fit."""
+    """The most likely answer, then `samples` sampled ones. Starts the ranks of one rollout replica. Raises CheckpointError for a checkpoint that does
+    not fit."""
     parallel = config.rollout.parallel
     found = run_ranks(answer_rank, parallel.num_ranks, config, checkpoint, prompt, samples, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
     rollouts: list[Rollout] = found[0]

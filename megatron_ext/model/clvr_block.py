@@ -35,6 +35,13 @@ class ShardedList(nn.ModuleList):
         return sharded
 
 
+class Injection(nn.Module):
+    """Where a refinement enters the residual stream. A module without weights, so that whoever measures CLVR can hook it."""
+
+    def forward(self, hidden_SBH: torch.Tensor, refinement_SBH: torch.Tensor) -> torch.Tensor:
+        return hidden_SBH + refinement_SBH
+
+
 class ClvrBlock(MegatronModule):
     """Decoder layers, taps, final norm. Hidden states are [S, B, H], sequence slices under sequence parallelism."""
 
@@ -43,6 +50,7 @@ class ClvrBlock(MegatronModule):
         self.layers = ShardedList(build_module(layer_spec, config=config, layer_number=number + 1, pg_collection=pgs) for number in range(config.num_layers))
         self.tap_ends = clvr.taps if clvr.enabled else ()
         self.taps = ShardedList(ClvrTap(config, clvr, vision_hidden, pgs) for _ in self.tap_ends)
+        self.injections = nn.ModuleList(Injection() for _ in self.tap_ends)
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
     def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor) -> VisionMemory:
@@ -65,17 +73,17 @@ class ClvrBlock(MegatronModule):
     ) -> torch.Tensor:
         cos, sin = rope
         taps = self._clvr_taps()
-        waiting: dict[int, list[torch.Tensor]] = {}
+        waiting: dict[int, list[tuple[int, torch.Tensor]]] = {}
         for number, layer in enumerate(self.layers):
-            for refinement in waiting.pop(number, ()):
-                hidden_SBH = hidden_SBH + refinement
+            for index, refinement in waiting.pop(number, ()):
+                hidden_SBH = self.injections[index](hidden_SBH, refinement)
             hidden_SBH, _ = layer(hidden_SBH, attention_mask=None, rotary_pos_cos=cos, rotary_pos_sin=sin, inference_context=cache)
             if memory is None or sight is None:
                 continue
             for index, (source, target) in enumerate(self.tap_ends):
                 if source == number:
                     refinement = taps[index](hidden_SBH, memory.keys[index], memory.values[index], sight)
-                    waiting.setdefault(target, []).append(refinement)
+                    waiting.setdefault(target, []).append((index, refinement))
         return self.final_layernorm(hidden_SBH)
 
     def _clvr_taps(self) -> list[ClvrTap]:

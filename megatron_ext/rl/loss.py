@@ -77,7 +77,7 @@ def policy_loss(
         kl_n = k3(new_n, ref_logprobs_BS[mask_BS].float().detach())
         loss_n = pg_n + settings.kl_coeff * kl_n
     entropy_n = None if entropy_BS is None else entropy_BS[mask_BS].float()
-    metrics = _metrics(pg_n, loss_n, ratio_n, advantages_n, new_n - old_n, (old_n - rollout_n).abs(), settings, kl_n, entropy_n)
+    metrics = _metrics(pg_n, loss_n, ratio_n, advantages_n, new_n - old_n, rollout_n - old_n, settings, kl_n, entropy_n)
     divisor = mask_BS.sum() if settings.constant_length is None else mask_BS.any(dim=1).sum() * settings.constant_length
     return PolicyLoss(loss_n.sum(), divisor, metrics)
 
@@ -105,12 +105,13 @@ def _metrics(
     ratio_n: Tensor,
     advantages_n: Tensor,
     log_ratio_n: Tensor,
-    mismatch_n: Tensor,
+    drift_n: Tensor,
     settings: LossSettings,
     kl_n: Tensor | None,
     entropy_n: Tensor | None,
 ) -> dict[str, Metric]:
-    """`clipfrac_low` and `clipfrac_high`: the share of tokens whose gradient the lower and the upper bound cut off."""
+    """`clipfrac_low` and `clipfrac_high`: the share of tokens whose gradient the lower and the upper bound cut off. `drift_n`:
+    rollout minus recomputed log-probs; `mismatch/kl` estimates KL(rollout || recomputed) from them."""
     low_n = (advantages_n < 0) & (ratio_n < 1 - settings.clip_low)
     high_n = (advantages_n > 0) & (ratio_n > 1 + settings.clip_high)
     means = {
@@ -119,11 +120,12 @@ def _metrics(
         "actor/ppo_kl": -log_ratio_n,
         "actor/clipfrac_low": low_n,
         "actor/clipfrac_high": high_n,
-        "mismatch/logprob_abs_diff_mean": mismatch_n,
+        "mismatch/logprob_abs_diff_mean": drift_n.abs(),
+        "mismatch/kl": k3(drift_n, torch.zeros_like(drift_n)),
         **({} if kl_n is None else {"actor/kl_ref": kl_n}),
         **({} if entropy_n is None else {"actor/entropy": entropy_n}),
     }
-    largest = {"actor/ratio_max": ratio_n, "mismatch/logprob_abs_diff_max": mismatch_n}
+    largest = {"actor/ratio_max": ratio_n, "mismatch/logprob_abs_diff_max": drift_n.abs()}
     count = pg_n.numel()
     sums = _numbers([value.float().sum() for value in means.values()])
     peaks = _numbers([value.max() for value in largest.values()]) if count else [0.0] * len(largest)

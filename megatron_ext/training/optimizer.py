@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.device import backend
 from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.training.clvr_metrics import RefinementSize
 from megatron_ext.training.moe_metrics import ExpertLoad
 
 
@@ -49,6 +50,7 @@ class TrainState:
     clip_grad: float
     scale: TokenScale = field(repr=False)
     load: ExpertLoad = field(repr=False)
+    refinement: RefinementSize = field(repr=False)
 
     @property
     def step(self) -> int:
@@ -81,7 +83,7 @@ def build_optimizer(
     scale = TokenScale()
     ddp = _wrap(model, scale, context)
     optimizer = _adam(ddp, config, context, router_lr_scale)
-    return TrainState(ddp, optimizer, build_schedule(optimizer, config, num_steps), config.clip_grad, scale, ExpertLoad(_routers(model)))
+    return TrainState(ddp, optimizer, build_schedule(optimizer, config, num_steps), config.clip_grad, scale, ExpertLoad(_routers(model)), RefinementSize(model))
 
 
 def freeze(model: torch.nn.Module, prefixes: tuple[str, ...]) -> None:

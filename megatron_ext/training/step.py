@@ -18,6 +18,7 @@ import megatron.core.transformer.multi_token_prediction  # noqa: F401  the sched
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_ext.batch.metric import Metric, merge_metrics
 from megatron_ext.errors import UserError
@@ -39,12 +40,13 @@ def optimizer_step(state: TrainState, microbatches: Sequence[Any], loss_fn: Loss
     """Updates the weights once. Every rank passes equally many microbatches, and `loss_fn` gives the same metric names on each.
 
     Returns, equal on all ranks: `loss` (token mean), `loss_fn`'s metrics over all microbatches and ranks, `num_tokens`, `grad_norm` (before clipping),
-    `lr` and `moe/*`.
+    `lr`, `moe/*` and `clvr/*`.
     Raises UserError naming the step, with weights and optimizer untouched, when the loss or the gradient norm is not finite.
     """
     state.model.zero_grad_buffer()
     state.optimizer.zero_grad()
     state.load.reset()
+    state.refinement.reset()
     metrics = _reduce(state, _forward_backward(state, microbatches, loss_fn, context), context)
     _require_finite(state, "loss", metrics["loss"])
     metrics["grad_norm"] = _update(state)
@@ -59,6 +61,7 @@ def _forward_backward(state: TrainState, microbatches: Sequence[Any], loss_fn: L
         loss_sum, num_tokens, metrics = loss_fn(model, next(batches))
         return loss_sum, partial(_scaled_loss, state, num_tokens, metrics)
 
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # one per process: whatever another backward pass left there is not of this step
     run = get_forward_backward_func(pp_size=1, vp_size=None)
     results: list[LossParts] = run(
         forward_step_func=forward,
@@ -86,7 +89,7 @@ def _reduce(state: TrainState, parts: list[LossParts], context: ParallelContext)
     local = merge_metrics([*losses, *(metrics for _, _, metrics in parts)])
     reduced = reduce_metrics(local, context.pgs.dp_cp, context.device)
     values = {name: metric.value for name, metric in reduced.items()}
-    return {**values, "num_tokens": reduced["loss"].count, **router_metrics(state.load, len(parts), context)}
+    return {**values, "num_tokens": reduced["loss"].count, **router_metrics(state.load, len(parts), context), **state.refinement.metrics(context)}
 
 
 @torch.no_grad()
