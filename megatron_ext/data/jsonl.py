@@ -38,8 +38,11 @@ class Record:
     split: Split
 
     def load(self, image_size: int) -> tuple[np.ndarray, ...]:
-        """The images as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the file."""
-        return tuple(load_image(path, image_size, size) for path, size in zip(self.images, self.sizes, strict=True))
+        """The images as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file."""
+        try:
+            return tuple(load_image(path, image_size, size) for path, size in zip(self.images, self.sizes, strict=True))
+        except DataError as error:
+            raise DataError(f"{self.where}: {error.where}", error.problem, error.remedy) from error
 
 
 def read_jsonl(path: Path | None) -> list[Record]:

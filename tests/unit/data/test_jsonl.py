@@ -120,7 +120,7 @@ def test_a_damaged_image_is_named(tmp_path, damage, format):
 
 def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=32, height=32)))
-    with pytest.raises(DataError, match=r"wide\.jpg: is 64 x 32 pixels, but its line says 32 x 32 pixels"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: .*wide\.jpg: is 64 x 32 pixels, but its line says 32 x 32 pixels"):
         record.load(32)
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=64, height=32)))
     assert record.load(32)[0].shape == (32, 32, 3)
