@@ -21,6 +21,8 @@ from typing import Any
 
 from megatron_ext.errors import CheckpointError
 
+CHECKPOINTS = "checkpoints"
+"""The folder of a stage that holds its checkpoints."""
 MANIFEST = "manifest.json"
 _LATEST = "latest"
 _BLOCK_BYTES = 1 << 20

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 
@@ -44,7 +45,7 @@ class RunFolder:
         return self.root / "report.html"
 
     def checkpoints(self, stage: str) -> Path:
-        return self.root / stage / "checkpoints"
+        return self.root / stage / CHECKPOINTS
 
     def evaluation(self, of: str) -> Path:
         return self.root / "evaluate" / f"{of}.json"

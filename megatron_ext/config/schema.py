@@ -271,3 +271,7 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.run_dir / "tokenizer"

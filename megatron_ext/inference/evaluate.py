@@ -28,7 +28,7 @@ from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.replica import all_replicas, load_engine, tokenizer_folder
+from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
@@ -149,7 +149,7 @@ def _row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig) -> None:
     """`folder/samples.jsonl` and a picture for each line: the first few prompts of every skill with what was answered, for people to look at."""
-    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    tokenizer = Tokenizer.load(config.tokenizer_dir)
     prompts = draw_prompts(
         config.evaluate.split, ALL_SKILLS, min(SAMPLES_PER_SKILL, config.evaluate.prompts_per_skill), PROMPT_SEED, config.data, tokenizer, config.model.vision
     )

@@ -12,11 +12,6 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
 
 
-def tokenizer_folder(config: RunConfig) -> Path:
-    """Where a run keeps its tokenizer."""
-    return config.run_dir / "tokenizer"
-
-
 def all_replicas(config: RunConfig) -> ParallelConfig:
     """Every rollout replica as one data-parallel grid: how work without a learner uses the machine."""
     one = config.rollout.parallel
@@ -26,7 +21,7 @@ def all_replicas(config: RunConfig) -> ParallelConfig:
 def load_engine(config: RunConfig, checkpoint: Path, context: ParallelContext) -> tuple[Engine, Tokenizer]:
     """The engine of this rank with the weights of `checkpoint`. Collective. Raises CheckpointError or DataError when something is missing or of
     another model."""
-    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    tokenizer = Tokenizer.load(config.tokenizer_dir)
     model = build_model(config.model, tokenizer.image_id, context)
     load_checkpoint(checkpoint, model, context=context, model_config=config.model)
     return Engine(model, context, tokenizer, config.rollout), tokenizer

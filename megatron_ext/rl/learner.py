@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import WeightSyncError
-from megatron_ext.inference.replica import tokenizer_folder
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.rl.batching import Shard, microbatches
@@ -32,7 +32,6 @@ from megatron_ext.training.loop import peak_memory_bytes
 from megatron_ext.training.optimizer import TrainState, build_optimizer
 from megatron_ext.training.step import optimizer_step
 
-CHECKPOINTS = "checkpoints"
 STORE_TIMEOUT_S = 60.0
 
 
@@ -54,7 +53,7 @@ class LearnerRank:
         self._config, self._checkpoints = config, stage_dir / CHECKPOINTS
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
-        self._tokenizer = Tokenizer.load(tokenizer_folder(config))
+        self._tokenizer = Tokenizer.load(config.tokenizer_dir)
         self._state, self._finished = _train_state(config, self._checkpoints, init_from, self._tokenizer.image_id, self._context)
         reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else None
         self._policy = Policy(self._state.model, reference, config, self._tokenizer.vocab_size, self._context)

@@ -19,7 +19,6 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.replica import tokenizer_folder
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import open_parallel
@@ -47,7 +46,7 @@ class RolloutRank:
         parallel = config.rollout.parallel
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
-        tokenizer = Tokenizer.load(tokenizer_folder(config))
+        tokenizer = Tokenizer.load(config.tokenizer_dir)
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)

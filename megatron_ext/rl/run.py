@@ -19,19 +19,18 @@ import numpy as np
 
 from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.checkpoint.dist import latest_step
+from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.suite import ALL_SKILLS, SKILLS, check, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.errors import StoppedForRequeue, UserError
-from megatron_ext.inference.replica import tokenizer_folder
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.observe.metrics import MetricsWriter, read_metrics
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.learner import CHECKPOINTS
 from megatron_ext.rl.loop import Metrics, Recipe, run_loop
 from megatron_ext.rl.ranks import Host, Switchboard
 from megatron_ext.rl.record import Recorder
@@ -50,7 +49,7 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
     if (latest_step(stage_dir / CHECKPOINTS) or -1) >= config.rl.steps:
         return read_metrics(stage_dir)[-1]
     found = _clusters(config, clusters)
-    tokenizer = Tokenizer.load(tokenizer_folder(config))
+    tokenizer = Tokenizer.load(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config) as host, stop_on_signals() as stop:

@@ -9,23 +9,17 @@ Running a stage again continues it, or does nothing once it is done.
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.parallel.local import run_ranks
-
-Stage = Literal["pretrain", "sft"]
-CHECKPOINTS = "checkpoints"
-TOKENIZER = "tokenizer"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from megatron_ext.training.stage_names import STOP_SIGNALS, Stage
 
 
 def run_supervised(config: RunConfig, stage: Stage, stage_dir: Path, init_from: Path | None) -> dict[str, float]:
-    """Trains the stage with this machine's processes as ranks. The tokenizer is read from `config.run_dir / "tokenizer"`.
+    """Trains the stage with this machine's processes as ranks. The tokenizer is read from `config.tokenizer_dir`.
 
     `init_from` is a checkpoint (or a folder of them) whose weights the stage starts from; unset: random weights. Returns the last metrics and `step`.
     Raises StoppedForRequeue when a signal stopped it, after its checkpoint.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer
@@ -18,7 +19,7 @@ from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training.loop import Report, train
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.optimizer import TrainState, build_optimizer
-from megatron_ext.training.stage import CHECKPOINTS, TOKENIZER, Stage
+from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.stopping import stop_on_signals
 
 _SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}
@@ -29,7 +30,7 @@ def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, 
     settings: TrainConfig = getattr(config, stage)
     checkpoints = stage_dir / CHECKPOINTS
     with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
-        tokenizer = Tokenizer.load(config.run_dir / TOKENIZER)
+        tokenizer = Tokenizer.load(config.tokenizer_dir)
         state = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, context)
         rows = settings.global_batch // context.layout.dp

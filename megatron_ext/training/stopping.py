@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.stage import STOP_SIGNALS
+from megatron_ext.training.stage_names import STOP_SIGNALS
 
 
 class StopRequest:
