@@ -20,7 +20,7 @@ from megatron_ext.observe.summary import COLUMNS, number, title
 
 STAGES = ("tokenizer", "pretrain", "sft", "discover", "evaluate/sft", "rl", "evaluate/rl")
 SAMPLES_PER_SKILL = 2
-_FAILED = "rollout/failed"
+_FAILED = "rollout/failed/"
 
 
 def content(root: Path) -> dict[str, Any]:
@@ -176,8 +176,8 @@ def _failures(rl: list[Record]) -> list[tuple[str, int]] | None:
     """(reason, how many over the run), or None where RL has not run. The total comes first."""
     if not rl:
         return None
-    names = sorted({name for record in rl for name in record if name.startswith(_FAILED) and "ratio" not in name})
-    return [(name.removeprefix(_FAILED).strip("/_") or "count", int(sum(series(rl, name)[1]))) for name in names]
+    names = sorted({name for record in rl for name in record if name.startswith(_FAILED)})
+    return [(name.removeprefix(_FAILED), int(sum(series(rl, name)[1]))) for name in names]
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
