@@ -67,10 +67,8 @@ def run(tmp_path: Path) -> Path:
     (root / "config.yaml").write_text("name: my-run  # default\n")
     mark = {"seconds": 301.2, "finished_at": "2026-01-02T03:04:05+00:00", "versions": {"megatron-ext": "0.1.0", "torch": "2.13.0"}}
     (root / "tokenizer" / "done.json").write_text(json.dumps(mark))
-    for stage, values in (
-        ("sft", {"loss": 0.5}),
-        ("rl", {"reward/mean": 0.4, "mismatch/logprob_abs_diff_max": 1e-6, "rollout/failed/reward_timeout": 2.0, "rollout/failed_count": 2.0}),
-    ):
+    rl = {"reward/mean": 0.4, "mismatch/logprob_abs_diff_max": 1e-6, "rollout/failed/reward_timeout": 2.0, "rollout/failed_count": 2.0}
+    for stage, values in (("sft", {"loss": 0.5}), ("rl", rl)):
         with MetricsWriter(root / stage, tensorboard=False) as writer:
             for step in range(1, 30):
                 writer.write(step, {**values, "reward/mean": float("nan")} if step == 3 else values)
