@@ -3,9 +3,10 @@
     mass_i = 1/|T| sum_{t in T} 1/|L*| sum_{l in L*} sum_{e in C_l} gate[t, l, e]      T: positions of the spans; C, L*: cluster and layers of the span's skill
     x_i    = clip((mass_i - mean mass of the group's correct answers) / sigma, -1, 1)   sigma: spread of mass on correct answers of the fine-tuned model, fixed
     B_i    = 1[reward_i >= tau] x_i                                                     0 in a group with fewer than min_correct correct answers
-    A_i    = A_task_i + clip(lambda B_i, -rho |A_task_i|, rho |A_task_i|)
+    A_i    = A_task_i + clip(lambda B_i, -rho |A_task_i|, rho |A_task_i|)                   never below a wrong answer of the group
 
-So no advantage changes its sign, wrong answers are untouched, groups that are all correct or all wrong still teach nothing, and length does not matter.
+So no advantage changes its sign, wrong answers are untouched and stay below correct ones, groups that are all correct or all wrong still teach nothing, and
+length does not matter.
 """
 
 from __future__ import annotations
@@ -68,10 +69,12 @@ class EarlBonus:
         return np.where(scored_PG & enough_P[:, None], x_PG, 0.0)
 
 
-def apply_bonus(advantages_PG: np.ndarray, bonus_PG: np.ndarray, weight: float, max_share: float) -> np.ndarray:
-    """A = A_task + clip(weight B, -max_share |A_task|, max_share |A_task|)."""
+def apply_bonus(advantages_PG: np.ndarray, bonus_PG: np.ndarray, weight: float, max_share: float, wrong_PG: np.ndarray) -> np.ndarray:
+    """A = A_task + clip(weight B, -max_share |A_task|, max_share |A_task|), and never below a wrong answer of the group (partial credit may put it close)."""
     limit_PG = max_share * np.abs(advantages_PG)
-    return advantages_PG + np.clip(weight * bonus_PG, -limit_PG, limit_PG)
+    with_bonus_PG = advantages_PG + np.clip(weight * bonus_PG, -limit_PG, limit_PG)
+    best_wrong_P1 = np.where(wrong_PG, advantages_PG, -np.inf).max(axis=1, keepdims=True)
+    return np.where(bonus_PG < 0, np.maximum(with_bonus_PG, np.minimum(best_wrong_P1, advantages_PG)), with_bonus_PG)
 
 
 def lambda_at(step: int, steps: int, config: EarlConfig) -> float:

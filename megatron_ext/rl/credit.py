@@ -92,7 +92,8 @@ class Credit:
             bonus = EarlBonus(clusters, earl, self._sigma)
         bonus_PG = bonus.bonus(table.spread(mass_R), rewards_PG, table.valid_PG, table.skill_P)
         weight = lambda_at(step, self._config.rl.steps, earl)
-        advantages_PG = apply_bonus(task_PG, bonus_PG, weight, earl.max_share)
+        wrong_PG = table.valid_PG & (rewards_PG < earl.correct_threshold)
+        advantages_PG = apply_bonus(task_PG, bonus_PG, weight, earl.max_share, wrong_PG)
         added_R, total_R = np.abs(table.gather(advantages_PG - task_PG)), np.abs(table.gather(advantages_PG))
         metrics = {
             "earl/lambda": weight,

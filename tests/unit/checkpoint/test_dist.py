@@ -187,11 +187,11 @@ def test_a_checkpoint_with_other_parameters_frozen_is_refused_and_nothing_change
 
 
 def test_metadata_that_would_run_code_is_refused(context: ParallelContext, copy: Path) -> None:
-    """A forged pickle with a forged manifest: it names os.system, and must not reach it."""
+    """A forged pickle with a forged manifest: it names a builtin that runs code, and must not reach it."""
 
     class Evil:
         def __reduce__(self) -> tuple:
-            return print, ("this must not appear",)
+            return eval, ("1 / 0",)
 
     checkpoint = copy / "step_000002"
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
@@ -200,7 +200,7 @@ def test_metadata_that_would_run_code_is_refused(context: ParallelContext, copy:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     state = other(context)
     before = weights(state)
-    with pytest.raises(CheckpointError, match=r"builtins\.print has no place"):
+    with pytest.raises(CheckpointError, match=r"builtins\.eval has no place"):
         load(copy, state, context)
     assert unchanged(state, before, context)
 

@@ -84,8 +84,14 @@ def test_the_bonus_worked_by_hand():
     # first group: mean of the correct 0.56, sigma 0.1; the wrong answer gets 0. second: one correct answer is fewer than two
     np.testing.assert_allclose(bonus, [[-0.6, 0.0, 0.6, 0.0], [0, 0, 0, 0]], atol=1e-12)
     advantages = np.array([[1.0, 0.2, 1.0, -1.5], [1.5, -0.5, -0.5, -0.5]])
-    np.testing.assert_allclose(apply_bonus(advantages, bonus, 0.3, 0.5), [[0.82, 0.2, 1.18, -1.5], [1.5, -0.5, -0.5, -0.5]], atol=1e-12)
-    np.testing.assert_allclose(apply_bonus(advantages, bonus, 3.0, 0.5)[0], [0.5, 0.2, 1.5, -1.5], atol=1e-12)
+    np.testing.assert_allclose(apply_bonus(advantages, bonus, 0.3, 0.5, rewards < 1), [[0.82, 0.2, 1.18, -1.5], [1.5, -0.5, -0.5, -0.5]], atol=1e-12)
+    np.testing.assert_allclose(apply_bonus(advantages, bonus, 3.0, 0.5, rewards < 1)[0], [0.5, 0.2, 1.5, -1.5], atol=1e-12)
+
+
+def test_a_correct_answer_is_never_pushed_below_a_nearly_correct_one():
+    """Two correct answers at 1.0, one with partial credit at 0.7: half of 1.0 would be below it."""
+    advantages, wrong = np.array([[1.0, 1.0, 0.7]]), np.array([[False, False, True]])
+    np.testing.assert_allclose(apply_bonus(advantages, np.array([[-1.0, 1.0, 0.0]]), 3.0, 0.5, wrong), [[0.7, 1.5, 0.7]])
 
 
 def test_skills_have_their_own_sigma_and_a_skill_without_one_gets_nothing():
@@ -108,17 +114,20 @@ def test_the_bonus_is_bounded_zero_on_wrong_answers_and_below_min_correct(mass, 
     assert (bonus[correct.sum(axis=1) < CONFIG.min_correct] == 0).all()
 
 
-@given(arrays(np.float64, SHAPE, elements=st.floats(-5, 5)), arrays(np.float64, SHAPE, elements=st.floats(-1, 1)), weights, shares)
-def test_the_bonus_never_changes_a_sign_nor_exceeds_its_share(advantages, bonus, weight, share):
-    after = apply_bonus(advantages, bonus, weight, share)
+sizes = st.just(0.0) | st.floats(1e-6, 5) | st.floats(-5, -1e-6)
+
+
+@given(arrays(np.float64, SHAPE, elements=sizes), arrays(np.float64, SHAPE, elements=st.floats(-1, 1)), weights, shares, valid)
+def test_the_bonus_never_changes_a_sign_nor_exceeds_its_share(advantages, bonus, weight, share, wrong):
+    after = apply_bonus(advantages, bonus, weight, share, wrong)
     assert (np.sign(after) == np.sign(advantages)).all()
-    assert (np.abs(after - advantages) <= share * np.abs(advantages) * (1 + 1e-9) + 1e-300).all()
+    assert (np.abs(after - advantages) <= share * np.abs(advantages) + 1e-12).all()
 
 
 @given(masses, zero_one, weights, shares)
 def test_correct_stays_above_wrong_and_wrong_is_untouched(mass, rewards, weight, share):
     advantages = grpo(rewards)
-    after = apply_bonus(advantages, BONUS.bonus(mass, rewards, np.ones(SHAPE, bool), ["ocr"] * 3), weight, share)
+    after = apply_bonus(advantages, BONUS.bonus(mass, rewards, np.ones(SHAPE, bool), ["ocr"] * 3), weight, share, rewards < 1)
     for row in range(SHAPE[0]):
         correct = rewards[row] >= 1
         np.testing.assert_array_equal(after[row][~correct], advantages[row][~correct])
@@ -131,7 +140,7 @@ def test_correct_stays_above_wrong_and_wrong_is_untouched(mass, rewards, weight,
 def test_groups_that_are_all_correct_or_all_wrong_still_teach_nothing(mass, reward, weight, share):
     rewards = np.full(SHAPE, reward)
     bonus = BONUS.bonus(mass, rewards, np.ones(SHAPE, bool), ["ocr"] * 3)
-    assert (apply_bonus(np.zeros(SHAPE), bonus, weight, share) == 0).all()
+    assert (apply_bonus(np.zeros(SHAPE), bonus, weight, share, np.ones(SHAPE, bool)) == 0).all()
 
 
 @given(masses, zero_one, st.permutations(range(SHAPE[1])))

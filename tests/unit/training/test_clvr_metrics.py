@@ -23,7 +23,7 @@ def test_the_ratio_is_that_of_root_mean_squares_over_all_forward_passes_since_th
     open_gates(model, 0.7)
     size = RefinementSize(model)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    model.decoder.injections[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs))
+    model.decoder.injections[1].register_forward_hook(lambda module, inputs, output: seen.append(tuple(x.detach() for x in inputs)))
     model(small_batch(seed=3))
     size.reset()
     seen.clear()
