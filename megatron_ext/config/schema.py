@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A frozen section: unknown keys are errors, numbers are never silently converted from strings."""
+    """A frozen section whose unknown keys are errors. `config/load.py` also refuses numbers written as strings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
