@@ -21,21 +21,20 @@ from typing import Any
 import safetensors.torch
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.folder import latest_step
+from megatron_ext.checkpoint.full_tensors import Model, as_chunks
+from megatron_ext.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.checkpoint.torch_dist import InProcessLoad, InProcessSave, check_tensors
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.parallel.shards import EMBEDDING
 
 __all__ = ["latest_step", "load_checkpoint", "read_state", "save_checkpoint"]
 
@@ -47,15 +46,14 @@ _FORMAT = 1
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: torch.nn.Module,
-    optimizer: MegatronOptimizer | None,
-    scheduler: OptimizerParamScheduler | None,
+    model: Model,
+    optimizer: OptimizerState | None,
     state: dict[str, Any],
     context: ParallelContext,
     model_config: ModelConfig,
     keep: int,
 ) -> Path:
-    """Writes `folder/step_...` and makes it the latest; keeps the newest `keep`. `model` may be wrapped for data parallelism.
+    """Writes `folder/step_...` and makes it the latest; keeps the newest `keep`. `model` is bare: one model, or the chunks of it that this rank holds.
 
     Collective; returns once the checkpoint is published.
     """
@@ -72,8 +70,8 @@ def save_checkpoint(
             "format": _FORMAT,
             "step": step,
             "layout": asdict(context.layout),
-            "updates": None if optimizer is None else _updates(optimizer),
-            "schedule": None if scheduler is None else int(scheduler.num_steps),
+            "updates": None if optimizer is None else optimizer.updates,
+            "schedule": None if optimizer is None else optimizer.scheduled,
             "state": state,
             "model": model_config.model_dump(mode="json"),
         }
@@ -87,9 +85,8 @@ def save_checkpoint(
 
 def load_checkpoint(
     path: Path,
-    model: torch.nn.Module,
-    optimizer: MegatronOptimizer | None = None,
-    scheduler: OptimizerParamScheduler | None = None,
+    model: Model,
+    optimizer: OptimizerState | None = None,
     *,
     context: ParallelContext,
     model_config: ModelConfig,
@@ -97,7 +94,7 @@ def load_checkpoint(
     """Loads a step folder, or the latest one in a folder, and returns the saved `state` with its `step`. Collective.
 
     With an optimizer, its moments and master weights are restored as well, and so are the random states when the layout is the one that saved them.
-    Without, only weights: load them before `build_optimizer`, which copies them.
+    Without, only weights: load them before `build_engine`, which copies them.
     Raises CheckpointError, with nothing changed, when the checkpoint is missing, damaged or of another model.
     """
     checkpoint = files.find_checkpoint(path)
@@ -109,15 +106,12 @@ def load_checkpoint(
     sharded = _sharded(model, optimizer, context, loading=True)
     check_tensors(load_preprocess(sharded)[0], checkpoint)
     loaded = dist_checkpointing.load(sharded, str(checkpoint), InProcessLoad(), validate_access_integrity=False)
-    bare = _unwrap(model)
-    bare.load_state_dict({name: loaded["model"].get(name) for name in bare.state_dict()}, strict=True)
+    for chunk in as_chunks(model):
+        chunk.load_state_dict({name: loaded["model"].get(_key(name, chunk)) for name in chunk.state_dict()}, strict=True)
     if optimizer is not None:
-        _restore_optimizer(optimizer, loaded["optimizer"], record["updates"])
+        optimizer.restore(loaded["optimizer"], record["updates"], int(record["schedule"] or 0))
         if record["layout"] == asdict(context.layout):
             _restore_rng(safetensors.torch.load_file(checkpoint / f"rng_{context.rank:04d}.safetensors"))
-    if scheduler is not None:
-        scheduler.num_steps = int(record["schedule"] or 0)
-        scheduler.step(0)
     return {**record["state"], "step": record["step"]}
 
 
@@ -141,10 +135,6 @@ def _describe(draft: Path, context: ParallelContext) -> dict[str, dict[str, Any]
     own = {name: files.describe_file(draft / name) for name in names[context.rank :: context.world_size]}
     torch.distributed.all_gather_object(described, own)
     return {name: entry for part in described for name, entry in part.items()}
-
-
-def _unwrap(model: torch.nn.Module) -> MegatronModule:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _verify(checkpoint: Path, context: ParallelContext) -> None:
@@ -174,37 +164,37 @@ def _differences(saved: Any, wanted: Any, name: str) -> Any:
         yield f"{name}: checkpoint has {saved}, configuration has {wanted}"
 
 
-def _sharded(model: torch.nn.Module, optimizer: MegatronOptimizer | None, context: ParallelContext, loading: bool) -> dict[str, Any]:
+def _sharded(model: Model, optimizer: OptimizerState | None, context: ParallelContext, loading: bool) -> dict[str, Any]:
     """What Megatron saves or loads: names, full shapes and this rank's parts. The optimizer's are named and shaped like the parameters they belong to.
 
     Tensors only: Megatron's linear layers also list an empty "extra state" as a pickled object, which nothing here needs.
     """
-    entries = _unwrap(model).sharded_state_dict(metadata={"dp_cp_group": context.pgs.dp_cp})
-    sharded: dict[str, Any] = {"model": {name: entry for name, entry in entries.items() if not isinstance(entry, ShardedObject)}}
+    sharded: dict[str, Any] = {"model": {}}
+    for chunk in as_chunks(model):
+        entries = chunk.sharded_state_dict(metadata={"dp_cp_group": context.pgs.dp_cp})  # type: ignore[operator]
+        for name, entry in entries.items():
+            if not isinstance(entry, ShardedObject):
+                sharded["model"][_key(name, chunk)] = _on_its_stage(entry, _key(name, chunk), chunk)
     if optimizer is not None:
-        sharded["optimizer"] = {
-            index: part.sharded_param_state_fully_reshardable(sharded["model"], loading, {})
-            for index, part in enumerate(optimizer.chained_optimizers)
-            if not part.is_stub_optimizer
-        }
+        sharded["optimizer"] = optimizer.sharded(sharded["model"], loading)
     return sharded
 
 
-def _restore_optimizer(optimizer: MegatronOptimizer, loaded: dict[Any, Any], updates: int) -> None:
-    for index, part in enumerate(optimizer.chained_optimizers):
-        if part.is_stub_optimizer:
-            continue
-        steps = {parameter: values.pop("step") for parameter, values in part.optimizer.state.items()}
-        part.load_parameter_state_from_fully_reshardable(loaded[index])
-        for parameter, step in steps.items():
-            part.optimizer.state[parameter]["step"] = step.fill_(updates)
+def _key(name: str, chunk: torch.nn.Module) -> str:
+    """A tensor's name in the whole model. Only a tied output layer's weight has another one: it is a copy of the embedding."""
+    tied = name == "output_layer.weight" and getattr(chunk.output_layer.weight, "shared_embedding", False)  # type: ignore[union-attr]
+    return EMBEDDING if tied else name
 
 
-def _updates(optimizer: MegatronOptimizer) -> int:
-    for part in optimizer.chained_optimizers:
-        for values in part.optimizer.state.values() if not part.is_stub_optimizer else ():
-            return int(values["step"])
-    return 0
+def _on_its_stage(entry: Any, key: str, chunk: Any) -> Any:
+    """Copies on later pipeline stages (a tied embedding, a frozen encoder) are replicas of what the first stage saves."""
+    if not isinstance(entry, ShardedTensor):
+        return entry
+    if key == EMBEDDING:
+        entry.key = key
+    if chunk.stage.number and (key == EMBEDDING or key.startswith("vision.")) and not isinstance(entry.replica_id, int):
+        entry.replica_id = (chunk.stage.number, *entry.replica_id[1:])
+    return entry
 
 
 def _rng_states() -> dict[str, torch.Tensor]:

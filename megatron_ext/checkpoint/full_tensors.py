@@ -1,7 +1,7 @@
 """A model's weights as layout-independent full tensors, there and back: what is published to rollouts, compared between layouts, exported.
 
-    every rank's parts --gather over tensor-parallel ranks, then over expert-parallel ranks--> name, full tensor      (`full_tensors`)
-    full tensors --every rank takes its part--> parameters                                                            (`load_full_tensors`)
+    every rank's parts --gather over tensor-parallel, then expert-parallel ranks, then from stage to stage--> name, full tensor   (`full_tensors`)
+    full tensors --every rank takes its part--> parameters                                                                        (`load_full_tensors`)
 
 Names are those of the model on one rank: experts carry their global index, a gated `linear_fc1` is [gate; up].
 """
@@ -9,12 +9,12 @@ Names are those of the model on one rank: experts carry their global index, a ga
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext
@@ -23,41 +23,92 @@ from megatron_ext.parallel.shards import Shard, names_over_ranks, shard_of
 _SPLIT_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)
 
 
-def full_tensors(
-    model: MegatronModule, context: ParallelContext, of: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
-) -> Iterator[tuple[str, torch.Tensor]]:
+Model = torch.nn.Module | Sequence[torch.nn.Module]
+"""One model, or the chunks of it that a pipeline rank holds."""
+Pick = Callable[[torch.nn.Parameter], torch.Tensor]
+
+
+def full_tensors(model: Model, context: ParallelContext, of: Pick = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and full tensor of every parameter, one at a time, the same on all ranks. Collective: every rank must run through it to the end.
 
     `of` says what is gathered, by default the weight itself; another tensor of the parameter's shape, such as its gradient, has the same layout.
     A tensor that every rank holds whole is not copied: it changes when the weights do. Raises RuntimeError for a parameter that is split but not marked.
     """
-    _require_marks(model)
-    for name, parameter in model.named_parameters():
-        shard = _shard(name, parameter, model, context)
+    chunks = as_chunks(model)
+    _require_marks(chunks)
+    if context.layout.pp == 1:
+        yield from _own_tensors(chunks, context, of)
+        return
+    group = context.pgs.pp
+    listed: list[Any] = [None] * group.size()
+    dist.all_gather_object(listed, list(_announced(chunks, context, of)), group=group)
+    seen: set[str] = set()
+    for stage, announced in enumerate(listed):
+        own = iter(_own_tensors(chunks, context, of)) if stage == group.rank() else None
+        for name, shape, dtype in announced:
+            full = next(own)[1].contiguous() if own is not None else torch.empty(shape, dtype=dtype, device=context.device)
+            if name in seen:  # a frozen encoder, or a tied embedding, that an earlier stage has given
+                continue
+            dist.broadcast(full, dist.get_global_rank(group, stage), group=group)
+            yield name, full
+        seen |= {name for name, _, _ in announced}
+
+
+@torch.no_grad()
+def load_full_tensors(model: Model, tensors: Mapping[str, torch.Tensor], context: ParallelContext) -> None:
+    """Copies this rank's part of every full tensor into the model, converting to its dtype.
+
+    Raises CheckpointError, with nothing changed, for a tensor that is missing, unexpected, or of another shape. Every rank comes to the same verdict;
+    collective only where pipeline stages have to tell each other what they hold.
+    """
+    chunks = as_chunks(model)
+    _require_marks(chunks)
+    _check(_shapes(chunks, context), tensors)
+    for _, parameter, shard in _parameters(chunks, context):
+        parameter.copy_(shard.take(tensors[shard.name]))
+
+
+def as_chunks(model: Model) -> list[torch.nn.Module]:
+    """
+    >>> len(as_chunks(torch.nn.Linear(1, 1)))
+    1
+    """
+    return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+def _parameters(chunks: list[torch.nn.Module], context: ParallelContext) -> Iterator[tuple[str, torch.nn.Parameter, Shard]]:
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            yield name, parameter, shard_of(name, parameter, _experts_per_rank(chunk, context), context)
+
+
+def _own_tensors(chunks: list[torch.nn.Module], context: ParallelContext, of: Pick) -> Iterator[tuple[str, torch.Tensor]]:
+    """Full tensors of the parameters that this pipeline rank holds."""
+    for name, parameter, shard in _parameters(chunks, context):
         full = _gather_parts(of(parameter), shard, context)
         if not shard.is_expert:
             yield shard.name, full
             continue
         experts = _all_gather(full, context.pgs.ep)
-        yield from zip(names_over_ranks(name, _experts_per_rank(model, context), context), experts, strict=True)
+        yield from zip(names_over_ranks(name, _experts_per_rank(chunks[0], context), context), experts, strict=True)
 
 
-@torch.no_grad()
-def load_full_tensors(model: MegatronModule, tensors: Mapping[str, torch.Tensor], context: ParallelContext) -> None:
-    """Copies this rank's part of every full tensor into the model, converting to its dtype. Not collective, but every rank comes to the same verdict.
+def _announced(chunks: list[torch.nn.Module], context: ParallelContext, of: Pick) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """What `_own_tensors` will yield, without gathering it."""
+    for name, parameter, shard in _parameters(chunks, context):
+        names = names_over_ranks(name, _experts_per_rank(chunks[0], context), context) if shard.is_expert else [shard.name]
+        for full_name in names:
+            yield full_name, shard.full_shape(parameter.shape), of(parameter).dtype
 
-    Raises CheckpointError, with nothing changed, for a tensor that is missing, unexpected, or of another shape.
-    """
-    _require_marks(model)
-    shards = [(_shard(name, parameter, model, context), parameter) for name, parameter in model.named_parameters()]
-    shapes = {
-        full_name: shard.full_shape(parameter.shape)
-        for (name, parameter), (shard, _) in zip(model.named_parameters(), shards, strict=True)
-        for full_name in names_over_ranks(name, _experts_per_rank(model, context), context)
-    }
-    _check(shapes, tensors)
-    for shard, parameter in shards:
-        parameter.copy_(shard.take(tensors[shard.name]))
+
+def _shapes(chunks: list[torch.nn.Module], context: ParallelContext) -> dict[str, tuple[int, ...]]:
+    """Full shapes of the whole model's parameters."""
+    own = {name: shape for name, shape, _ in _announced(chunks, context, torch.Tensor.detach)}
+    if context.layout.pp == 1:
+        return own
+    listed: list[Any] = [None] * context.layout.pp
+    dist.all_gather_object(listed, own, group=context.pgs.pp)
+    return {name: shape for part in listed for name, shape in part.items()}
 
 
 def digest(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
@@ -98,17 +149,13 @@ def _check(shapes: dict[str, tuple[int, ...]], tensors: Mapping[str, torch.Tenso
             raise CheckpointError(name, "is not a parameter of this model", "they are of another model")
 
 
-def _require_marks(model: MegatronModule) -> None:
+def _require_marks(chunks: list[torch.nn.Module]) -> None:
     """Megatron marks split parameters as it initialises them. A model built with `perform_initialization=False` has none: its shards would pass for whole
     tensors here, and its gradient norm would leave out most ranks."""
-    for path, module in model.named_modules():
+    for path, module in (found for chunk in chunks for found in chunk.named_modules()):
         if isinstance(module, _SPLIT_MODULES) and module.weight is not None and not getattr(module.weight, "tensor_model_parallel", False):
             raise RuntimeError(f"{path}.weight is split over ranks but not marked tensor_model_parallel: build the model with perform_initialization=True")
 
 
-def _shard(name: str, parameter: torch.nn.Parameter, model: MegatronModule, context: ParallelContext) -> Shard:
-    return shard_of(name, parameter, _experts_per_rank(model, context), context)
-
-
-def _experts_per_rank(model: MegatronModule, context: ParallelContext) -> int:
-    return int(model.config.num_moe_experts or 0) // context.layout.ep
+def _experts_per_rank(model: torch.nn.Module, context: ParallelContext) -> int:
+    return int(model.config.num_moe_experts or 0) // context.layout.ep  # type: ignore[union-attr, arg-type]

@@ -99,11 +99,23 @@ class ParallelConfig(Section):
     tp: int = Field(1, gt=0)
     """Tensor parallel. Above 1, sequence parallelism is always on."""
     pp: int = Field(1, gt=0)
+    """Pipeline parallel: consecutive decoder layers on consecutive stages."""
+    vpp: int = Field(1, gt=0)
+    """Model chunks per pipeline rank (interleaved schedule): a smaller bubble for more communication. Micro-batches per step must divide by pp."""
     cp: int = Field(1, gt=0)
+    """Context parallel: a sequence is shared by this many ranks, each taking an early and a late part of it."""
     ep: int = Field(1, gt=0)
     """Expert parallel; divides num_ranks / (etp * pp)."""
     etp: int | None = None
     """Expert tensor parallel. Unset: 1 when ep > 1, else tp."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass instead of kept: none; self-attention (`selective`); whole decoder layers (`full`)."""
+    recompute_layers: int = Field(1, gt=0)
+    """Layers between two kept activations when recompute is `full`: more saves memory, and holds more at once while a block is computed again."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass runs. Unset: on GPUs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
     threads_per_rank: int = Field(1, gt=0)
 
 
@@ -154,6 +166,10 @@ class TrainConfig(Section):
     keep: int = Field(2, gt=0)
     """Checkpoints kept."""
     log_every: int = Field(10, gt=0)
+    packed: bool = False
+    """The conversations of a micro-batch stand one after another in one row instead of padded side by side. None sees another; results are the same."""
+    train_vision: bool = True
+    """False freezes the vision encoder; under pipeline parallelism later stages then run it themselves instead of receiving its features."""
     init_from: Path | None = None
     """Checkpoint to start from; unset: the stage before, or random weights for the first stage."""
 

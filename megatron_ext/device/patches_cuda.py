@@ -45,6 +45,10 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _synchronize(*_: Any, **__: Any) -> None:
+    pass
+
+
 def _to_device(self: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return self
 
@@ -67,6 +71,7 @@ CUDA_PATCHES = (
     Patch("torch.cuda", "get_rng_state", "the tracker of random states keeps one for each kind of region", lambda _: _get_rng_state),
     Patch("torch.cuda", "set_rng_state", "checkpoints bring the random state back", lambda _: _set_rng_state),
     Patch("torch.cuda", "manual_seed", "the tracker of random states seeds each kind of region", lambda _: _manual_seed),
+    Patch("torch.cuda", "synchronize", "a pipeline stage waits for what it received", lambda _: _synchronize),
     Patch("torch:Tensor", "cuda", "the distributed optimizer moves its states to the device to gather them", lambda _: _to_device),
     Patch("torch", "tensor", "the optimizer makes its scales and flags on the literal device", _on_cpu),
     Patch("torch", "zeros", "gradient norm, token count and the tracker of auxiliary losses start on the literal device", _on_cpu),

@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron_ext.batch import Prompt, Rollout, RouteTrace, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.inference.sampling import sample, uniforms
-from megatron_ext.model.assembly import Memory, VisionLanguageModel
+from megatron_ext.model.assembly import VisionLanguageModel
+from megatron_ext.model.generation import Memory, decode, prefill
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.router_tap import Routes
@@ -85,7 +86,7 @@ class Engine:
             prompts, seeds_R = [_dummy_prompt(self.vocabulary)], np.zeros(samples, dtype=np.int64)
         inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp, self.context.device)
         with self.model.router_tap.record() as routes:
-            logits_PV, memory = self.model.prefill(inputs, torch.from_numpy(lengths_P), inputs.tokens_BS.shape[1] + self.config.max_new_tokens)
+            logits_PV, memory = prefill(self.model, inputs, torch.from_numpy(lengths_P), inputs.tokens_BS.shape[1] + self.config.max_new_tokens)
         experts_PSLK, gates_PSLK = _by_row(routes, inputs.tokens_BS.shape[1], len(prompts))
         repeat = torch.arange(len(prompts)).repeat_interleave(samples)
         decoded = self._decode_all(logits_PV[repeat], memory.select(repeat), seeds_R, greedy, idle)
@@ -126,7 +127,7 @@ class Engine:
                 memory, tokens_B = memory.select(keep), tokens_B[keep]
                 alive, active = alive[active], np.ones(len(keep), bool)
             with self.model.router_tap.record() as routes:
-                logits_RV = self.model.decode(tokens_B, memory)
+                logits_RV = decode(self.model, tokens_B, memory)
             experts, gates = routes.experts()[: len(alive)].cpu().numpy(), routes.gates()[: len(alive)].cpu().numpy()
             out.experts_RTLK[alive[active], step], out.gates_RTLK[alive[active], step] = experts[active], gates[active]
         return out

@@ -1,156 +1,198 @@
-"""The whole model: vision encoder, projector, splice, CLVR, mixture-of-experts decoder.
+"""The whole model, or the part of it that one pipeline stage holds: vision encoder, projector, splice, CLVR, mixture-of-experts decoder.
 
     tiles -> InternViT -> features ---------------------------- CLVR keys and values --+
                              |                                                         |
                           projector -> splice into the text embeddings -> decoder layers with taps -> logits
 
-`forward` serves training; `prefill` and `decode` serve generation with the same modules and a `Memory` that holds keys, values and vision memory.
+`forward` serves training, on every stage; `generation.py` drives the same modules token by token. Which part a stage holds is in `parallel/stages.py`, what
+travels between stages in `payload.py`, which positions a rank computes in `frame.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 import torch.nn.functional as F
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.model.attention import KVCache
+from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.model.clvr import Sight, VisionMemory
-from megatron_ext.model.clvr_block import ClvrBlock
+from megatron_ext.model.clvr_block import Call, ClvrBlock
 from megatron_ext.model.decoder import layer_spec, transformer_config
+from megatron_ext.model.frame import Frame, frame_of
 from megatron_ext.model.initialise import initialise
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.model.payload import Payload, pack, unpack
 from megatron_ext.model.projector import Projector
 from megatron_ext.model.rope import rope_angles
 from megatron_ext.model.router_tap import RouterTap
-from megatron_ext.model.splice import splice, visible_until
+from megatron_ext.model.splice import splice, visible_from, visible_until
 from megatron_ext.model.vision import InternViT
 from megatron_ext.parallel.groups import ParallelContext
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What generation keeps of its rows: self-attention cache, vision memory, and how much of it the next token sees."""
-
-    cache: KVCache
-    vision: VisionMemory | None
-    until_B: torch.Tensor
-
-    def select(self, rows: torch.Tensor) -> Memory:
-        """The memory of the given rows, repeated or dropped as asked. Changes the cache in place."""
-        self.cache.select(rows)
-        return replace(self, vision=None if self.vision is None else self.vision.select(rows), until_B=self.until_B[rows])
+from megatron_ext.parallel.stages import Stage, pipeline_stages
 
 
 class VisionLanguageModel(MegatronModule):
     """InternVL3.5-style model with CLVR. Logits are split over the tensor-parallel group: [S, B, vocab / tp]."""
 
-    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext) -> None:
+    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage) -> None:
         config = transformer_config(model, context.layout)
         super().__init__(config)
-        self.model_config, self.image_token, self.tp_group = model, image_token, context.pgs.tp
-        self.vision = InternViT(model.vision)
-        self.projector = Projector(model.vision, model.hidden_size)
-        self.embedding = LanguageModelEmbedding(
-            config, model.vocab_size, model.max_positions, "rope", scatter_to_sequence_parallel=False, tp_group=context.pgs.tp
-        )
-        self.decoder = ClvrBlock(config, layer_spec(), model.clvr, model.vision.hidden_size, context.pgs)
-        self.output_layer = ColumnParallelLinear(
-            model.hidden_size,
-            model.vocab_size,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            skip_bias_add=False,
-            gather_output=False,
-            skip_weight_param_allocation=model.tie_embeddings,
-            tp_group=context.pgs.tp,
-        )
+        self.model_config, self.image_token, self.stage = model, image_token, stage
+        self.tp_group, self.cp_group = context.pgs.tp, context.pgs.cp
+        self.pre_process, self.post_process, self.share_embeddings_and_output_weights = stage.first, stage.last, model.tie_embeddings  # Megatron asks for these
+        self.vision = InternViT(model.vision) if stage.runs_vision else None
+        self.projector = Projector(model.vision, model.hidden_size) if stage.first else None
+        self.embedding = self._embedding(config) if stage.first else None
+        self.decoder = ClvrBlock(config, layer_spec(), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
+        self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
+        self._received: torch.Tensor | None = None
 
-    def set_input_tensor(self, _: torch.Tensor | list[torch.Tensor | None] | None) -> None:
-        """Megatron's schedules call this on every model; without pipeline stages there is nothing to receive."""
+    def set_input_tensor(self, received: torch.Tensor | list[torch.Tensor | None] | None) -> None:
+        """Megatron's schedules hand over what the stage before sent, right before the forward pass that takes it."""
+        self._received = received[0] if isinstance(received, list) else received
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """Where embeddings are tied over pipeline stages, Megatron sums the gradients of the first stage's and the last one's copy."""
+        module = self.embedding.word_embeddings if self.embedding is not None else self.output_layer
+        return None if module is None else module.weight
+
+    def frame(self, inputs: ModelInputs) -> Frame:
+        """Which positions of these inputs this rank computes. Tensors that belong to the logits are cut with its `take`."""
+        return frame_of(inputs.tokens_BS.shape[1], inputs.bounds, self.cp_group, inputs.tokens_BS.device)
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
-        """Logits [S, B, vocab / tp] at every position. S divides by the tensor-parallel size."""
-        hidden, memory, sight, _ = self._read(inputs)
-        hidden = self.decoder(hidden, self._rope(inputs.tokens_BS.shape[1], hidden.device), memory, sight, cache=None)
-        return self._logits(hidden)
+        """On the last stage logits [S, B, vocab / tp] at this rank's positions, before it the payload for the next stage. The length of the rows, and of packed
+        samples, divides by `Layout.length_multiple`."""
+        frame = self.frame(inputs)
+        for router in self.decoder.routers():
+            router.weight_of_aux = inputs.aux_weight
+        payload = self.embed(inputs, frame) if self.stage.first else self._arrived(inputs, frame)
+        memory, sight = self.look(inputs, frame, payload.features_IVH)
+        hidden, waiting = self.decoder(payload.hidden_SBH, payload.waiting, Call(self.rope(frame), memory, sight, frame, self._padding(inputs, frame)))
+        if self.stage.last:
+            return self.logits(hidden)
+        return pack(Payload(hidden, waiting, payload.features_IVH), self.stage)
 
-    def prefill(self, inputs: ModelInputs, lengths_B: torch.Tensor, capacity: int) -> tuple[torch.Tensor, Memory]:
-        """Reads prompts of the given lengths. Returns the logits [B, vocab / tp] after each row's last token, and the memory to decode from."""
-        hidden, memory, sight, until_BS = self._read(inputs)
-        cache = KVCache(capacity)
-        hidden = self.decoder(hidden, self._rope(inputs.tokens_BS.shape[1], hidden.device), memory, sight, cache)
-        cache.start_decode(lengths_B)
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=self.tp_group)
-        rows = torch.arange(len(lengths_B), device=hidden.device)
-        last_B1H = hidden[lengths_B - 1, rows][:, None]
-        return self._logits(self._scatter(last_B1H))[: len(rows), 0], Memory(cache, memory, until_BS[rows, lengths_B - 1])
-
-    def decode(self, tokens_B: torch.Tensor, memory: Memory) -> torch.Tensor:
-        """One new token per row -> logits [B, vocab / tp] after it. The rows stand on the first axis, which sequence parallelism splits."""
-        positions_B = memory.cache.lengths_B
-        hidden = self._scatter(self._embed(tokens_B[:, None]).transpose(0, 1))
-        cos, sin = rope_angles(F.pad(positions_B, (0, -len(positions_B) % self._ranks))[:, None], self.model_config.head_dim, self.model_config.rope_theta)
-        sight = Sight(memory.until_B[:, None], torch.ones_like(memory.until_B, dtype=torch.bool)[:, None], decoding=True)
-        hidden = self.decoder(hidden, (cos, sin), memory.vision, sight, memory.cache)
-        memory.cache.advance()
-        return self._logits(hidden)[: len(tokens_B), 0]
-
-    @property
-    def _ranks(self) -> int:
-        return int(self.tp_group.size())
-
-    def _read(self, inputs: ModelInputs) -> tuple[torch.Tensor, VisionMemory | None, Sight | None, torch.Tensor]:
+    def embed(self, inputs: ModelInputs, frame: Frame) -> Payload:
         """Embeds text, encodes images, splices. Batches without images still run the encoder, on zeros times zero: every rank must touch every parameter."""
-        tokens_BS = inputs.tokens_BS
-        hidden_BSH = self._embed(tokens_BS).transpose(0, 1)
-        is_image_BS = tokens_BS == self.image_token
-        without_images = len(inputs.tiles_ICHW) == 0
-        features = self.vision(self._blank_tile(hidden_BSH) if without_images else inputs.tiles_ICHW.to(hidden_BSH.dtype))
+        assert self.projector is not None
+        hidden_BSH = self.embed_tokens(frame.take(inputs.tokens_BS)).transpose(0, 1)
+        features = self._features(inputs, hidden_BSH)
         images = self.projector(features)
-        memory = self.decoder.remember(features, inputs.row_tiles_BM)
-        if without_images:
+        if len(inputs.tiles_ICHW) == 0:
             hidden_BSH = hidden_BSH + 0.0 * images.sum()
         else:
-            hidden_BSH = splice(hidden_BSH, images, inputs.row_tiles_BM, is_image_BS)
-        until_BS = visible_until(is_image_BS, images.shape[1], features.shape[1])
-        inject_BS = torch.ones_like(is_image_BS) if self.model_config.clvr.inject == "all" else ~is_image_BS
-        return self._scatter(hidden_BSH.transpose(0, 1)), memory, Sight(until_BS, inject_BS), until_BS
+            hidden_BSH = splice(hidden_BSH, images, inputs.row_tiles_BM, inputs.tokens_BS == self.image_token, frame.local_S)
+        return Payload(self.scatter(hidden_BSH.transpose(0, 1)), {}, features)
 
-    def _blank_tile(self, like: torch.Tensor) -> torch.Tensor:
-        size = self.model_config.vision.image_size
-        return like.new_zeros(1, 3, size, size)
+    def look(self, inputs: ModelInputs, frame: Frame, features_IVH: torch.Tensor | None) -> tuple[VisionMemory | None, Sight | None]:
+        """The vision memory of this stage's taps, and which positions may look at what."""
+        if not self.stage.asks or features_IVH is None:
+            return None, None
+        model = self.model_config
+        is_image_BS = inputs.tokens_BS == self.image_token
+        until_BS = visible_until(is_image_BS, tokens_per_tile(model.vision), vision_tokens(model.vision))
+        inject_BS = torch.ones_like(is_image_BS) if model.clvr.inject == "all" else ~is_image_BS
+        sight = Sight(frame.take(visible_from(until_BS, inputs.bounds)), frame.take(until_BS), frame.take(inject_BS))
+        return self.decoder.remember(features_IVH, inputs.row_tiles_BM), sight
 
-    def _embed(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+    def embed_tokens(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """[S, B, H], whole on every rank."""
+        assert self.embedding is not None
         return self.embedding(tokens_BS, position_ids=None)
 
-    def _scatter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    def scatter(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """This rank's slice of the first axis, zero-padded to divide."""
         if not self.config.sequence_parallel:
             return hidden_SBH
-        padded = F.pad(hidden_SBH, (0, 0, 0, 0, 0, -hidden_SBH.shape[0] % self._ranks))
+        padded = F.pad(hidden_SBH, (0, 0, 0, 0, 0, -hidden_SBH.shape[0] % self.tp_group.size()))
         return scatter_to_sequence_parallel_region(padded, group=self.tp_group)
 
-    def _rope(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope_angles(torch.arange(length, device=device)[:, None], self.model_config.head_dim, self.model_config.rope_theta)
+    def rope(self, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
+        return rope_angles(frame.positions_S[:, None], self.model_config.head_dim, self.model_config.rope_theta)
 
-    def _logits(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        shared = self.embedding.word_embeddings.weight if self.model_config.tie_embeddings else None
-        return self.output_layer(hidden_SBH, weight=shared)[0]
+    def logits(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        assert self.output_layer is not None
+        tied = self.model_config.tie_embeddings and self.embedding is not None
+        return self.output_layer(hidden_SBH, weight=self.embedding.word_embeddings.weight if tied else None)[0]  # type: ignore[union-attr]
+
+    def _arrived(self, inputs: ModelInputs, frame: Frame) -> Payload:
+        """What the stage before sent; features that did not ride along are computed here from a frozen encoder."""
+        received, self._received = self._received, None
+        if received is None:
+            raise RuntimeError(f"pipeline stage {self.stage.number} was run without what stage {self.stage.number - 1} sends")
+        vision = self.model_config.vision
+        length = -(-len(frame.positions_S) // self.tp_group.size())
+        payload = unpack(received, self.stage, length, max(1, len(inputs.tiles_ICHW)), vision_tokens(vision), vision.hidden_size)
+        if self.vision is None:
+            return payload
+        return Payload(payload.hidden_SBH, payload.waiting, self._features(inputs, payload.hidden_SBH))
+
+    def _features(self, inputs: ModelInputs, like: torch.Tensor) -> torch.Tensor:
+        """ViT features [I, V, H_vit]; of one blank tile where the batch has no image."""
+        assert self.vision is not None
+        size = self.model_config.vision.image_size
+        return self.vision(inputs.tiles_ICHW.to(like.dtype) if len(inputs.tiles_ICHW) else like.new_zeros(1, 3, size, size))
+
+    def _padding(self, inputs: ModelInputs, frame: Frame) -> torch.Tensor | None:
+        """Bool [B, S] of this rank's sequence slice, for the routers."""
+        if inputs.padding_BS is None:
+            return None
+        local_BS = frame.take(inputs.padding_BS)
+        if not self.config.sequence_parallel:
+            return local_BS
+        ranks = self.tp_group.size()
+        return F.pad(local_BS, (0, -local_BS.shape[1] % ranks), value=True).chunk(ranks, dim=1)[self.tp_group.rank()]
+
+    def _embedding(self, config: object) -> LanguageModelEmbedding:
+        model = self.model_config
+        return LanguageModelEmbedding(config, model.vocab_size, model.max_positions, "rope", scatter_to_sequence_parallel=False, tp_group=self.tp_group)
+
+    def _output_layer(self, config: object) -> ColumnParallelLinear:
+        """Tied to the embedding it has no weight of its own, unless the embedding lives on another stage: then it has a copy, which Megatron keeps equal."""
+        model = self.model_config
+        layer = ColumnParallelLinear(
+            model.hidden_size,
+            model.vocab_size,
+            config=config,
+            init_method=self.config.init_method,
+            bias=False,
+            skip_bias_add=False,
+            gather_output=False,
+            skip_weight_param_allocation=model.tie_embeddings and self.stage.first,
+            tp_group=self.tp_group,
+        )
+        if model.tie_embeddings and not self.stage.first:
+            layer.weight.shared = layer.weight.shared_embedding = True  # the gradient norm counts it once
+        return layer
+
+
+def build_chunks(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, vision_trains: bool = True) -> list[VisionLanguageModel]:
+    """This rank's parts of the model, in the order of the data, with weights drawn from `seed`, the same in every layout.
+
+    A vision encoder that does not train is frozen, here and wherever a later stage has one of its own.
+    """
+    layout = context.layout
+    stages = pipeline_stages(model, layout.pp, layout.vpp, vision_trains)
+    chunks = [VisionLanguageModel(model, image_token, context, stage) for stage in stages[context.pp_rank :: layout.pp]]
+    for vp, chunk in enumerate(chunks):
+        chunk.vp_stage = vp if layout.vpp > 1 else None
+        chunk.model_type = ModelType.encoder_or_decoder  # the schedules ask for both
+        chunk.to(context.device, chunk.config.params_dtype)
+        initialise(chunk, context, seed)
+        if not vision_trains and chunk.vision is not None:
+            chunk.vision.requires_grad_(False)
+    return chunks
 
 
 def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0) -> VisionLanguageModel:
-    """The model with weights drawn from `seed`, the same in every layout."""
-    built = VisionLanguageModel(model, image_token, context)
-    built.to(context.device, built.config.params_dtype)
-    initialise(built, context, seed)
-    return built
+    """The whole model on this rank, for layouts without pipeline stages."""
+    (whole,) = build_chunks(model, image_token, context, seed)
+    if not (whole.stage.first and whole.stage.last):
+        raise ValueError("build_model is for one pipeline stage: use build_chunks")
+    return whole

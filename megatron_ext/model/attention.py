@@ -1,6 +1,6 @@
 """Causal self-attention of the decoder: Megatron's projections and tensor parallelism, torch's SDPA as the core, and a key-value cache for generation.
 
-    training, prefill   hidden_SBH -> linear_qkv -> q/k norm -> rope -> SDPA (causal)               -> linear_proj
+    training, prefill   hidden_SBH -> linear_qkv -> q/k norm -> rope -> SDPA over the frame's spans -> linear_proj
     decode              hidden_B1H -> the same                      -> append to cache, SDPA (mask) -> linear_proj
 
 In decode the rows stand on the first axis, the one that sequence parallelism splits: a step of one token per row has no sequence to split.
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
+from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext.model.frame import Frame
+from megatron_ext.model.recompute import recomputed
 from megatron_ext.model.rope import rotate
 
 
@@ -82,14 +85,22 @@ class SdpaCore(torch.nn.Module):
         super().__init__()
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Without a mask the queries are the last positions of the keys and attend causally."""
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        if mask is None and query.shape[2] != key.shape[2]:
+            mask = causal_lower_right(query.shape[2], key.shape[2])
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
 
 class CausalSelfAttention(SelfAttention):
-    """Takes [S, B, H] (sequence-parallel slices under TP) and the rope angles; returns the same shape and a None bias, as Megatron's layers expect."""
+    """Takes [S, B, H] (sequence-parallel slices under TP) and the rope angles; returns the same shape and a None bias, as Megatron's layers expect.
+
+    `recompute`: drop the activations of this module in training and compute them again in the backward pass.
+    """
+
+    recompute = False
 
     def forward(
         self,
@@ -98,20 +109,40 @@ class CausalSelfAttention(SelfAttention):
         inference_context: KVCache | None = None,
         rotary_pos_cos: torch.Tensor | None = None,
         rotary_pos_sin: torch.Tensor | None = None,
+        packed_seq_params: Frame | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if rotary_pos_cos is None or rotary_pos_sin is None:
+        """`packed_seq_params`, Megatron's way to hand a layer what it knows of packing, is our frame; absent in decode."""
+        cos, sin, frame = rotary_pos_cos, rotary_pos_sin, packed_seq_params
+        if cos is None or sin is None:
             raise ValueError("this attention needs the rotary angles of its positions")
-        query, key = (rotate(x, rotary_pos_cos, rotary_pos_sin) for x in (query, key))
-        if inference_context is not None and inference_context.decoding:
-            return self.linear_proj(self._decode(query, key, value, inference_context))
-        if inference_context is not None:
-            keys, values = inference_context.append(self.layer_number - 1, key, value)
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(lambda x, cos, sin: self._attend(x, cos, sin, frame, None), (), hidden_states, cos, sin)
+        return self._attend(hidden_states, cos, sin, frame, inference_context)
+
+    def _attend(
+        self, hidden_SBH: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frame: Frame | None, cache: KVCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.get_query_key_value_tensors(hidden_SBH)
+        query, key = (rotate(x, cos, sin) for x in (query, key))
+        if cache is not None and cache.decoding:
+            return self.linear_proj(self._decode(query, key, value, cache))
+        if cache is not None:
+            keys, values = cache.append(self.layer_number - 1, key, value)
         else:
-            keys, values = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-        attended = self.core_attention(query.permute(1, 2, 0, 3), keys, values, None)
+            keys, values = (x if frame is None else frame.whole(x) for x in (key, value))
+            keys, values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+        attended = self._over_spans(query.permute(1, 2, 0, 3), keys, values, frame)
         return self.linear_proj(attended.permute(2, 0, 1, 3).flatten(2))
+
+    def _over_spans(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, frame: Frame | None) -> torch.Tensor:
+        if frame is None or frame.is_plain:
+            return self.core_attention(query, keys, values, None)
+        parts = []
+        for span in frame.spans:
+            k_run = slice(span.k_start, span.k_stop)
+            parts.append(self.core_attention(query[:, :, span.q_start : span.q_stop], keys[:, :, k_run], values[:, :, k_run], None))
+        return torch.cat(parts, dim=2)
 
     def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """One new token per row: [rows, 1, N, D] -> [rows, 1, N * D]. Rows beyond the cache's are padding for sequence parallelism and give zeros."""

@@ -36,9 +36,10 @@ from megatron_ext.model.norm import RMSNorm
 
 @dataclass(frozen=True)
 class Sight:
-    """What the positions of a forward pass may look at. `until_BS`: vision tokens [0, until) of the row are visible; `inject_BS`: where refinement is added.
-    `decoding`: one token per row, and the rows stand on the first axis of the hidden states."""
+    """What the positions of a forward pass may look at. `from_BS`, `until_BS`: vision tokens [from, until) of the row are visible; `inject_BS`: where
+    refinement is added. `decoding`: one token per row, and the rows stand on the first axis of the hidden states."""
 
+    from_BS: torch.Tensor
     until_BS: torch.Tensor
     inject_BS: torch.Tensor
     decoding: bool = False
@@ -131,8 +132,9 @@ def _look(query_BNSD: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.
     number)."""
     groups = query_BNSD.shape[1] // keys_BNVD.shape[1]
     keys, values = keys_BNVD.repeat_interleave(groups, dim=1), values_BNVD.repeat_interleave(groups, dim=1)
-    until_BS1 = sight.until_BS[..., None]
-    seen_BSV = (torch.arange(keys.shape[2], device=keys.device) < until_BS1) | (until_BS1 == 0)
+    from_BS1, until_BS1 = sight.from_BS[..., None], sight.until_BS[..., None]
+    token_V = torch.arange(keys.shape[2], device=keys.device)
+    seen_BSV = ((token_V >= from_BS1) & (token_V < until_BS1)) | (until_BS1 <= from_BS1)
     refined = F.scaled_dot_product_attention(query_BNSD, keys, values, attn_mask=seen_BSV[:, None])
-    active_BS = sight.inject_BS & (sight.until_BS > 0)
+    active_BS = sight.inject_BS & (sight.until_BS > sight.from_BS)
     return refined * active_BS[:, None, :, None].to(refined.dtype)

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.model.attention import CausalSelfAttention, SdpaCore
 from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.router import Router
 from megatron_ext.parallel.plan import Layout
 
 
@@ -57,7 +58,15 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=model.dtype == "bf16",
+        variable_seq_lengths=layout.pp > 1,  # micro-batches differ in rows and length, and the ViT's features ride along
         tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        # Interleaved, two neighbours exchange activations and gradients at once. In one batch they would be told apart by their order alone, which pp = 2
+        # confuses.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        context_parallel_size=layout.cp,
         sequence_parallel=layout.tp > 1,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
@@ -80,7 +89,7 @@ def layer_spec() -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts)),
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,19 +14,32 @@ from megatron_ext.shapes import check_shape
 @dataclass(frozen=True)
 class ModelInputs:
     """`tokens_BS` int64, right-padded; `tiles_ICHW` float32 in [-1, 1], the distinct image tiles of the batch; `row_tiles_BM` int64 names the tiles
-    of each row (-1: none)."""
+    of each row (-1: none).
+
+    Packed samples stand one after another in a single row: sample n is the positions [bounds[n], bounds[n + 1]). Empty: every row is one sample.
+    `padding_BS` is true where there is only padding, which balancing losses leave out (None: nowhere). `aux_weight` is what those losses are multiplied by:
+    the number of targets of the whole batch where the main loss is a sum over targets.
+    """
 
     tokens_BS: torch.Tensor
     tiles_ICHW: torch.Tensor
     row_tiles_BM: torch.Tensor
+    bounds: tuple[int, ...] = ()
+    padding_BS: torch.Tensor | None = None
+    aux_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        rows, length = self.tokens_BS.shape
         check_shape("tiles_ICHW", self.tiles_ICHW, None, 3, None, None)
-        check_shape("row_tiles_BM", self.row_tiles_BM, self.tokens_BS.shape[0], None)
+        check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)
+        if self.padding_BS is not None:
+            check_shape("padding_BS", self.padding_BS, rows, length)
+        if self.bounds and (rows != 1 or self.bounds[0] != 0 or self.bounds[-1] != length or list(self.bounds) != sorted(set(self.bounds))):
+            raise ValueError(f"bounds {self.bounds} do not divide one row of {length} positions into samples (there are {rows} rows)")
 
 
-def model_inputs(tokens_BS: np.ndarray, tiles_IHWC: np.ndarray, row_tiles_BM: np.ndarray, device: torch.device) -> ModelInputs:
-    """From the arrays of a batch: uint8 [I, h, w, 3] images become float [-1, 1]."""
+def model_inputs(tokens_BS: np.ndarray, tiles_IHWC: np.ndarray, row_tiles_BM: np.ndarray, device: torch.device, **more: Any) -> ModelInputs:
+    """From the arrays of a batch: uint8 [I, h, w, 3] images become float [-1, 1]. `more` are the optional fields."""
     tiles = torch.from_numpy(np.ascontiguousarray(tiles_IHWC)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     tokens, rows = (torch.from_numpy(np.ascontiguousarray(x)).to(device, torch.int64) for x in (tokens_BS, row_tiles_BM))
-    return ModelInputs(tokens, tiles, rows)
+    return ModelInputs(tokens, tiles, rows, **more)

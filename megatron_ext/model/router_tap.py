@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -63,7 +64,7 @@ class LayerTap:
 
 
 class Routes:
-    """What the routers of one model did during one forward pass (or several, in order)."""
+    """What the routers of one model (of one pipeline stage's layers) did during one forward pass (or several, in order)."""
 
     def __init__(self, taps: list[LayerTap], tp_group: Any) -> None:
         self._taps, self._tp_group = taps, tp_group
@@ -86,11 +87,9 @@ class Routes:
 
 
 class RouterTap:
-    """The taps of one model's MoE layers."""
+    """The taps of one model's MoE layers, or of those that a pipeline stage holds."""
 
     def __init__(self, model: nn.Module, tp_group: Any) -> None:
-        from megatron.core.transformer.moe.router import TopKRouter
-
         self._tp_group = tp_group
         self._taps: list[LayerTap] = []
         for module in model.modules():
@@ -106,7 +105,8 @@ class RouterTap:
 
     @contextmanager
     def replay(self, experts_BSLK: torch.Tensor) -> Iterator[Routes]:
-        """Routes as given, int [B, S, L, K]; a position with -1 is routed live. For one forward pass: every layer must consume its routes exactly once.
+        """Routes as given, int [B, S, L, K] for the positions and layers held here; a position with -1 is routed live. For one forward pass: every layer
+        must consume its routes exactly once.
 
         Raises ValueError where shapes disagree, RuntimeError where a layer did not run once.
         """

@@ -6,11 +6,18 @@ A row's tiles stand in the order of their placeholders, so the r-th image-contex
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
-def splice(text_BSH: torch.Tensor, image_INH: torch.Tensor, row_tiles_BM: torch.Tensor, is_image_BS: torch.Tensor) -> torch.Tensor:
-    """Puts image embeddings [I, n, H] into the image positions of [B, S, H]. Raises ValueError where a row's placeholders and tiles disagree."""
+def splice(
+    text_BSH: torch.Tensor, image_INH: torch.Tensor, row_tiles_BM: torch.Tensor, is_image_BS: torch.Tensor, local_S: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Puts image embeddings [I, n, H] into the image positions of [B, S, H]. `local_S`: `text_BSH` holds only these positions of the rows.
+
+    Raises ValueError where a row's placeholders and tiles disagree.
+    """
     tokens_per_tile = image_INH.shape[1]
     placed_B = is_image_BS.sum(1)
     expected_B = (row_tiles_BM >= 0).sum(1) * tokens_per_tile
@@ -20,9 +27,20 @@ def splice(text_BSH: torch.Tensor, image_INH: torch.Tensor, row_tiles_BM: torch.
     order_BS = (is_image_BS.cumsum(1) - 1).clamp(min=0)
     tile_BS = row_tiles_BM.gather(1, (order_BS // tokens_per_tile).clamp(max=row_tiles_BM.shape[1] - 1)).clamp(min=0)
     source_BS = tile_BS * tokens_per_tile + order_BS % tokens_per_tile
+    if local_S is not None:
+        source_BS, is_image_BS = source_BS[:, local_S], is_image_BS[:, local_S]
     return torch.where(is_image_BS[..., None], image_INH.flatten(0, 1)[source_BS], text_BSH)
 
 
 def visible_until(is_image_BS: torch.Tensor, tokens_per_tile: int, vision_tokens: int) -> torch.Tensor:
     """Int64 [B, S]: position s may look at vision tokens [0, visible_until[b, s]) of its row, those of the tiles that are complete at s."""
     return is_image_BS.cumsum(1) // tokens_per_tile * vision_tokens
+
+
+def visible_from(until_BS: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+    """Int64 [B, S]: the first vision token that position s may look at: none of the samples packed before its own."""
+    start_BS = torch.zeros_like(until_BS)
+    for start, stop in pairwise(bounds):
+        if start:
+            start_BS[:, start:stop] = until_BS[:, start - 1 : start]
+    return start_BS

@@ -27,6 +27,7 @@ class ParallelContext:
     """Where this rank stands in the grid, and the groups that are its slices."""
 
     layout: Layout
+    parallel: ParallelConfig
     rank: int
     world_size: int
     pgs: ProcessGroupCollection
@@ -43,6 +44,19 @@ class ParallelContext:
     @property
     def ep_rank(self) -> int:
         return int(self.pgs.ep.rank())
+
+    @property
+    def cp_rank(self) -> int:
+        return int(self.pgs.cp.rank())
+
+    @property
+    def pp_rank(self) -> int:
+        return int(self.pgs.pp.rank())
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the last layers, and so sees the loss."""
+        return self.pp_rank == self.layout.pp - 1
 
 
 @contextmanager
@@ -63,13 +77,16 @@ def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, init_met
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,
+                pipeline_model_parallel_size=layout.pp,
+                virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+                context_parallel_size=layout.cp,
                 expert_model_parallel_size=layout.ep,
                 expert_tensor_parallel_size=layout.etp,
                 distributed_timeout_minutes=max(1, round(timeout_s / 60)),
             )
             torch.manual_seed(seed)
             model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-            yield ParallelContext(layout, rank, world_size, ProcessGroupCollection.use_mpu_process_groups(), where)
+            yield ParallelContext(layout, parallel, rank, world_size, ProcessGroupCollection.use_mpu_process_groups(), where)
         finally:
             parallel_state.destroy_model_parallel()
             get_cuda_rng_tracker().reset()

@@ -1,7 +1,7 @@
 """Which layouts a model can have: pure arithmetic on the configuration, without torch.
 
-num_ranks = tp * dp            dense parameters: every tensor split over tp, replicated over dp
-num_ranks = etp * ep * edp     experts: each split over etp, spread over ep, replicated over edp
+num_ranks = tp * cp * dp * pp        dense parameters: every tensor split over tp, replicated over cp * dp; layers shared by pp (`stages.py`)
+num_ranks = etp * ep * edp * pp      experts: each split over etp, spread over ep, replicated over edp
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Layout:
     tp: int
     sp: bool
     pp: int
+    vpp: int
     cp: int
     ep: int
     etp: int
@@ -30,25 +31,23 @@ class Layout:
         """The layout that the configuration asks for; `check_layout` says whether a model can have it."""
         etp = parallel.etp or (1 if parallel.ep > 1 else parallel.tp)
         dp = parallel.num_ranks // (parallel.tp * parallel.pp * parallel.cp)
-        return cls(parallel.tp, parallel.tp > 1, parallel.pp, parallel.cp, parallel.ep, etp, dp, parallel.num_ranks)
+        return cls(parallel.tp, parallel.tp > 1, parallel.pp, parallel.vpp, parallel.cp, parallel.ep, etp, dp, parallel.num_ranks)
 
     @property
     def edp(self) -> int:
         """Replicas of each expert."""
         return self.num_ranks // (self.etp * self.ep * self.pp)
 
+    @property
+    def length_multiple(self) -> int:
+        """What the length of a row must divide by: context parallelism cuts it into two parts a rank, sequence parallelism each rank's part into tp."""
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
+
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "parallel") -> list[UserError]:
     """Every reason why this model cannot have this layout, each with the values that would work; an empty list when it can."""
-    problems = [
-        UserError(f"{where}.{field}", f"{kind} parallelism is not in this release (asked for {value})", "use 1")
-        for field, kind, value in (("pp", "pipeline", parallel.pp), ("cp", "context", parallel.cp))
-        if value > 1
-    ]
     layout = Layout.of(parallel)
-    problems += _check_grid(parallel, layout, where)
-    problems += _check_tensors(model, layout, where)
-    return problems
+    return [*_check_grid(parallel, layout, where), *_check_tensors(model, layout, where), *_check_pipeline(model, parallel, where)]
 
 
 def _check_grid(parallel: ParallelConfig, layout: Layout, where: str) -> list[UserError]:
@@ -60,10 +59,28 @@ def _check_grid(parallel: ParallelConfig, layout: Layout, where: str) -> list[Us
         problems.append(
             UserError(f"{where}.num_ranks", f"{ranks} ranks do not divide by tp * pp * cp = {dense}", f"use a multiple of {dense}, or {_fields(ranks, 'tp')}")
         )
-    expert = layout.etp * layout.ep * parallel.pp
-    if ranks % expert:
-        remedy = f"use ep = {_choices(_divisors(ranks // layout.etp))}" if ranks % layout.etp == 0 else f"use a multiple of {expert} ranks"
-        problems.append(UserError(f"{where}.ep", f"{ranks} ranks do not divide by etp * ep = {layout.etp} * {layout.ep}", remedy))
+    stage, expert = ranks // parallel.pp, layout.etp * layout.ep
+    if ranks % parallel.pp == 0 and stage % expert:
+        remedy = f"use ep = {_choices(_divisors(stage // layout.etp))}" if stage % layout.etp == 0 else f"use a multiple of {expert * parallel.pp} ranks"
+        what = f"{ranks} ranks" if parallel.pp == 1 else f"the {stage} ranks of a pipeline stage"
+        problems.append(UserError(f"{where}.ep", f"{what} do not divide by etp * ep = {layout.etp} * {layout.ep}", remedy))
+    return problems
+
+
+def _check_pipeline(model: ModelConfig, parallel: ParallelConfig, where: str) -> list[UserError]:
+    """Every stage has a layer, and options that need another have it."""
+    problems = []
+    stages = parallel.pp * parallel.vpp
+    if stages > model.num_layers:
+        field = "pp" if parallel.vpp == 1 else "vpp"
+        most = model.num_layers if parallel.vpp == 1 else model.num_layers // parallel.pp
+        problems.append(
+            UserError(f"{where}.{field}", f"{stages} pipeline stages do not fit model.num_layers = {model.num_layers}", f"use at most {max(most, 1)}")
+        )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        problems.append(UserError(f"{where}.vpp", f"{parallel.vpp} chunks a rank interleave stages, but {where}.pp = 1", "use 1, or pp above 1"))
+    if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
+        problems.append(UserError(f"{where}.overlap_param_gather", f"needs {where}.overlap_grad_reduce, which is false", "set both, or neither"))
     return problems
 
 

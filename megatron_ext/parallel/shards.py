@@ -1,9 +1,12 @@
 """Which part of a full tensor a rank holds: one rule, used to initialise, to save, to publish and to compare weights in every layout.
 
-Three things make a rank's parameter differ from the full tensor:
+What makes a rank's parameter differ from the full tensor:
 - tensor parallelism splits it along `partition_dim` (over the expert tensor-parallel group for experts);
 - a gated `linear_fc1` is [gate; up] on every rank, so each half is split by itself;
-- expert parallelism gives a rank a range of experts: its local expert n is global expert `ep_rank * experts_per_rank + n`.
+- expert parallelism gives a rank a range of experts: its local expert n is global expert `ep_rank * experts_per_rank + n`;
+- embeddings tied over pipeline stages have a copy at the output layer, which is the embedding under another name.
+
+Pipeline stages need no rule: a layer has the same name on whatever stage it lives.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 
 from megatron_ext.parallel.groups import ParallelContext
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
@@ -58,6 +62,8 @@ def names_over_ranks(name: str, experts_per_rank: int, context: ParallelContext)
 def shard_of(name: str, parameter: Any, experts_per_rank: int, context: ParallelContext) -> Shard:
     """The shard that `parameter`, with Megatron's marks, called `name` in this rank's model, is of the full model's tensor."""
     is_expert = _LOCAL_EXPERT.fullmatch(name) is not None
+    if getattr(parameter, "shared_embedding", False):
+        name = EMBEDDING
     if is_expert:
         name = names_over_ranks(name, experts_per_rank, context)[context.pgs.ep.rank()]
     group = context.pgs.expt_tp if is_expert else context.pgs.tp

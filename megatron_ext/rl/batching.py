@@ -117,10 +117,13 @@ def join(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, rows: int, f
     return Shard(batch, lengths_B, keys + filler, tuple(route_digest(answer.rollout.routes.experts_SLK) for answer in scored) + filler)
 
 
-def microbatches(shard: Shard, micro_batch: int, multiple: int) -> list[Shard]:
-    """The shard's rows sorted by length, in equal parts of at most `micro_batch` rows, each as short as its longest row."""
+def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: int = 1) -> list[Shard]:
+    """The shard's rows sorted by length, in equal parts of at most `micro_batch` rows, each as short as its longest row. The number of parts is a multiple of
+    `parts_multiple` (interleaved pipelines need one of pp), for which there must be rows enough."""
     order = np.argsort(shard.lengths_B, kind="stable")
-    parts = -(-len(order) // micro_batch)
+    parts = _round_up(-(-len(order) // micro_batch), parts_multiple)
+    if parts > len(order):
+        raise ValueError(f"{len(order)} rows cannot make {parts} micro-batches")
     return [shard.select(rows, multiple) for rows in np.array_split(order, parts)]
 
 

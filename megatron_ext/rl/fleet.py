@@ -19,6 +19,7 @@ import numpy as np
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import WeightSyncError
+from megatron_ext.parallel.plan import Layout
 from megatron_ext.rl.batching import plan_shards, split_by_cost
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.loop import Metrics
@@ -94,7 +95,7 @@ class MegatronLearner:
             advantages_R,
             minibatches=self._config.rl.minibatches,
             dp_size=self._places[0].dp_size,
-            multiple=self._config.parallel.tp,
+            multiple=Layout.of(self._config.parallel).length_multiple,
             pad_id=self._pad_id,
         )
         calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]

@@ -22,14 +22,15 @@ from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import WeightSyncError
-from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.rl.batching import Shard, microbatches
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, open_store, pack, send
+from megatron_ext.training.engine import Engine
 from megatron_ext.training.loop import peak_memory_bytes
-from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.step import optimizer_step
 
 STORE_TIMEOUT_S = 60.0
@@ -54,9 +55,9 @@ class LearnerRank:
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
         self._tokenizer = Tokenizer.load(config.tokenizer_dir)
-        self._state, self._finished = _train_state(config, self._checkpoints, init_from, self._tokenizer.image_id, self._context)
-        reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else None
-        self._policy = Policy(self._state.model, reference, config, self._tokenizer.vocab_size, self._context)
+        self._engine, self._finished = _engine(config, self._checkpoints, init_from, self._tokenizer.image_id, self._context)
+        reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
+        self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
         return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished)
 
     def update(self, shards: Sequence[Shard]) -> dict[str, float]:
@@ -68,10 +69,10 @@ class LearnerRank:
             raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
         parts = [self._microbatches(shard) for shard in shards]
         began = time.perf_counter()
-        if len(parts) > 1:  # later minibatches meet a policy that has moved: old log-probs must be taken before the first
-            parts = [[self._policy.with_old_logprobs(batch) for batch in part] for part in parts]
+        # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
+        parts = [self._policy.prepared(part, with_old=len(parts) > 1) for part in parts]
         old_log_prob_s = time.perf_counter() - began
-        steps = [optimizer_step(self._state, part, self._policy.loss, self._context) for part in parts]
+        steps = [optimizer_step(self._engine, part, self._policy, self._context) for part in parts]
         self._finished += 1
         return {**_over_minibatches(steps), "timing_s/old_log_prob": old_log_prob_s, "perf/peak_memory_bytes": peak_memory_bytes()}
 
@@ -82,7 +83,8 @@ class LearnerRank:
 
     def send_weights(self, meeting: Meeting) -> int:
         """Publishes the full weights to the meeting; all ranks gather, rank 0 sends. Returns the bytes sent."""
-        tensors = full_tensors(self._state.model.module, self._context)
+        self._engine.settle()
+        tensors = full_tensors(self._engine.chunks, self._context)
         if self._context.rank != 0:
             for _ in tensors:
                 pass
@@ -95,36 +97,37 @@ class LearnerRank:
         return parcel.manifest.num_bytes
 
     def save(self, step: int) -> None:
-        state = self._state
+        engine = self._engine
+        engine.settle()
         save_checkpoint(
-            self._checkpoints, step, state.model, state.optimizer, state.scheduler, {"stage": "rl"}, self._context, self._config.model, self._config.rl.keep
+            self._checkpoints, step, engine.chunks, engine.optimizer_state, {"stage": "rl"}, self._context, self._config.model, self._config.rl.keep
         )
 
     def _microbatches(self, shard: Shard) -> list[PolicyBatch]:
-        multiple = self._context.layout.tp
-        return [policy_batch(part, self._context.device) for part in microbatches(shard, self._config.rl.micro_batch, multiple)]
+        layout = self._context.layout
+        parts = microbatches(shard, self._config.rl.micro_batch, layout.length_multiple, layout.pp if layout.vpp > 1 else 1)
+        return [policy_batch(part, self._context.device) for part in parts]
 
 
-def _train_state(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[TrainState, int]:
+def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[Engine, int]:
     """The policy ready to train, and the steps it has finished. The load-balancing loss is off: it would pull against what the reward teaches the router."""
     resume = latest_step(checkpoints) is not None
-    model = build_model(config.model.model_copy(update={"moe_aux_loss_coeff": 0.0}), image_token, context)
+    settings = config.model.model_copy(update={"moe_aux_loss_coeff": 0.0})
+    chunks = build_chunks(settings, image_token, context, vision_trains=config.rl.train_vision)
     if not resume:
-        load_checkpoint(init_from, model, context=context, model_config=config.model)
-    updates = config.rl.steps * config.rl.minibatches
-    frozen = () if config.rl.train_vision else ("vision",)
-    state = build_optimizer(model, config.rl.optimizer, updates, context, router_lr_scale=config.rl.router_lr_scale, frozen=frozen)
+        load_checkpoint(init_from, chunks, context=context, model_config=config.model)
+    engine = build_engine(chunks, config.rl.optimizer, config.rl.steps * config.rl.minibatches, context, router_lr_scale=config.rl.router_lr_scale)
     if not resume:
-        return state, 0
-    loaded = load_checkpoint(checkpoints, state.model, state.optimizer, state.scheduler, context=context, model_config=config.model)
-    return state, int(loaded["step"])
+        return engine, 0
+    loaded = load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)
+    return engine, int(loaded["step"])
 
 
-def _reference(config: RunConfig, init_from: Path, image_token: int, context: ParallelContext) -> VisionLanguageModel:
+def _reference(config: RunConfig, init_from: Path, image_token: int, context: ParallelContext) -> list[VisionLanguageModel]:
     """The frozen model that RL started from."""
-    model = build_model(config.model, image_token, context)
-    load_checkpoint(init_from, model, context=context, model_config=config.model)
-    return model.requires_grad_(False).eval()
+    chunks = build_chunks(config.model, image_token, context, vision_trains=False)
+    load_checkpoint(init_from, chunks, context=context, model_config=config.model)
+    return [chunk.requires_grad_(False).eval() for chunk in chunks]
 
 
 def _over_minibatches(steps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -57,8 +57,10 @@ def policy_loss(
     *,
     ref_logprobs_BS: Tensor | None = None,
     entropy_BS: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> PolicyLoss:
-    """Gradient flows through `logprobs_BS` only; what masked positions hold is never read. `ref_logprobs_BS` is needed when `kl_coeff` is above 0."""
+    """Gradient flows through `logprobs_BS` only; what masked positions hold is never read. `ref_logprobs_BS` is needed when `kl_coeff` is above 0.
+    `num_rows`: the rows with a response that count here for a constant length; unset: those of the mask. (Ranks that share a row must count it once.)"""
     rows, length = logprobs_BS.shape
     for name, value in (("old_logprobs_BS", old_logprobs_BS), ("rollout_logprobs_BS", rollout_logprobs_BS), ("mask_BS", mask_BS)):
         check_shape(name, value, rows, length)
@@ -78,7 +80,10 @@ def policy_loss(
         loss_n = pg_n + settings.kl_coeff * kl_n
     entropy_n = None if entropy_BS is None else entropy_BS[mask_BS].float()
     metrics = _metrics(pg_n, loss_n, ratio_n, advantages_n, new_n - old_n, rollout_n - old_n, settings, kl_n, entropy_n)
-    divisor = mask_BS.sum() if settings.constant_length is None else mask_BS.any(dim=1).sum() * settings.constant_length
+    if settings.constant_length is None:
+        divisor = mask_BS.sum()
+    else:
+        divisor = (mask_BS.any(dim=1).sum() if num_rows is None else torch.tensor(num_rows)) * settings.constant_length
     return PolicyLoss(loss_n.sum(), divisor, metrics)
 
 

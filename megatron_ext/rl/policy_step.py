@@ -1,14 +1,15 @@
-"""The policy's forward pass in an update: replayed routes, log-probs, the two checks, the loss.
+"""The policy's objective in an update: replayed routes, log-probs, the two checks, the loss.
 
-    l[b, s] = log pi(token s | tokens before s), from position s - 1, under the distribution that is sampled from (temperature, banned tokens)
+    l[b, s] = log pi(token s + 1 | tokens up to s), at the position s that decides it, under the distribution that is sampled from (temperature, banned tokens)
 
-With one minibatch the old log-probs are the current ones, detached: the ratio is exactly 1 and its gradient that of log pi. With several they are computed
-first, in `with_old_logprobs`, by the same forward pass without gradients.
+Everything per token stands at the position that decides it, and is cut to the positions that this rank computes (`model/frame.py`). With one minibatch the old
+log-probs are the current ones, detached: the ratio is exactly 1 and its gradient that of log pi. With several they are computed first, in `prepared`, by
+the same forward pass without gradients; so are those of the reference model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,17 +23,20 @@ from megatron_ext.batch.metric import Metric
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.model.assembly import VisionLanguageModel
+from megatron_ext.model.frame import Frame
 from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.rl.batching import FILLER_KEY, Shard
 from megatron_ext.rl.loss import LossSettings, policy_loss
+from megatron_ext.training.step import LossParts, run_schedule
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """A microbatch on the device. `old_BS` is None where the current log-probs are the old ones."""
+    """A microbatch on the device; `mask_BS`, `rollout_BS` and `experts_BSLK` as in `LearnerBatch`. `old_BS` and `reference_BS` hold this rank's positions; None
+    where the current log-probs are the old ones, and where there is no reference."""
 
     inputs: ModelInputs
     shard: Shard
@@ -41,6 +45,7 @@ class PolicyBatch:
     advantages_B: torch.Tensor
     experts_BSLK: torch.Tensor
     old_BS: torch.Tensor | None = None
+    reference_BS: torch.Tensor | None = None
 
 
 def policy_batch(shard: Shard, device: torch.device) -> PolicyBatch:
@@ -51,45 +56,62 @@ def policy_batch(shard: Shard, device: torch.device) -> PolicyBatch:
 
 
 class Policy:
-    """The model that is trained, wrapped for data parallelism, with its frozen reference (None: no KL term)."""
+    """The objective of `optimizer_step`. `wrapped`: the chunks of the model that is trained, as the schedule calls them; `reference`: those of its frozen
+    reference (empty: no KL term)."""
 
-    def __init__(self, model: Any, reference: VisionLanguageModel | None, config: RunConfig, usable_tokens: int, context: ParallelContext) -> None:
-        self._model, self._reference, self._config, self._context = model, reference, config, context
-        rl, bare = config.rl, model.module
-        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, bare.image_token, context.pgs.tp, context.device)
+    def __init__(
+        self, wrapped: Sequence[Any], reference: Sequence[VisionLanguageModel], config: RunConfig, usable_tokens: int, context: ParallelContext
+    ) -> None:
+        self._wrapped, self._reference, self._config, self._context = wrapped, reference, config, context
+        rl = config.rl
+        image_token = wrapped[0].module.image_token
+        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, image_token, context.pgs.tp, context.device)
         constant = config.rollout.max_new_tokens if rl.algorithm == "dr_grpo" else None
         self._settings = LossSettings(rl.clip_low, rl.clip_high, rl.dual_clip, rl.kl_coeff, constant)
 
-    def loss(self, model: Any, batch: PolicyBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
-        """The loss function of `optimizer_step`."""
-        logits_SBV = self._logits(model, model.module, batch)
-        entropy_BS = self._entropy(logits_SBV, batch)  # before the log-probs: Megatron's cross entropy overwrites the logits
-        logprobs_BS = self._logprobs(logits_SBV, batch)
+    def forward(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        """The output of a model chunk with the rollout's routes."""
+        with self._routed(model.module, batch):
+            return model(batch.inputs)
+
+    def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
+        frame = model.module.frame(batch.inputs)
+        mask_BS, rollout_BS = (frame.take(_decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        logits_SBV = self._policy_logits(logits_SBV)
+        entropy_BS = self._entropy(logits_SBV, mask_BS)  # before the log-probs: Megatron's cross entropy overwrites the logits
+        logprobs_BS = self._logprobs(logits_SBV, batch, frame)
         if batch.old_BS is None:
-            self._require_agreement(logprobs_BS.detach(), batch)
+            self._require_agreement(logprobs_BS.detach(), batch, frame)
         parts = policy_loss(
             logprobs_BS,
             logprobs_BS.detach() if batch.old_BS is None else batch.old_BS,
-            batch.rollout_BS,
+            rollout_BS,
             batch.advantages_B,
-            batch.mask_BS,
+            mask_BS,
             self._settings,
-            ref_logprobs_BS=self._reference_logprobs(batch),
+            ref_logprobs_BS=batch.reference_BS,
             entropy_BS=entropy_BS,
+            num_rows=int(batch.mask_BS.any(1).sum()) if self._context.cp_rank == 0 else 0,
         )
-        return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch)}
+        return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch, frame)}
 
     @torch.no_grad()
-    def with_old_logprobs(self, batch: PolicyBatch) -> PolicyBatch:
-        """The batch with the log-probs of the present weights. Raises like `loss` where the rollout disagrees with them."""
-        old_BS = self._logprobs(self._logits(self._model, self._model.module, batch), batch)
-        self._require_agreement(old_BS, batch)
-        return replace(batch, old_BS=old_BS)
+    def prepared(self, batches: Sequence[PolicyBatch], with_old: bool) -> list[PolicyBatch]:
+        """The batches with the reference's log-probs, and (`with_old`) those of the present weights. Raises like `loss` where the rollout disagrees with
+        them."""
+        if with_old:
+            batches = [replace(batch, old_BS=old_BS) for batch, old_BS in self._scored(_Scorer(self, replays=True), self._wrapped, batches)]
+        if self._reference:
+            scored = self._scored(_Scorer(self, replays=False), self._reference, batches)
+            batches = [replace(batch, reference_BS=logprobs_BS) for batch, logprobs_BS in scored]
+        return list(batches)
 
-    def _logits(self, model: Any, bare: VisionLanguageModel, batch: PolicyBatch) -> torch.Tensor:
-        """Policy logits [S, B, V / tp] with the rollout's routes."""
-        with self._routed(bare, batch):
-            logits_SBV = model(batch.inputs)
+    def _scored(self, scorer: _Scorer, chunks: Sequence[Any], batches: Sequence[PolicyBatch]) -> list[tuple[PolicyBatch, torch.Tensor | None]]:
+        """Every batch with its log-probs, which only the last pipeline stage gets to see."""
+        run_schedule(chunks, batches, scorer, self._context, forward_only=True)
+        return list(zip(batches, scorer.found or [None] * len(batches), strict=True))
+
+    def _policy_logits(self, logits_SBV: torch.Tensor) -> torch.Tensor:
         return policy_logits(logits_SBV, self._config.rollout.temperature, self._banned_V)
 
     @contextmanager
@@ -97,59 +119,84 @@ class Policy:
         if not self._config.rl.replay_routes:
             yield
             return
-        with bare.router_tap.replay(batch.experts_BSLK) as routes:
+        frame, layers = bare.frame(batch.inputs), bare.stage.layers
+        experts_BSLK = frame.take(batch.experts_BSLK)[:, :, layers.start : layers.stop]
+        with bare.router_tap.replay(experts_BSLK) as routes:
             yield
-            require_replayed(routes, batch.shard)
+            require_replayed(routes, experts_BSLK, batch.shard)
 
-    def _logprobs(self, logits_SBV: torch.Tensor, batch: PolicyBatch) -> torch.Tensor:
-        """[B, S], 0 in the first position, which nothing predicts."""
-        return F.pad(token_logprobs(logits_SBV[:-1], batch.inputs.tokens_BS[:, 1:], self._context.pgs.tp), (1, 0))
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: PolicyBatch) -> torch.Tensor | None:
-        """The reference routes by itself: its router is part of what it is."""
-        if self._reference is None:
-            return None
-        logits_SBV = policy_logits(self._reference(batch.inputs), self._config.rollout.temperature, self._banned_V)
-        return self._logprobs(logits_SBV, batch)
+    def _logprobs(self, logits_SBV: torch.Tensor, batch: PolicyBatch, frame: Frame) -> torch.Tensor:
+        """[B, S] at this rank's positions; meaningless where a row ends."""
+        return token_logprobs(logits_SBV, frame.take(_decided(batch.inputs.tokens_BS)), self._context.pgs.tp)
 
     @torch.no_grad()
-    def _entropy(self, logits_SBV: torch.Tensor, batch: PolicyBatch) -> torch.Tensor:
+    def _entropy(self, logits_SBV: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
         """Entropy [B, S] of the distribution that each response token was sampled from, 0 elsewhere."""
-        decided_BS = batch.mask_BS[:, 1:]
-        logits_nV = gather_from_tensor_model_parallel_region(logits_SBV[:-1].transpose(0, 1)[decided_BS], group=self._context.pgs.tp)
-        entropy_BS = torch.zeros(batch.mask_BS.shape, device=logits_nV.device)
-        entropy_BS[:, 1:][decided_BS] = torch.special.entr(torch.softmax(logits_nV, dim=-1)).sum(-1)
+        logits_nV = gather_from_tensor_model_parallel_region(logits_SBV.transpose(0, 1)[mask_BS], group=self._context.pgs.tp)
+        entropy_BS = torch.zeros(mask_BS.shape, device=logits_nV.device)
+        entropy_BS[mask_BS] = torch.special.entr(torch.softmax(logits_nV, dim=-1)).sum(-1)
         return entropy_BS
 
-    def _require_agreement(self, logprobs_BS: torch.Tensor, batch: PolicyBatch) -> None:
+    def _require_agreement(self, logprobs_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
         """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
-        diff_BS = torch.where(batch.mask_BS, logprobs_BS - batch.rollout_BS, 0.0).abs()
+        mask_BS, rollout_BS = (frame.take(_decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
         limit = self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):
             return
-        row, position = divmod(int(diff_BS.argmax()), diff_BS.shape[1])
+        row, place = divmod(int(diff_BS.argmax()), diff_BS.shape[1])
+        token = 1 + (place if frame.local_S is None else int(frame.local_S[place]))
         raise UserError(
             "rl.max_logprob_diff",
-            f"the learner gives token {position} of {batch.shard.keys_B[row]} the log-prob {float(logprobs_BS[row, position]):.5f}, the rollout had "
-            f"{float(batch.rollout_BS[row, position]):.5f} under the same weights (version {batch.shard.batch.version}); allowed is {limit:g}",
+            f"the learner gives token {token} of {batch.shard.keys_B[row]} the log-prob {float(logprobs_BS[row, place]):.5f}, the rollout had "
+            f"{float(rollout_BS[row, place]):.5f} under the same weights (version {batch.shard.batch.version}); allowed is {limit:g}",
             "keep rl.replay_routes on and both in fp32, or raise the limit if the precision explains it",
         )
 
-    def _coverage(self, batch: PolicyBatch) -> dict[str, Metric]:
+    def _coverage(self, batch: PolicyBatch, frame: Frame) -> dict[str, Metric]:
         """The share of response tokens whose deciding position was replayed; `digest_ok` is 1, or the run has stopped."""
         if not self._config.rl.replay_routes:
             return {}
-        decided_BS = batch.mask_BS[:, 1:]
-        covered_BS = (batch.experts_BSLK[:, :-1] >= 0).flatten(2).all(-1)
+        decided_BS = frame.take(_decided(batch.mask_BS))
+        covered_BS = (frame.take(batch.experts_BSLK) >= 0).flatten(2).all(-1)
         tokens = float(decided_BS.sum())
         return {"route/coverage": Metric(float((covered_BS & decided_BS).sum()), tokens), "route/digest_ok": Metric(tokens, tokens)}
 
 
-def require_replayed(routes: Routes, shard: Shard) -> None:
-    """Raises RouteMismatch unless what the routers used is, row by row, what the rollouts recorded."""
-    rows, length = shard.batch.tokens_BS.shape
-    used_BSLK = routes.experts().unflatten(0, (length, rows)).transpose(0, 1).cpu().numpy()
+class _Scorer:
+    """An objective without a gradient: leaves the log-probs of every batch in `found`. `replays`: the trained policy with the rollout's routes, which must
+    agree with the rollout; otherwise the reference, which routes by itself: its router is part of what it is."""
+
+    def __init__(self, policy: Policy, replays: bool) -> None:
+        self._policy, self._replays = policy, replays
+        self.found: list[torch.Tensor | None] = []
+
+    def forward(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        return self._policy.forward(model, batch) if self._replays else model(batch.inputs)
+
+    def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
+        frame = getattr(model, "module", model).frame(batch.inputs)
+        logprobs_BS = self._policy._logprobs(self._policy._policy_logits(logits_SBV), batch, frame)
+        if self._replays:
+            self._policy._require_agreement(logprobs_BS, batch, frame)
+        self.found.append(logprobs_BS)
+        return logprobs_BS.sum(), torch.ones((), dtype=torch.int32), {}
+
+
+def require_replayed(routes: Routes, experts_BSLK: torch.Tensor, shard: Shard) -> None:
+    """Raises RouteMismatch unless the routes that arrived are, row by row, what the rollouts recorded, and those of this rank's positions and layers
+    (`experts_BSLK`, -1 where there is none) are what its routers used. Collective over the tensor-parallel group."""
+    rows, length = experts_BSLK.shape[:2]
+    used_BSLK = routes.experts().unflatten(0, (length, rows)).transpose(0, 1)
+    same_B = ((used_BSLK == experts_BSLK) | (experts_BSLK < 0)).flatten(1).all(1)
     for row, key in enumerate(shard.keys_B):
-        if key != FILLER_KEY and route_digest(used_BSLK[row, : shard.lengths_B[row] - 1]) != shard.digests_B[row]:
+        if key == FILLER_KEY:
+            continue
+        arrived = route_digest(shard.batch.experts_BSLK[row, : shard.lengths_B[row] - 1])
+        if arrived != shard.digests_B[row] or not bool(same_B[row]):
             raise RouteMismatch(f"the learner did not replay the routes that rollout {key} recorded")
+
+
+def _decided(x_BS: torch.Tensor) -> torch.Tensor:
+    """What stands at a token moves to the position that decides it; the last position decides nothing and holds 0."""
+    return F.pad(x_BS[:, 1:], (0, 1))

@@ -19,8 +19,8 @@ import torch
 from megatron_ext.config.schema import TrainConfig
 from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.losses import TOKENS_PER_ROW, Microbatch, next_token_loss
-from megatron_ext.training.optimizer import TrainState
+from megatron_ext.training.engine import Engine
+from megatron_ext.training.losses import TOKENS_PER_ROW, Microbatch, NextToken
 from megatron_ext.training.step import optimizer_step
 from megatron_ext.training.stopping import StopRequest
 
@@ -48,7 +48,7 @@ class Window:
 
 
 def train(
-    state: TrainState,
+    engine: Engine,
     batch: Callable[[int], Sequence[Microbatch]],
     config: TrainConfig,
     context: ParallelContext,
@@ -57,19 +57,19 @@ def train(
     report: Report,
     stop: StopRequest,
 ) -> dict[str, float]:
-    """Trains from `state.step` to `config.steps`; `batch(step)` gives this rank's microbatches. Returns the last metrics.
+    """Trains from `engine.step` to `config.steps`; `batch(step)` gives this rank's microbatches. Returns the last metrics.
 
     Raises StoppedForRequeue once a requested stop is agreed and its checkpoint written.
     """
-    window = Window()
+    window, objective = Window(), NextToken()
     last: dict[str, float] = {}
     if config.steps == 0:
         save(0)  # the next stage starts from this one's checkpoint, trained or not
-    while (step := state.step) < config.steps:
+    while (step := engine.step) < config.steps:
         began = time.perf_counter()
         microbatches = batch(step)
         read = time.perf_counter()
-        metrics = optimizer_step(state, microbatches, next_token_loss, context)
+        metrics = optimizer_step(engine, microbatches, objective, context)
         done = time.perf_counter()
         window.add(_with_timings(metrics, done - began, read - began, config, context))
         step += 1

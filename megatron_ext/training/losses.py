@@ -19,11 +19,13 @@ from megatron_ext.shapes import check_shape
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Rows of one forward pass. `mask_BS` float32: 1 where the token at s is a target, which position s - 1 predicts. `num_tokens`: all but padding."""
+    """Rows of one forward pass. `mask_BS` float32: 1 where the token at s is a target, which position s - 1 predicts. `num_tokens`: all but padding;
+    `num_samples`: conversations."""
 
     inputs: ModelInputs
     mask_BS: torch.Tensor
     num_tokens: int
+    num_samples: int
 
     def __post_init__(self) -> None:
         check_shape("mask_BS", self.mask_BS, *self.inputs.tokens_BS.shape)
@@ -41,10 +43,17 @@ def masked_nll(logprobs_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.
 TOKENS_PER_ROW = "data/tokens_per_row"
 
 
-def next_token_loss(model: DistributedDataParallel, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
-    """The loss function of both supervised stages: (sum of losses, number of targets, tokens per row)."""
-    logits_SBV = model(batch.inputs)
-    # The last position predicts nothing. Its logits stay, masked: cutting them off would copy the rest.
-    targets_BS, mask_BS = (F.pad(x_BS[:, 1:], (0, 1)) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
-    loss, num_tokens = masked_nll(token_logprobs(logits_SBV, targets_BS, model.module.tp_group), mask_BS)
-    return loss, num_tokens, {TOKENS_PER_ROW: Metric(batch.num_tokens, len(targets_BS))}
+class NextToken:
+    """The objective of both supervised stages: (sum of losses, number of targets, tokens per row)."""
+
+    def forward(self, model: DistributedDataParallel, batch: Microbatch) -> torch.Tensor:
+        return model(batch.inputs)
+
+    def loss(self, model: DistributedDataParallel, batch: Microbatch, logits_SBV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
+        bare = model.module
+        frame = bare.frame(batch.inputs)
+        # The last position predicts nothing. Its logits stay, masked: cutting them off would copy the rest. A packed sample's first token is never a target.
+        targets_BS, mask_BS = (frame.take(F.pad(x_BS[:, 1:], (0, 1))) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
+        loss, num_tokens = masked_nll(token_logprobs(logits_SBV, targets_BS, bare.tp_group), mask_BS)
+        counted = frame.local_S is None or bare.cp_group.rank() == 0
+        return loss, num_tokens, {TOKENS_PER_ROW: Metric(batch.num_tokens if counted else 0, batch.num_samples if counted else 0)}

@@ -12,13 +12,15 @@ from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer
-from megatron_ext.model.assembly import build_model
+from megatron_ext.model.assembly import build_chunks
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.training.engine import Engine
 from megatron_ext.training.loop import Report, train
+from megatron_ext.training.losses import Microbatch
+from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.microbatches import microbatches
-from megatron_ext.training.optimizer import TrainState, build_optimizer
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.stopping import stop_on_signals
 
@@ -31,38 +33,44 @@ def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, 
     checkpoints = stage_dir / CHECKPOINTS
     with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
         tokenizer = Tokenizer.load(config.tokenizer_dir)
-        state = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
+        engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, context)
         rows = settings.global_batch // context.layout.dp
 
         def save(step: int) -> None:
-            save_checkpoint(checkpoints, step, state.model, state.optimizer, state.scheduler, {"stage": stage}, context, config.model, settings.keep)
+            engine.settle()
+            save_checkpoint(checkpoints, step, engine.chunks, engine.optimizer_state, {"stage": stage}, context, config.model, settings.keep)
 
-        with _reporting(stage, stage_dir, settings.steps, state.step, context) as report:
+        def batch(step: int) -> list[Microbatch]:
+            part = stream.batch(step, rows)
+            multiple = context.layout.length_multiple
+            return microbatches(part, settings.micro_batch, tokenizer.pad_id, context.device, packed=settings.packed, multiple=multiple)
+
+        with _reporting(stage, stage_dir, settings.steps, engine.step, context) as report:
             last = train(
-                state,
-                lambda step: microbatches(stream.batch(step, rows), settings.micro_batch, tokenizer.pad_id, context.device),
+                engine,
+                batch,
                 settings,
                 context,
                 save=save,
                 report=report,
                 stop=stop,
             )
-        return {**last, "step": float(state.step)}
+        return {**last, "step": float(engine.step)}
 
 
 def _resumed_or_started(
     config: RunConfig, settings: TrainConfig, image_token: int, checkpoints: Path, init_from: Path | None, context: ParallelContext
-) -> TrainState:
+) -> Engine:
     """The stage's own latest checkpoint comes first; without one, the weights of `init_from`, or those drawn from the seed."""
     resume = latest_step(checkpoints) is not None
-    model = build_model(config.model, image_token, context, config.seed)
+    chunks = build_chunks(config.model, image_token, context, config.seed, settings.train_vision)
     if init_from is not None and not resume:
-        load_checkpoint(init_from, model, context=context, model_config=config.model)
-    state = build_optimizer(model, settings.optimizer, settings.steps, context)
+        load_checkpoint(init_from, chunks, context=context, model_config=config.model)
+    engine = build_engine(chunks, settings.optimizer, settings.steps, context)
     if resume:
-        load_checkpoint(checkpoints, state.model, state.optimizer, state.scheduler, context=context, model_config=config.model)
-    return state
+        load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)
+    return engine
 
 
 def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TrainingStream:
@@ -76,7 +84,7 @@ def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: T
         seed=2 * config.seed + (stage == "sft"),
         dp_rank=context.dp_rank,
         dp_size=context.layout.dp,
-        multiple_of=math.lcm(8, context.layout.tp),
+        multiple_of=math.lcm(8, context.layout.length_multiple),
     )
 
 

@@ -1,47 +1,81 @@
-"""The model trains the same however it is laid out: same loss, same gradient of every parameter, same weights after an update."""
+"""The model trains the same however it is laid out: same loss curve, same gradient of every parameter, same weights after an update."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.parallel.local import run_ranks
-from tests.support.layouts import train
-from tests.support.models import TANH_GATE
+from tests.support.layouts import TAPS, Case, train
 
-LAYOUTS = {
-    "tensor and sequence parallel": ParallelConfig(num_ranks=2, tp=2),
-    "expert parallel": ParallelConfig(num_ranks=2, ep=2),
-    "data parallel": ParallelConfig(num_ranks=2),
-    "experts split over tensor-parallel ranks": ParallelConfig(num_ranks=2, tp=2, etp=2),
-    "tensor and expert parallel": ParallelConfig(num_ranks=4, tp=2, ep=2),
-    "tensor, expert and expert-tensor parallel": ParallelConfig(num_ranks=4, tp=2, ep=2, etp=2),
+
+def layout(ranks: int, **parallel: Any) -> ParallelConfig:
+    return ParallelConfig(num_ranks=ranks, **parallel)
+
+
+TP2, EP2, DP2, PP2, CP2 = layout(2, tp=2), layout(2, ep=2), layout(2), layout(2, pp=2), layout(2, cp=2)
+CASES = {
+    "TP2": Case(TP2),
+    "TP2 ETP2": Case(layout(2, tp=2, etp=2)),
+    "EP2": Case(EP2),
+    "DP2": Case(DP2),
+    "PP2": Case(PP2),
+    "CP2": Case(CP2),
+    "TP2 EP2": Case(layout(2, tp=2, ep=2)),
+    "TP2 EP2 DP2": Case(layout(4, tp=2, ep=2)),
+    "TP2 EP2 ETP2": Case(layout(4, tp=2, ep=2, etp=2)),
+    "PP2 VPP2": Case(layout(2, pp=2, vpp=2)),
+    "PP2 TP2": Case(layout(4, pp=2, tp=2)),
+    "PP2 EP2": Case(layout(4, pp=2, ep=2)),
+    "PP2 DP2": Case(layout(4, pp=2)),
+    "PP2 CP2": Case(layout(4, pp=2, cp=2)),
+    "PP4": Case(layout(4, pp=4)),
+    "CP2 EP2": Case(layout(2, cp=2, ep=2)),
+    "CP2 TP2": Case(layout(4, cp=2, tp=2)),
+    "CP2 DP2": Case(layout(4, cp=2)),
+    "CP4": Case(layout(4, cp=4), packed=True),
+    "one rank, packed": Case(layout(1), packed=True),
+    "one rank, recompute full": Case(layout(1, recompute="full", recompute_layers=2)),
+    "one rank, recompute selective": Case(layout(1, recompute="selective")),
+    "TP2, recompute full, packed": Case(layout(2, tp=2, recompute="full"), packed=True),
+    "EP2, recompute selective, packed": Case(layout(2, ep=2, recompute="selective"), packed=True),
+    "PP2, recompute full, packed": Case(layout(2, pp=2, recompute="full"), packed=True),
+    "PP2 VPP2, recompute full": Case(layout(2, pp=2, vpp=2, recompute="full")),
+    "CP2, recompute selective": Case(layout(2, cp=2, recompute="selective")),
+    "CP2 EP2, recompute full, packed": Case(layout(2, cp=2, ep=2, recompute="full"), packed=True),
+    "DP2, gradients reduced and weights gathered on the way": Case(layout(2, overlap_grad_reduce=True, overlap_param_gather=True)),
+    "EP2, gradients reduced on the way": Case(layout(2, ep=2, overlap_grad_reduce=True)),
+    "PP2, frozen ViT": Case(PP2, train_vision=False),
+    "PP2 VPP2, frozen ViT": Case(layout(2, pp=2, vpp=2), train_vision=False),
+    "TP2 CP2, frozen ViT, packed": Case(layout(4, tp=2, cp=2), train_vision=False, packed=True),
+    "PP2 TP2, tied embeddings": Case(layout(4, pp=2, tp=2), changes={"tie_embeddings": True}),
+    "TP2, gates over all experts, refinement everywhere": Case(TP2, changes={"norm_topk_prob": False, "clvr": TAPS.model_copy(update={"inject": "all"})}),
 }
 
 
-VARIANTS = {
-    "tied embeddings": {"tie_embeddings": True},
-    "gates over all experts, refinement everywhere": {"norm_topk_prob": False, "clvr": TANH_GATE.model_copy(update={"inject": "all"})},
-}
+METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "clvr/tap0/gate", "clvr/tap2/gate")
 
 
-def one_rank_and(parallel: ParallelConfig, **changes: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What one rank reports, and what the ranks of this layout report that start from its weights."""
-    (one,) = run_ranks(train, 1, ParallelConfig(), changes, None, timeout_s=60)
-    return one, run_ranks(train, parallel.num_ranks, parallel, changes, one["start"], timeout_s=60)
+@cache
+def _one_rank(train_vision: bool, changes: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    return run_ranks(train, 1, Case(ParallelConfig(), train_vision=train_vision, changes=dict(changes)), None, timeout_s=60)[0]
+
+
+def one_rank(case: Case) -> dict[str, Any]:
+    return _one_rank(case.train_vision, tuple(sorted(case.changes.items())))
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def one_rank() -> dict[str, Any]:
-    return run_ranks(train, 1, ParallelConfig(), {}, None, timeout_s=60)[0]
-
-
-@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS.keys())
-def ranks(request: pytest.FixtureRequest, one_rank: dict[str, Any]) -> list[dict[str, Any]]:
-    parallel = request.param
-    return run_ranks(train, parallel.num_ranks, parallel, {}, one_rank["start"], timeout_s=60)
+def ranks(case: Case) -> list[dict[str, Any]]:
+    return run_ranks(train, case.parallel.num_ranks, case, one_rank(case)["start"], timeout_s=100)
 
 
 def different(report: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-5) -> dict[str, float]:
@@ -50,38 +84,43 @@ def different(report: dict[str, Any], expected: dict[str, Any], tolerance: float
     return {name: difference for name, difference in differences.items() if not difference <= tolerance}
 
 
-def test_initial_weights_do_not_depend_on_the_layout(ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
-    assert ranks[0]["drawn"] == one_rank["drawn"]
+def test_initial_weights_do_not_depend_on_the_layout_and_come_back_bit_for_bit(case: Case, ranks: list[dict[str, Any]]) -> None:
+    expected = one_rank(case)
+    assert ranks[0]["drawn"] == expected["drawn"]
+    assert ranks[0]["start"].keys() == expected["start"].keys()
+    assert all(tensor.equal(expected["start"][name]) for name, tensor in ranks[0]["start"].items())
 
 
-def test_full_tensors_come_back_from_every_layout_bit_for_bit(ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
-    start = ranks[0]["start"]
-    assert set(start) == set(one_rank["start"])
-    assert all(start[name].equal(one_rank["start"][name]) for name in start)
-
-
-def test_every_layout_gives_the_loss_and_gradient_norm_of_one_rank(ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
+def test_every_rank_reports_the_loss_curve_of_one_rank(case: Case, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for step in ("first", "second"):
-            for metric in ("loss", "grad_norm", "moe/aux_loss"):
-                assert rank[step][metric] == pytest.approx(one_rank[step][metric], rel=1e-5), (step, metric)
+        for ours, theirs in zip(rank["curve"], one_rank(case)["curve"], strict=True):
+            assert ours.keys() == theirs.keys()
+            # The size of refinements is taken over all positions, padding included, of which packed rows have fewer.
+            same = [*METRICS, *(() if case.packed else ("clvr/tap0/update_ratio", "clvr/tap2/update_ratio"))]
+            for metric in same:
+                assert ours[metric] == pytest.approx(theirs[metric], rel=1e-5), metric
 
 
-def test_every_layout_gives_the_gradient_of_every_parameter(ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
-    assert all(float(gradient.norm()) > 0 for gradient in one_rank["gradients"].values())
-    assert different(ranks[0], one_rank) == {}
+def test_every_parameter_has_the_gradient_of_one_rank(case: Case, ranks: list[dict[str, Any]]) -> None:
+    expected = one_rank(case)
+    trained = {name for name, gradient in expected["gradients"].items() if float(gradient.norm()) > 0}
+    assert expected["gradients"].keys() - trained == {name for name in expected["gradients"] if not case.train_vision and name.startswith("vision.")}
+    assert different(ranks[0], expected) == {}
 
 
-def test_every_layout_makes_the_same_update(ranks: list[dict[str, Any]], one_rank: dict[str, Any]) -> None:
-    """Adam's first update is lr * sign(gradient): a gradient of almost zero may flip, so the updates are compared as vectors."""
-    for name, weight in one_rank["weights"].items():
-        update = weight - one_rank["start"][name]
-        difference = ranks[0]["weights"][name] - weight
-        assert difference.norm() <= 0.02 * update.norm() + 1e-9, name
+def test_every_parameter_has_the_weights_of_one_rank_after_an_update(case: Case, ranks: list[dict[str, Any]]) -> None:
+    """Adam's first step has the size of the learning rate (1e-3) whatever the gradient, so rounding of a vanishing gradient may turn a sign: where it is."""
+    expected = one_rank(case)
+    for name, weight in ranks[0]["weights"].items():
+        gradient = expected["gradients"][name].abs()
+        clear = gradient > 1e-4 * gradient.max().clamp(min=1e-12)
+        assert (weight - expected["weights"][name])[clear].abs().max() < 1e-5 if clear.any() else True, name
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_variants_of_the_model_split_as_well(changes: dict[str, Any]) -> None:
-    one, ranks = one_rank_and(ParallelConfig(num_ranks=2, tp=2), **changes)
-    assert different(ranks[0], one) == {}
-    assert ranks[0]["second"]["loss"] == pytest.approx(one["second"]["loss"], rel=1e-5)
+def test_a_wrong_gradient_is_seen(ranks: list[dict[str, Any]]) -> None:
+    """The comparison itself: one entry off by a thousandth of the norm is reported by name."""
+    gradients = dict(ranks[0]["gradients"])
+    name = "decoder.taps.0.linear_q.weight"
+    gradients[name] = gradients[name].clone()
+    gradients[name][0, 0] += 1e-3 * gradients[name].norm()
+    assert list(different({"gradients": gradients}, ranks[0])) == [name]

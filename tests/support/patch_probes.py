@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.tensor_parallel import all_to_all, checkpoint, gather_from_sequence_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.device import patches, session
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.decoder import transformer_config
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
-from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.losses import NextToken
+from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
 from megatron_ext.training.step import optimizer_step
-from tests.support.layouts import language_loss
-from tests.support.models import IMAGE, small_batch, small_config
+from tests.support.models import IMAGE, small_config
+from tests.support.training import own_microbatches
 
 SEED = 5
 
 
-def training_step(context: ParallelContext) -> TrainState:
+def training_step(context: ParallelContext) -> MegatronEngine:
     model = build_model(small_config(num_layers=1, clvr={"enabled": False, "taps": ()}), IMAGE, context)
-    state = build_optimizer(model, OptimizerConfig(), 10, context)
-    optimizer_step(state, [small_batch(rows=2)], partial(language_loss, context), context)
+    state = build_engine([model], OptimizerConfig(), 10, context)
+    optimizer_step(state, own_microbatches(0, 2, context), NextToken(), context)
     return state
 
 
@@ -77,6 +80,16 @@ def unequal_parts_are_gathered(context: ParallelContext) -> None:
     assert gather_from_sequence_parallel_region(part, group=context.pgs.dp, output_split_sizes=[1, 2]).tolist() == [0.0, 1.0, 1.0]
 
 
+def stages_exchange_tensors(context: ParallelContext) -> None:
+    """Any group may be a pipeline: rank 0 sends three rows to rank 1, which learns their number from the message."""
+    config = transformer_config(small_config(), replace(context.layout, pp=2, ep=1, dp=1))
+    stages = P2PCommunicator(context.pgs.ep, config)
+    if context.rank == 0:
+        stages.send_forward(torch.ones(3, 1, 2), is_last_stage=False)
+    else:
+        assert stages.recv_forward([1, 1, 1], is_first_stage=False).tolist() == [[[1.0, 1.0]]] * 3
+
+
 _DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 PROBES: dict[str, Callable[[ParallelContext], object]] = {
     "megatron.core.transformer.moe.moe_utils.te_general_gemm": training_step,
@@ -85,6 +98,7 @@ PROBES: dict[str, Callable[[ParallelContext], object]] = {
     "torch.cuda.get_rng_state": regions_draw_from_their_own_seeds,
     "torch.cuda.set_rng_state": a_saved_random_state_comes_back,
     "torch.cuda.manual_seed": regions_draw_from_their_own_seeds,
+    "torch.cuda.synchronize": stages_exchange_tensors,
     "torch:Tensor.cuda": optimizer_states_are_gathered,
     "torch.tensor": training_step,
     "torch.zeros": training_step,

@@ -77,7 +77,7 @@ def prepare(config: RunConfig) -> Path:
 def save_random(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoints: Path) -> None:
     with open_parallel(ParallelConfig(), rank, world_size, init_method, 0) as context:
         model = build_model(config.model, Tokenizer.load(config.run_dir / "tokenizer").image_id, context, seed=3)
-        save_checkpoint(checkpoints, 1, model, None, None, {}, context, config.model, keep=1)
+        save_checkpoint(checkpoints, 1, model, None, {}, context, config.model, keep=1)
 
 
 def save_clusters(config: RunConfig, path: Path) -> Path:

@@ -17,7 +17,7 @@ class OpenLearner(LearnerRank):
     damaged: tuple[int, ...] = ()
 
     def weights(self) -> dict[str, str]:
-        return digest(full_tensors(self._state.model.module, self._context))
+        return digest(full_tensors(self._engine.chunks, self._context))
 
     def damage(self, *generations: int) -> None:
         self.damaged = generations
@@ -25,7 +25,7 @@ class OpenLearner(LearnerRank):
     def send_weights(self, meeting: Meeting) -> int:
         if meeting.generation not in self.damaged:
             return super().send_weights(meeting)
-        parcel = pack(full_tensors(self._state.model.module, self._context), self._finished)
+        parcel = pack(full_tensors(self._engine.chunks, self._context), self._finished)
         if self._context.rank == 0:
             send(join_meeting(meeting, 0, self._store), flip_one_byte(parcel))
         return 0

@@ -14,9 +14,9 @@ from megatron_ext.config.schema import ModelConfig, OptimizerConfig, ParallelCon
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
-from megatron_ext.training.losses import Microbatch, next_token_loss
+from megatron_ext.training.losses import Microbatch, NextToken
+from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
 from megatron_ext.training.microbatches import microbatches
-from megatron_ext.training.optimizer import TrainState, build_optimizer
 from megatron_ext.training.reduce import reduce_metrics
 from megatron_ext.training.step import optimizer_step
 from tests.support.models import IMAGE, TOKENS_PER_TILE, USABLE, small_config
@@ -51,17 +51,17 @@ def own_microbatches(step: int, rows: int, context: ParallelContext) -> list[Mic
     return microbatches(part(token_batch(step), start, start + share), rows, PAD, context.device)
 
 
-def start(context: ParallelContext, model: ModelConfig | None = None, **options: Any) -> TrainState:
-    return build_optimizer(build_model(model or small_config(), IMAGE, context), options.pop("optimizer", ADAM), 10, context, **options)
+def start(context: ParallelContext, model: ModelConfig | None = None, **options: Any) -> MegatronEngine:
+    return build_engine([build_model(model or small_config(), IMAGE, context)], options.pop("optimizer", ADAM), 10, context, **options)
 
 
-def run_steps(state: TrainState, first: int, last: int, rows: int, context: ParallelContext) -> list[dict[str, float]]:
-    return [optimizer_step(state, own_microbatches(step, rows, context), next_token_loss, context) for step in range(first, last)]
+def run_steps(state: MegatronEngine, first: int, last: int, rows: int, context: ParallelContext) -> list[dict[str, float]]:
+    return [optimizer_step(state, own_microbatches(step, rows, context), NextToken(), context) for step in range(first, last)]
 
 
-def weights(state: TrainState) -> dict[str, torch.Tensor]:
+def weights(state: MegatronEngine) -> dict[str, torch.Tensor]:
     """This rank's parameters: all of the model's, in layouts that split none."""
-    return {name: parameter.detach().clone() for name, parameter in state.model.module.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in state.chunks[0].named_parameters()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -81,7 +81,7 @@ def save_rank(rank: int, world_size: int, init_method: str, parallel: ParallelCo
     with open_parallel(parallel, rank, world_size, init_method, 0) as context:
         state = start(context)
         run_steps(state, 0, saved_at, 4, context)
-        save_checkpoint(folder, saved_at, state.model, state.optimizer, state.scheduler, {"note": "here"}, context, small_config(), keep=2)
+        save_checkpoint(folder, saved_at, state.chunks, state.optimizer_state, {"note": "here"}, context, small_config(), keep=2)
         metrics = run_steps(state, saved_at, last, 4, context)
         return metrics, weights(state)
 
@@ -89,8 +89,8 @@ def save_rank(rank: int, world_size: int, init_method: str, parallel: ParallelCo
 def load_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig, folder: Path, last: int) -> Any:
     """Starts from other weights, loads, goes on to `last`."""
     with open_parallel(parallel, rank, world_size, init_method, 1) as context:
-        state = build_optimizer(build_model(small_config(), IMAGE, context, seed=5), ADAM, 10, context)
-        loaded = load_checkpoint(folder, state.model, state.optimizer, state.scheduler, context=context, model_config=small_config())
+        state = build_engine([build_model(small_config(), IMAGE, context, seed=5)], ADAM, 10, context)
+        loaded = load_checkpoint(folder, state.chunks, state.optimizer_state, context=context, model_config=small_config())
         metrics = run_steps(state, int(loaded["step"]), last, 4, context)
         return metrics, weights(state)
 

@@ -19,24 +19,24 @@ from megatron_ext.config.schema import ModelConfig, OptimizerConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.optimizer import TrainState, build_optimizer
+from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
 from tests.support.models import IMAGE, small_config
 from tests.support.training import ADAM, run_steps, same, start, weights
 
 MODEL = small_config()
 
 
-def save(folder: Path, step: int, state: TrainState, context: ParallelContext, model: ModelConfig = MODEL, **extra: object) -> Path:
-    return save_checkpoint(folder, step, state.model, state.optimizer, state.scheduler, dict(extra), context, model, keep=2)
+def save(folder: Path, step: int, state: MegatronEngine, context: ParallelContext, model: ModelConfig = MODEL, **extra: object) -> Path:
+    return save_checkpoint(folder, step, state.chunks, state.optimizer_state, dict(extra), context, model, keep=2)
 
 
-def load(path: Path, state: TrainState, context: ParallelContext, model: ModelConfig = MODEL) -> dict:
-    return load_checkpoint(path, state.model, state.optimizer, state.scheduler, context=context, model_config=model)
+def load(path: Path, state: MegatronEngine, context: ParallelContext, model: ModelConfig = MODEL) -> dict:
+    return load_checkpoint(path, state.chunks, state.optimizer_state, context=context, model_config=model)
 
 
-def other(context: ParallelContext, optimizer: OptimizerConfig = ADAM, **options: object) -> TrainState:
+def other(context: ParallelContext, optimizer: OptimizerConfig = ADAM, **options: object) -> MegatronEngine:
     """The same model with other weights."""
-    return build_optimizer(build_model(MODEL, IMAGE, context, seed=9), optimizer, 10, context, **options)  # type: ignore[arg-type]
+    return build_engine([build_model(MODEL, IMAGE, context, seed=9)], optimizer, 10, context, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(context: Paralle
     """In bfloat16 too, where Adam keeps float32 master weights that the model's own weights do not determine."""
     model = small_config(dtype=dtype)
 
-    def built(seed: int) -> TrainState:
+    def built(seed: int) -> MegatronEngine:
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-        return build_optimizer(build_model(model, IMAGE, context, seed).to(kind), ADAM, 10, context)
+        return build_engine([build_model(model, IMAGE, context, seed).to(kind)], ADAM, 10, context)
 
     straight = built(0)
     run_steps(straight, 0, 3, 4, context)
@@ -95,7 +95,7 @@ def test_a_checkpoint_may_be_saved_and_loaded_before_the_first_update(context: P
 def test_weights_alone_start_a_new_stage(context: ParallelContext, saved: Path) -> None:
     model = build_model(MODEL, IMAGE, context, seed=9)
     assert load_checkpoint(saved / "step_000002", model, context=context, model_config=MODEL)["step"] == 2
-    state = build_optimizer(model, ADAM, 10, context)
+    state = build_engine([model], ADAM, 10, context)
     trained = other(context)
     load(saved, trained, context)
     assert same(weights(state), weights(trained))
@@ -134,7 +134,7 @@ def test_groups_that_differ_in_their_rate_alone_stay_apart(context: ParallelCont
     assert same(weights(first), weights(second))
 
 
-def unchanged(state: TrainState, before: dict[str, torch.Tensor], context: ParallelContext) -> bool:
+def unchanged(state: MegatronEngine, before: dict[str, torch.Tensor], context: ParallelContext) -> bool:
     return same(before, weights(state)) and state.step == 0
 
 
@@ -171,10 +171,10 @@ def test_a_missing_checkpoint_is_named_and_nothing_changes(context: ParallelCont
 
 def test_weights_without_optimizer_state_cannot_resume_a_run(context: ParallelContext, tmp_path: Path) -> None:
     state = start(context)
-    save_checkpoint(tmp_path, 1, state.model, None, None, {}, context, MODEL, keep=1)
+    save_checkpoint(tmp_path, 1, state.chunks, None, {}, context, MODEL, keep=1)
     with pytest.raises(CheckpointError, match="holds no optimizer state"):
         load(tmp_path, state, context)
-    load_checkpoint(tmp_path, state.model, context=context, model_config=MODEL)
+    load_checkpoint(tmp_path, state.chunks, context=context, model_config=MODEL)
 
 
 def test_a_checkpoint_with_other_parameters_frozen_is_refused_and_nothing_changes(context: ParallelContext, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_every_moment_is_stored_under_the_name_and_shape_of_its_parameter(saved:
 
 def test_a_million_parameters_save_and_load_in_seconds(context: ParallelContext, tmp_path: Path) -> None:
     model = ModelConfig(num_layers=6)
-    state = build_optimizer(build_model(model, IMAGE, context), ADAM, 10, context)
+    state = build_engine([build_model(model, IMAGE, context)], ADAM, 10, context)
     began = time.perf_counter()
     save(tmp_path, 1, state, context, model)
     saved_s = time.perf_counter() - began

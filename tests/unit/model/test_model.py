@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.model.generation import decode, prefill
 from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.parallel.groups import ParallelContext
@@ -76,10 +77,10 @@ def test_cached_decode_equals_the_full_forward(model: VisionLanguageModel) -> No
         prompts[row, :length] = batch.tokens_BS[row, :length]
     with torch.no_grad():
         full = model(batch)
-        logits, memory = model.prefill(replace(batch, tokens_BS=prompts), lengths, capacity=24)
+        logits, memory = prefill(model, replace(batch, tokens_BS=prompts), lengths, capacity=24)
         torch.testing.assert_close(logits, full[lengths - 1, rows], rtol=1e-5, atol=1e-5)
         for step in range(10):
-            logits = model.decode(batch.tokens_BS[rows, lengths + step], memory)
+            logits = decode(model, batch.tokens_BS[rows, lengths + step], memory)
             torch.testing.assert_close(logits, full[lengths + step, rows], rtol=1e-5, atol=1e-5)
 
 
@@ -87,9 +88,9 @@ def test_rows_may_be_repeated_and_dropped_while_decoding(model: VisionLanguageMo
     batch, length = small_batch(), torch.tensor([10, 10, 10])
     with torch.no_grad():
         full = model(batch)
-        _, memory = model.prefill(replace(batch, tokens_BS=batch.tokens_BS[:, :10]), length, capacity=16)
+        _, memory = prefill(model, replace(batch, tokens_BS=batch.tokens_BS[:, :10]), length, capacity=16)
         chosen = torch.tensor([2, 0, 2, 1])
-        logits = model.decode(batch.tokens_BS[chosen, 10], memory.select(chosen))
+        logits = decode(model, batch.tokens_BS[chosen, 10], memory.select(chosen))
     torch.testing.assert_close(logits, full[10, chosen], rtol=1e-5, atol=1e-5)
 
 

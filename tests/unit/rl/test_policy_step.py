@@ -17,7 +17,7 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.rl.batching import microbatches, plan_shards
 from megatron_ext.rl.policy_step import Policy, policy_batch
-from megatron_ext.training.optimizer import build_optimizer
+from megatron_ext.training.megatron_engine import build_engine
 from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
 
 SAMPLES = 3
@@ -27,7 +27,7 @@ SAMPLES = 3
 def model(context):
     built = build_model(small_config(), IMAGE, context)
     open_gates(built)
-    return build_optimizer(built, OptimizerConfig(warmup_steps=0), 10, context).model
+    return build_engine([built], OptimizerConfig(warmup_steps=0), 10, context).wrapped[0]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,16 @@ def shard_of(answers, multiple=1):
 
 def policy(model, context, reference=None, **rl):
     config = RunConfig(model=small_config(), rollout=RolloutConfig(max_new_tokens=6, temperature=0.7), rl=RLConfig(**{"max_logprob_diff": 1e-4, **rl}))
-    return Policy(model, reference, config, USABLE, context)
+    return Policy([model], [] if reference is None else [reference], config, USABLE, context)
+
+
+def loss(learner, model, batch):
+    return learner.loss(model, batch, learner.forward(model, batch))
 
 
 def loss_of(model, context, shard, micro_batch, **rl):
     """(loss sum, divisor, metrics) over the microbatches."""
-    parts = [policy(model, context, **rl).loss(model, policy_batch(part, context.device)) for part in microbatches(shard, micro_batch, 1)]
+    parts = [loss(policy(model, context, **rl), model, policy_batch(part, context.device)) for part in microbatches(shard, micro_batch, 1)]
     return sum(part[0].item() for part in parts), sum(int(part[1]) for part in parts), merge_metrics(part[2] for part in parts)
 
 
@@ -74,9 +78,10 @@ def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob
     batch = policy_batch(shard, context.device)
     learner = policy(model, context)
     weight = model.module.output_layer.weight
-    (gradient,) = torch.autograd.grad(learner.loss(model, batch)[0], weight)
-    logprobs_BS = learner._logprobs(learner._logits(model, model.module, batch), batch)
-    surrogate = -(torch.where(batch.mask_BS, logprobs_BS, 0.0) * batch.advantages_B[:, None]).sum()
+    (gradient,) = torch.autograd.grad(loss(learner, model, batch)[0], weight)
+    logits_SBV = learner._policy_logits(learner.forward(model, batch))
+    logprobs_BS = learner._logprobs(logits_SBV, batch, model.module.frame(batch.inputs))
+    surrogate = -(torch.where(batch.mask_BS[:, 1:], logprobs_BS[:, :-1], 0.0) * batch.advantages_B[:, None]).sum()
     (expected,) = torch.autograd.grad(surrogate, weight)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
@@ -84,7 +89,7 @@ def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob
 def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(model, context, answers):
     (answer,) = shard_rows = [answers[0]]
     batch = policy_batch(shard_of(shard_rows), context.device)
-    _, _, metrics = policy(model, context).loss(model, batch)
+    _, _, metrics = loss(policy(model, context), model, batch)
     with model.module.router_tap.replay(batch.experts_BSLK), torch.no_grad():
         logits = policy_logits(model(batch.inputs), 0.7, banned_tokens(64, USABLE, IMAGE, context.pgs.tp, context.device))
     probs = torch.softmax(logits[:-1, 0], dim=-1)[slice(*answer.rollout.response_rows)]
@@ -98,7 +103,7 @@ def test_routes_that_differ_from_what_the_rollout_recorded_stop_the_run_and_name
     changed[row, 2, 0] = changed[row, 2, 0][::-1]  # the same experts in another order
     damaged = replace(shard, batch=replace(shard.batch, experts_BSLK=changed))
     with pytest.raises(RouteMismatch, match=f"rollout {shard.keys_B[row]} recorded"):
-        policy(model, context).loss(model, policy_batch(damaged, context.device))
+        loss(policy(model, context), model, policy_batch(damaged, context.device))
 
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
@@ -108,7 +113,7 @@ def test_log_probs_that_differ_under_the_same_weights_stop_the_run_and_name_the_
     position = int(shard.lengths_B[1]) - 1
     logprobs[1, position] += wrong
     damaged = policy_batch(replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs)), context.device)
-    for step in (policy(model, context).with_old_logprobs, lambda batch: policy(model, context).loss(model, batch)):
+    for step in (lambda batch: policy(model, context).prepared([batch], with_old=True), lambda batch: loss(policy(model, context), model, batch)):
         with pytest.raises(UserError, match=rf"rl.max_logprob_diff: the learner gives token {position} of {shard.keys_B[1]} .* under the same weights"):
             step(damaged)
 
@@ -116,18 +121,24 @@ def test_log_probs_that_differ_under_the_same_weights_stop_the_run_and_name_the_
 def test_old_log_probs_are_those_of_the_weights_before_the_first_minibatch(model, context, answers):
     batch = policy_batch(shard_of(answers), context.device)
     learner = policy(model, context)
-    prepared = learner.with_old_logprobs(batch)
-    torch.testing.assert_close(prepared.old_BS[batch.mask_BS], batch.rollout_BS[batch.mask_BS], atol=1e-5, rtol=0)
-    direct, prepared_loss = learner.loss(model, batch), learner.loss(model, prepared)
+    (prepared,) = learner.prepared([batch], with_old=True)
+    torch.testing.assert_close(prepared.old_BS[:, :-1][batch.mask_BS[:, 1:]], batch.rollout_BS[batch.mask_BS], atol=1e-5, rtol=0)
+    direct, prepared_loss = loss(learner, model, batch), loss(learner, model, prepared)
     assert direct[0].item() == pytest.approx(prepared_loss[0].item(), abs=1e-6)
+
+
+def with_reference(model, context, batch, reference):
+    learner = policy(model, context, reference=reference, kl_coeff=0.1)
+    (prepared,) = learner.prepared([batch], with_old=False)
+    return loss(learner, model, prepared)
 
 
 def test_the_kl_to_the_reference_is_zero_while_the_policy_is_the_reference(model, context, answers):
     batch = policy_batch(shard_of(answers), context.device)
-    _, _, metrics = policy(model, context, reference=model.module, kl_coeff=0.1).loss(model, batch)
+    _, _, metrics = with_reference(model, context, batch, model.module)
     assert metrics["actor/kl_ref"].value == pytest.approx(0, abs=1e-9)
     other = build_model(small_config(), IMAGE, context, seed=9)
-    _, _, metrics = policy(model, context, reference=other, kl_coeff=0.1).loss(model, batch)
+    _, _, metrics = with_reference(model, context, batch, other)
     assert metrics["actor/kl_ref"].value > 0.01
 
 

@@ -13,7 +13,7 @@ from tests.support.models import IMAGE, open_gates, small_batch, small_config
 
 def test_taps_add_nothing_at_initialisation_and_their_gates_are_shut(context: ParallelContext) -> None:
     model = build_model(small_config(), IMAGE, context)
-    size = RefinementSize(model)
+    size = RefinementSize([model])
     model(small_batch())
     assert size.metrics(context) == {f"clvr/tap{tap}/{name}": 0.0 for tap in (0, 1) for name in ("update_ratio", "gate")}
 
@@ -21,7 +21,7 @@ def test_taps_add_nothing_at_initialisation_and_their_gates_are_shut(context: Pa
 def test_the_ratio_is_that_of_root_mean_squares_over_all_forward_passes_since_the_reset(context: ParallelContext) -> None:
     model = build_model(small_config(), IMAGE, context)
     open_gates(model, 0.7)
-    size = RefinementSize(model)
+    size = RefinementSize([model])
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     model.decoder.injections[1].register_forward_hook(lambda module, inputs, output: seen.append(tuple(x.detach() for x in inputs)))
     model(small_batch(seed=3))

@@ -6,7 +6,7 @@ import torch
 
 from megatron_ext.batch.metric import Metric
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.losses import TOKENS_PER_ROW, masked_nll, next_token_loss
+from megatron_ext.training.losses import TOKENS_PER_ROW, NextToken, masked_nll
 from tests.support.training import own_microbatches, start
 
 
@@ -20,8 +20,9 @@ def test_position_s_is_scored_on_the_token_after_it(context: ParallelContext) ->
     state = start(context)
     (batch,) = own_microbatches(0, 8, context)
     with torch.no_grad():
-        loss, count, metrics = next_token_loss(state.model, batch)
-        logits = state.model(batch.inputs).transpose(0, 1)
+        output = state.wrapped[0](batch.inputs)
+        loss, count, metrics = NextToken().loss(state.wrapped[0], batch, output)
+        logits = output.transpose(0, 1)
     rows, positions = batch.mask_BS[:, 1:].nonzero(as_tuple=True)
     expected = torch.nn.functional.cross_entropy(logits[rows, positions], batch.inputs.tokens_BS[rows, positions + 1], reduction="sum")
     torch.testing.assert_close(loss, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,15 @@ import torch
 from megatron_ext.batch.metric import Metric
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.losses import Microbatch, next_token_loss
-from megatron_ext.training.optimizer import TrainState
+from megatron_ext.training.losses import Microbatch, NextToken
+from megatron_ext.training.megatron_engine import MegatronEngine
 from megatron_ext.training.step import optimizer_step
 from tests.support.models import small_config
 from tests.support.training import own_microbatches, run_steps, same, start, weights
 
 
-def gradients(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: parameter.main_grad.clone() for name, parameter in state.model.module.named_parameters()}
+def gradients(state: MegatronEngine) -> dict[str, torch.Tensor]:
+    return {name: parameter.main_grad.clone() for name, parameter in state.chunks[0].named_parameters()}
 
 
 @pytest.mark.parametrize("rows", [4, 3, 2, 1])
@@ -40,23 +41,26 @@ def test_the_loss_is_torchs_cross_entropy_over_the_targets(context: ParallelCont
     state = start(context)
     (batch,) = own_microbatches(0, 8, context)
     with torch.no_grad():
-        total, count, _ = next_token_loss(state.model, batch)
+        total, count, _ = NextToken().loss(state.wrapped[0], batch, state.wrapped[0](batch.inputs))
     assert run_steps(state, 0, 1, 2, context)[0]["loss"] == pytest.approx(float(total / count), rel=1e-5)
 
 
 def test_the_auxiliary_loss_weighs_its_coefficient_however_few_tokens_are_targets(context: ParallelContext) -> None:
     """With the main loss switched off, the router's gradient is that of coefficient * aux alone, with 8 targets as with all of them."""
 
-    def without_main(num_targets: int) -> Any:
-        def loss(model: Any, batch: Microbatch) -> Any:
-            return 0.0 * model(batch.inputs).sum(), torch.tensor(num_targets, dtype=torch.int32), {}
+    class WithoutMain(NextToken):
+        def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+            return 0.0 * output.sum(), batch.mask_BS.sum().to(torch.int32), {}
 
-        return loss
+    def fewer(batch: Microbatch, num_targets: int) -> Microbatch:
+        """The same rows with their first targets only."""
+        kept_BS = (batch.mask_BS.flatten().cumsum(0) <= num_targets).view_as(batch.mask_BS) * batch.mask_BS
+        return replace(batch, mask_BS=kept_BS, inputs=replace(batch.inputs, aux_weight=float(kept_BS.sum())))
 
     norms = []
-    for num_targets in (8, 150):
+    for num_targets in (8, 60):
         state = start(context, small_config(moe_aux_loss_coeff=0.1))
-        norms.append(optimizer_step(state, own_microbatches(0, 8, context), without_main(num_targets), context)["grad_norm"])
+        norms.append(optimizer_step(state, [fewer(batch, num_targets) for batch in own_microbatches(0, 8, context)], WithoutMain(), context)["grad_norm"])
     assert norms[0] > 1e-3
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
@@ -73,11 +77,12 @@ def test_metrics_of_the_loss_function_are_merged_over_microbatches(context: Para
     """Means by their counts, extremes as extremes: (1 + 6) / (1 + 2) and max(1, 2)."""
     parts = iter([(Metric(1.0, 1), Metric(1.0, 1, "max")), (Metric(6.0, 2), Metric(2.0, 1, "max"))])
 
-    def loss(model: Any, batch: Microbatch) -> Any:
-        total, count, _ = next_token_loss(model, batch)
-        return total, count, dict(zip(("mean", "peak"), next(parts), strict=True))
+    class WithParts(NextToken):
+        def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+            total, count, _ = super().loss(model, batch, output)
+            return total, count, dict(zip(("mean", "peak"), next(parts), strict=True))
 
-    metrics = optimizer_step(start(context), own_microbatches(0, 4, context), loss, context)
+    metrics = optimizer_step(start(context), own_microbatches(0, 4, context), WithParts(), context)
     assert metrics["mean"] == pytest.approx(7 / 3)
     assert metrics["peak"] == 2.0
 
@@ -88,8 +93,8 @@ def test_router_metrics_describe_the_step_alone(context: ParallelContext) -> Non
     expected = run_steps(first, 0, 1, 4, context)[0]
     (batch,) = own_microbatches(1, 8, context)
     with torch.no_grad():
-        second.model(batch.inputs)
-    start(context).model(batch.inputs)
+        second.wrapped[0](batch.inputs)
+    start(context).wrapped[0](batch.inputs)
     assert run_steps(second, 0, 1, 4, context)[0] == expected
     assert expected["moe/aux_loss"] == pytest.approx(1.0, abs=0.3)
     assert 0 <= expected["moe/max_vio"] <= 3
@@ -98,15 +103,16 @@ def test_router_metrics_describe_the_step_alone(context: ParallelContext) -> Non
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(context: ParallelContext, scale: float) -> None:
-    def broken(model: Any, batch: Microbatch) -> Any:
-        total, count, metrics = next_token_loss(model, batch)
-        return total * scale, count, metrics
+    class Broken(NextToken):
+        def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+            total, count, metrics = super().loss(model, batch, output)
+            return total * scale, count, metrics
 
     state = start(context)
     run_steps(state, 0, 1, 8, context)
     before = weights(state)
     with pytest.raises(UserError, match=rf"step 2: the loss is {scale}"):
-        optimizer_step(state, own_microbatches(1, 8, context), broken, context)
+        optimizer_step(state, own_microbatches(1, 8, context), Broken(), context)
     assert state.step == 1
     assert same(before, weights(state))
     assert math.isfinite(run_steps(state, 1, 2, 8, context)[0]["grad_norm"])
@@ -115,12 +121,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(context: Pa
 def test_a_gradient_that_is_not_finite_stops_the_run_and_changes_nothing(context: ParallelContext) -> None:
     """sqrt at 0: a finite loss with an infinite slope."""
 
-    def steep(model: Any, batch: Microbatch) -> Any:
-        total, count, metrics = next_token_loss(model, batch)
-        return total + (total - total.detach()).sqrt(), count, metrics
+    class Steep(NextToken):
+        def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+            total, count, metrics = super().loss(model, batch, output)
+            return total + (total - total.detach()).sqrt(), count, metrics
 
     state = start(context)
     before = weights(state)
     with pytest.raises(UserError, match="step 1: the gradient norm is"):
-        optimizer_step(state, own_microbatches(0, 8, context), steep, context)
+        optimizer_step(state, own_microbatches(0, 8, context), Steep(), context)
     assert same(before, weights(state))

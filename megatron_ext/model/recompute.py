@@ -1,0 +1,45 @@
+"""Activations that are dropped in the forward pass and computed again in the backward pass (Chen et al., 2016, arXiv 1604.06174).
+
+Megatron's checkpoint runs the function once without gradients and once, in the backward pass, with them. What counts or logs (routers, metrics) looks at
+`torch.is_grad_enabled()` and so counts once. What a layer must find as it was, because other micro-batches have passed meanwhile, is kept here: the weight
+of the balancing loss, and the routes that are being replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import checkpoint
+
+from megatron_ext.model.router import Router
+
+
+def recomputed(run: Callable[..., Any], routers: Sequence[Router], first: torch.Tensor, *tensors: torch.Tensor) -> Any:
+    """`run(first, *tensors)`. Gradients reach the given tensors, and weights that `run` uses; every other tensor with a gradient must be among them."""
+    kept = [(router, router.weight_of_aux, router.router_replay.targets) for router in routers]
+
+    def run_or_repeat(*args: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return run(*args)
+        with _as_it_was(kept):
+            return run(*args)
+
+    # The backward pass starts from an input's gradient: with everything before it frozen there is none, and the weights inside would get none either.
+    start = first if first.requires_grad else first.detach().requires_grad_()
+    return checkpoint(run_or_repeat, False, start, *tensors)
+
+
+@contextmanager
+def _as_it_was(kept: Sequence[tuple[Router, float, torch.Tensor | None]]) -> Iterator[None]:
+    """Routers in the state of the first run, and their taps deaf: what they decide was recorded then."""
+    now = [(router, router.weight_of_aux, router.router_replay.targets, router.router_replay.listening) for router, _, _ in kept]
+    for router, weight, targets in kept:
+        router.weight_of_aux, router.router_replay.targets, router.router_replay.listening = weight, targets, False
+    try:
+        yield
+    finally:
+        for router, weight, targets, listening in now:
+            router.weight_of_aux, router.router_replay.targets, router.router_replay.listening = weight, targets, listening

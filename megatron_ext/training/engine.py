@@ -1,0 +1,53 @@
+"""What the training step needs of an engine: model chunks that the schedule runs, and an update of their weights. Megatron's own is `megatron_engine.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_ext.checkpoint.optimizer_state import OptimizerState
+from megatron_ext.model.assembly import VisionLanguageModel
+from megatron_ext.training.clvr_metrics import RefinementSize
+from megatron_ext.training.moe_metrics import ExpertLoad
+
+
+class Engine(Protocol):
+    """A model that is being trained, by one rank. Gradients are summed over micro-batches and ranks and divided by the targets of the step."""
+
+    @property
+    def wrapped(self) -> Sequence[Any]:
+        """The model chunks as the schedule calls them."""
+
+    @property
+    def chunks(self) -> Sequence[VisionLanguageModel]:
+        """The same, bare."""
+
+    @property
+    def optimizer_state(self) -> OptimizerState:
+        """What a checkpoint keeps of the optimizer and its schedule."""
+
+    @property
+    def load(self) -> ExpertLoad: ...
+
+    @property
+    def refinement(self) -> RefinementSize: ...
+
+    @property
+    def step(self) -> int:
+        """Updates made so far."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the latest update, without per-group scales."""
+
+    def begin(self) -> None:
+        """Before the first forward pass of a step: no gradients."""
+
+    def gradient_norm(self) -> float:
+        """After the last backward pass: the norm of the global gradient, before clipping. Collective."""
+
+    def update(self, norm: float) -> None:
+        """Clips to the configured norm, moves the schedule and the weights. Collective."""
+
+    def settle(self) -> None:
+        """Weights are whole on every rank that holds them: called before anyone but the schedule reads them."""

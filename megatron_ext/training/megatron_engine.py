@@ -1,0 +1,194 @@
+"""The default engine: Megatron's data parallelism, distributed Adam and learning-rate schedule around the chunks of a model.
+
+    chunks -> freeze -> DistributedDataParallel (gradients in float32 buffers) -> DistributedOptimizer (states split over data-parallel ranks) -> schedule
+
+Supervised training and the reinforcement-learning learner both start here; `training/step.py` does the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.core.optimizer import MegatronOptimizer, ParamGroupOverride, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext.checkpoint.optimizer_state import MegatronOptimizerState
+from megatron_ext.config.schema import OptimizerConfig
+from megatron_ext.device import backend
+from megatron_ext.model.assembly import VisionLanguageModel
+from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.training.clvr_metrics import RefinementSize
+from megatron_ext.training.moe_metrics import ExpertLoad
+
+
+@dataclass(frozen=True)
+class MegatronEngine:
+    """See `engine.Engine`. `scheduler.num_steps` counts the updates made so far."""
+
+    wrapped: list[DistributedDataParallel]
+    chunks: list[VisionLanguageModel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    clip_grad: float
+    gathers_late: bool
+    """Updated weights are gathered while the next forward pass runs."""
+    load: ExpertLoad = field(repr=False)
+    refinement: RefinementSize = field(repr=False)
+
+    @property
+    def optimizer_state(self) -> MegatronOptimizerState:
+        return MegatronOptimizerState(self.optimizer, self.scheduler)
+
+    @property
+    def step(self) -> int:
+        return int(self.scheduler.num_steps)
+
+    @property
+    def lr(self) -> float:
+        return float(self.scheduler.get_lr({}))
+
+    def begin(self) -> None:
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    @torch.no_grad()
+    def update(self, norm: float) -> None:
+        if self.clip_grad > 0 and norm > self.clip_grad:
+            parameters = [parameter for part in self.optimizer.chained_optimizers for parameter in part.get_parameters()]
+            torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], self.clip_grad / (norm + 1e-6))
+        self.scheduler.step(1)
+        self.optimizer.step_with_ready_grads()
+
+    def settle(self) -> None:
+        if self.gathers_late:
+            for chunk in self.wrapped:
+                chunk.start_param_sync(force_sync=True)
+
+
+def build_engine(
+    chunks: Sequence[VisionLanguageModel],
+    config: OptimizerConfig,
+    num_steps: int,
+    context: ParallelContext,
+    *,
+    router_lr_scale: float = 1.0,
+    frozen: tuple[str, ...] = (),
+) -> MegatronEngine:
+    """Wraps a model, all chunks of it that this rank holds, for `num_steps` updates.
+
+    Matrices decay, vectors (norms, biases, gates) do not. Routers learn `router_lr_scale` times slower, or not at all at 0. Parameters whose name starts with
+    one of `frozen` are not trained; a prefix that matches nothing raises ValueError.
+    """
+    chunks = list(chunks)
+    freeze(chunks, frozen, context)
+    routers = [router for chunk in chunks for router in chunk.decoder.routers()]
+    if router_lr_scale == 0:
+        for router in routers:
+            router.requires_grad_(False)
+    gathers_late = context.parallel.overlap_param_gather
+    wrapped = _wrap(chunks, context)
+    optimizer = _adam(wrapped, config, context, router_lr_scale)
+    schedule = build_schedule(optimizer, config, num_steps)
+    return MegatronEngine(wrapped, chunks, optimizer, schedule, config.clip_grad, gathers_late, ExpertLoad(routers), RefinementSize(chunks))
+
+
+def freeze(chunks: Sequence[torch.nn.Module], prefixes: tuple[str, ...], context: ParallelContext) -> None:
+    """On whatever pipeline stage a parameter lives. Raises ValueError for a prefix that matches none on any."""
+    for prefix in prefixes:
+        matched = [parameter for chunk in chunks for name, parameter in chunk.named_parameters() if name.startswith(prefix)]
+        if not matched and context.layout.pp == 1:
+            raise ValueError(f"no parameter's name starts with {prefix!r}")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+
+
+def build_schedule(optimizer: MegatronOptimizer, config: OptimizerConfig, num_steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0 to `lr`, then constant, or down to `min_lr` at the last step along a cosine or a line.
+
+    Update k (from 1) uses the rate of step k, so the first update already moves and the last one runs at `min_lr`. A run shorter than its warm-up stays in it.
+    Building the schedule also applies the groups' weight-decay multipliers, which the optimizer alone ignores.
+    """
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(num_steps, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def _wrap(chunks: list[VisionLanguageModel], context: ParallelContext) -> list[DistributedDataParallel]:
+    """Data parallelism, and the hooks through which Megatron's schedule reaches it. The chunks of a model share one configuration."""
+    parallel, settings = context.parallel, chunks[0].config
+    overlap = parallel.overlap_grad_reduce if parallel.overlap_grad_reduce is not None else (backend() == "nccl" or parallel.overlap_param_gather)
+    settings.calculate_per_token_loss = True  # gradients are summed over ranks and divided by the step's tokens
+    settings.finalize_model_grads_func = finalize_model_grads
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=overlap, overlap_param_gather=parallel.overlap_param_gather
+    )
+    wrapped = []
+    for number, chunk in enumerate(chunks):
+        chunk.config = settings
+        # Gradients of all chunks but the first are ready late in the backward pass: bucketing them would overlap nothing.
+        ddp_chunk = DistributedDataParallel(settings, ddp, chunk, disable_bucketing=number > 0, pg_collection=context.pgs)
+        ddp_chunk.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
+        ddp_chunk.vp_stage = chunk.vp_stage
+        wrapped.append(ddp_chunk)
+    no_sync = [chunk.no_sync for chunk in wrapped]
+    settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def _adam(wrapped: list[DistributedDataParallel], config: OptimizerConfig, context: ParallelContext, router_lr_scale: float) -> MegatronOptimizer:
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=wrapped[0].config.bf16,
+        params_dtype=wrapped[0].config.params_dtype,
+        use_distributed_optimizer=True,
+        overlap_param_gather=context.parallel.overlap_param_gather,
+    )
+    overrides = get_standard_config_overrides(settings)
+    if router_lr_scale != 1:
+        slower = ParamGroupOverride(max_lr=config.lr * router_lr_scale, min_lr=config.min_lr * router_lr_scale)
+        overrides[ParamKey(name="*.router.*")] = slower
+    optimizer = get_megatron_optimizer(settings, wrapped, overrides, use_gloo_process_groups=False, pg_collection=context.pgs)
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _start_adam(part.optimizer)
+    return optimizer
+
+
+def _start_adam(adam: torch.optim.AdamW) -> None:
+    """Creates Adam's moments now, so that a checkpoint may be saved or loaded before the first update; and updates all tensors of a group in one kernel."""
+    for group in adam.param_groups:
+        group["fused"], group["foreach"] = True, False
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
