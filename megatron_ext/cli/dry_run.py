@@ -9,6 +9,7 @@ from megatron_ext.config.schema import ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import count_parameters, patches_per_side, tokens_per_tile, vision_tokens
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.stages import Stage, pipeline_stages
 
 
 def describe(config: RunConfig) -> str:
@@ -62,12 +63,34 @@ def _model(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _layouts(config: RunConfig) -> list[tuple[str, str]]:
-    return [("learner ranks", _layout(config.parallel)), ("rollout ranks", f"{config.rollout.replicas} replicas, each {_layout(config.rollout.parallel)}")]
+    rollouts = f"{config.rollout.replicas} replicas, each {_layout(config.rollout.parallel)}"
+    return [("learner ranks", _layout(config.parallel)), *_stages(config), ("rollout ranks", rollouts)]
 
 
 def _layout(parallel: ParallelConfig) -> str:
     layout = Layout.of(parallel)
-    return f"{layout.num_ranks} = tp {layout.tp} x dp {layout.dp}; experts: ep {layout.ep} x etp {layout.etp}"
+    dense = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
+    interleaved = f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""
+    recompute = "" if parallel.recompute == "none" else f"; recompute {parallel.recompute}"
+    return f"{layout.num_ranks} = {dense}{interleaved}; experts: ep {layout.ep} x etp {layout.etp} x edp {layout.edp}{recompute}"
+
+
+def _stages(config: RunConfig) -> list[tuple[str, str]]:
+    """What each pipeline stage of the learner holds, and what its neighbours send it for CLVR."""
+    parallel = config.parallel
+    stages = pipeline_stages(config.model, parallel.pp, parallel.vpp)
+    return [(f"  stage {stage.number}", _stage(stage)) for stage in stages] if len(stages) > 1 else []
+
+
+def _stage(stage: Stage) -> str:
+    holds = ", ".join(f"tap {tap}" for tap in stage.asks)
+    arrives = [f"the refinement of tap {tap}" for tap in stage.receives] + (["ViT features, unless the ViT is frozen"] if stage.receives_features else [])
+    first, last = stage.layers.start, stage.layers.stop - 1
+    return (
+        (f"layer {first}" if first == last else f"layers {first} to {last}")
+        + (f"; {holds}" if holds else "")
+        + (f"; receives {' and '.join(arrives)}" if arrives else "")
+    )
 
 
 def _batches(config: RunConfig) -> list[tuple[str, str]]:

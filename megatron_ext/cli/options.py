@@ -9,7 +9,7 @@ from megatron_ext.cli.dry_run import describe
 from megatron_ext.config.load import Resolved, explain, load_config
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.plan import check_layout
+from megatron_ext.parallel.plan import check_layout, check_rollout_layout
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,4 +41,4 @@ def resolve(args: argparse.Namespace) -> Resolved | None:
 
 def layout_problems(config: RunConfig) -> list[UserError]:
     """Every reason why the model cannot be laid out over the ranks asked for."""
-    return check_layout(config.model, config.parallel, "parallel") + check_layout(config.model, config.rollout.parallel, "rollout.parallel")
+    return check_layout(config.model, config.parallel, "parallel") + check_rollout_layout(config.model, config.rollout.parallel)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from megatron_ext.config.schema import OptimizerConfig, RunConfig, TrainConfig
+from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
 from megatron_ext.errors import UserError
 
@@ -109,6 +109,7 @@ def _data(config: RunConfig) -> Problems:
 def _stages(config: RunConfig) -> Problems:
     for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
         yield from _batches(name, stage, data_parallel(config.parallel))
+        yield from _interleaved(name, stage, config.parallel)
         yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
         yield from _optimizer(f"{name}.optimizer", stage.optimizer)
 
@@ -122,6 +123,21 @@ def _batches(name: str, stage: TrainConfig, dp: int) -> Problems:
             f"{name}.micro_batch",
             f"{stage.micro_batch} does not divide the {share} conversations of a rank ({name}.global_batch = {stage.global_batch} over {dp} ranks)",
             f"use {_divisors(share)}",
+        )
+
+
+def _interleaved(name: str, stage: TrainConfig, parallel: ParallelConfig) -> Problems:
+    """Megatron's interleaved schedule hands micro-batches round in groups of pp."""
+    dp = data_parallel(parallel)
+    if parallel.vpp == 1 or not dp or stage.global_batch % (dp * stage.micro_batch):
+        return
+    microbatches = stage.global_batch // dp // stage.micro_batch
+    if microbatches % parallel.pp:
+        yield UserError(
+            f"{name}.micro_batch",
+            f"{stage.micro_batch} makes {microbatches} micro-batches of a rank's {stage.global_batch // dp} conversations, which parallel.vpp = {parallel.vpp} "
+            f"needs in groups of parallel.pp = {parallel.pp}",
+            f"make {name}.global_batch / dp / micro_batch a multiple of {parallel.pp}",
         )
 
 
@@ -203,6 +219,13 @@ def _rl(config: RunConfig) -> Problems:
             "rl.prompts_per_step",
             f"{rl.prompts_per_step} prompts x {rl.rollouts_per_prompt} rollouts do not divide into rl.minibatches = {rl.minibatches} over {dp} ranks",
             f"use a multiple of {rl.minibatches * dp} prompts",
+        )
+    rows = rl.prompts_per_step * rl.rollouts_per_prompt // max(1, rl.minibatches * dp)
+    if config.parallel.vpp > 1 and rows < config.parallel.pp:
+        yield UserError(
+            "rl.prompts_per_step",
+            f"a rank gets {rows} rollouts a minibatch, which parallel.vpp = {config.parallel.vpp} needs in at least parallel.pp = {config.parallel.pp} parts",
+            "ask for more prompts, or fewer minibatches",
         )
     if rl.clip_low >= 1:
         yield UserError("rl.clip_low", f"{rl.clip_low:g} would let a probability ratio fall to nothing", "use less than 1; 0.2 is usual")

@@ -50,6 +50,19 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "par
     return [*_check_grid(parallel, layout, where), *_check_tensors(model, layout, where), *_check_pipeline(model, parallel, where)]
 
 
+def check_rollout_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "rollout.parallel") -> list[UserError]:
+    """Generation takes a token at a time through the whole model, which leaves no stage and no part of a sequence to others."""
+    problems = [
+        UserError(f"{where}.{field}", f"{value}: {reason}", "use 1; tp and ep split a replica, rollout.replicas adds more")
+        for field, value, reason in (
+            ("pp", parallel.pp, "pipeline stages would wait for each other at every token"),
+            ("cp", parallel.cp, "a token that is being generated has no sequence to share"),
+        )
+        if value > 1
+    ]
+    return problems or check_layout(model, parallel, where)
+
+
 def _check_grid(parallel: ParallelConfig, layout: Layout, where: str) -> list[UserError]:
     """The ranks divide into the dense grid and into the expert grid."""
     problems = []

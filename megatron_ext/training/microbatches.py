@@ -47,7 +47,7 @@ def _packed(part: TokenBatch, pad_id: int, multiple: int, device: torch.device) 
     for row, (start, length) in enumerate(zip(bounds, lengths, strict=False)):
         real = min(length, part.tokens_BS.shape[1])
         tokens_1S[0, start : start + real] = part.tokens_BS[row, :real]
-        mask_1S[0, start : start + real] = part.loss_mask_BS[row, :real]
+        mask_1S[0, start + 1 : start + real] = part.loss_mask_BS[row, 1:real]  # its first token is no target: the token before it is another sample's
     in_order = part.row_tiles_BM[part.row_tiles_BM >= 0]
     tiles_1M = in_order[None] if len(in_order) else np.full((1, 1), -1, part.row_tiles_BM.dtype)
     return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles_IHWC, tiles_1M), pad_id, device, bounds, len(lengths))

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def on(batch: ModelInputs, device: torch.device) -> ModelInputs:
-    return ModelInputs(*(getattr(batch, field.name).to(device) for field in dataclasses.fields(batch)))
+    return dataclasses.replace(batch, **{name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)})
 
 
 def logprobs_of(context: ParallelContext, device: torch.device) -> torch.Tensor:

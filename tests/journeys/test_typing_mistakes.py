@@ -45,7 +45,8 @@ MISTAKES = [
     (["pretrain", "CONFIG", "parallel.num_ranks=4", "parallel.tp=3"], ["parallel.num_ranks", "4 ranks do not divide by", "use"]),
     (["run", "CONFIG", "parallel.num_ranks=8", "parallel.tp=8"], ["parallel.tp", "8 does not divide model.num_attention_heads = 4", "use 1, 2 or 4"]),
     (["run", "CONFIG", "rollout.parallel.num_ranks=3", "rollout.parallel.ep=3"], ["rollout.parallel.ep", "3 does not divide model.num_experts = 8"]),
-    (["run", "CONFIG", "parallel.num_ranks=2", "parallel.pp=2"], ["parallel.pp", "is not in this release", "use 1"]),
+    (["run", "CONFIG", "rollout.parallel.num_ranks=2", "rollout.parallel.pp=2"], ["rollout.parallel.pp", "would wait for each other at every token", "use 1"]),
+    (["run", "CONFIG", "parallel.num_ranks=4", "parallel.pp=4"], ["parallel.pp", "4 pipeline stages do not fit model.num_layers = 3", "at most 3"]),
     (["discover", "CONFIG", "discover.committee_top=8"], ["discover.committee_top", "model.num_experts = 8", "use less than 8"]),
     (["run", "CONFIG", "--dry-run", "data.kind=jsonl", "data.path=absent.jsonl"], ["data.path: there is no absent.jsonl"]),
     (["run", "CONFIG", "--dry-run", "rl.reward=my_rewards:score"], ["rl.reward: there is no module my_rewards"]),
@@ -93,7 +94,7 @@ def test_explain_prints_every_value_and_where_it_comes_from_at_once(config: str)
 def test_a_dry_run_shows_sizes_and_layout_and_leaves_nothing_behind(config: str, tmp_path: Path) -> None:
     done = megatron_ext("run", "--dry-run", config, "parallel.num_ranks=4", "parallel.tp=2", "parallel.ep=2")
     assert done.returncode == 0, done.stderr
-    assert "4 = tp 2 x dp 2; experts: ep 2 x etp 1" in done.stdout
+    assert "4 = tp 2 x cp 1 x dp 2 x pp 1; experts: ep 2 x etp 1 x edp 2" in done.stdout
     assert "8 x 8 = 64 ViT tokens -> 4 x 4 = 16 image tokens" in done.stdout
     assert "Nothing was trained." in done.stdout
     assert not (tmp_path / "runs").exists()

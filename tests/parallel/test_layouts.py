@@ -44,6 +44,8 @@ CASES = {
     "EP2, recompute selective, packed": Case(layout(2, ep=2, recompute="selective"), packed=True),
     "PP2, recompute full, packed": Case(layout(2, pp=2, recompute="full"), packed=True),
     "PP2 VPP2, recompute full": Case(layout(2, pp=2, vpp=2, recompute="full")),
+    "DP2, packed": Case(DP2, packed=True),
+    "PP2 VPP2, packed": Case(layout(2, pp=2, vpp=2), packed=True),
     "CP2, recompute selective": Case(layout(2, cp=2, recompute="selective")),
     "CP2 EP2, recompute full, packed": Case(layout(2, cp=2, ep=2, recompute="full"), packed=True),
     "DP2, gradients reduced and weights gathered on the way": Case(layout(2, overlap_grad_reduce=True, overlap_param_gather=True)),

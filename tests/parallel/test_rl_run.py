@@ -91,6 +91,9 @@ def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
         pytest.param(ParallelConfig(), ParallelConfig(), 1, id="one learner rank and one replica"),
         pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), 1, id="a TP2 learner and an EP2 replica"),
         pytest.param(ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, tp=2), 1, id="an EP2 learner and a TP2 replica"),
+        pytest.param(ParallelConfig(num_ranks=2, pp=2), ParallelConfig(), 1, id="a PP2 learner and one replica"),
+        pytest.param(ParallelConfig(num_ranks=2, cp=2, recompute="full"), ParallelConfig(num_ranks=2, tp=2), 1, id="a CP2 learner that recomputes"),
+        pytest.param(ParallelConfig(num_ranks=4, pp=2, tp=2), ParallelConfig(), 1, id="a PP2 TP2 learner and one replica"),
     ],
 )
 def test_every_layout_computes_the_same_steps(start, finished, tmp_path, learner, rollout, replicas):

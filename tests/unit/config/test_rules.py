@@ -34,6 +34,16 @@ BROKEN = [
     (["data.max_length=16"], "data.max_length", "an image alone takes 16 tokens"),
     (["sft.micro_batch=24"], "sft.micro_batch", "24 does not divide the 64 conversations of a rank"),
     (["parallel.num_ranks=3"], "pretrain.global_batch", "64 cannot be shared by 3 data-parallel ranks"),
+    (
+        ["parallel.num_ranks=2", "parallel.pp=2", "parallel.vpp=2", "sft.micro_batch=64"],
+        "sft.micro_batch",
+        "64 makes 1 micro-batches of a rank's 64 conversations, which parallel.vpp = 2 needs in groups of parallel.pp = 2",
+    ),
+    (
+        ["parallel.num_ranks=2", "parallel.pp=2", "parallel.vpp=2", "rl.prompts_per_step=1", "rl.rollouts_per_prompt=2", "rl.minibatches=2"],
+        "rl.prompts_per_step",
+        "a rank gets 1 rollouts a minibatch, which parallel.vpp = 2 needs in at least parallel.pp = 2 parts",
+    ),
     (["sft.mix.captoin=1"], "sft.mix.captoin", "is not a kind of conversation"),
     (["sft.mix={qa: 0}"], "sft.mix", "gives no kind of conversation a weight above 0"),
     (["sft.mix.qa=-1"], "sft.mix.qa", "the weight -1 is negative"),

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, ParallelConfig
-from megatron_ext.parallel.plan import Layout, check_layout
+from megatron_ext.parallel.plan import Layout, check_layout, check_rollout_layout
 
 MODEL = ModelConfig(num_attention_heads=4, num_query_groups=2, num_experts=8, expert_ffn_hidden_size=64, vocab_size=256)
 
 
-def problems(**parallel: int) -> list[str]:
+def problems(**parallel: Any) -> list[str]:
     return [str(problem) for problem in check_layout(MODEL, ParallelConfig(**parallel))]
 
 
@@ -45,11 +46,18 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ({"num_ranks": 3, "tp": 2}, "parallel.num_ranks: 3 ranks do not divide by tp * pp * cp = 2; use a multiple of 2, or tp = 1 or 3"),
         ({"num_ranks": 4, "ep": 8}, "parallel.ep: 4 ranks do not divide by etp * ep = 1 * 8; use ep = 1, 2 or 4"),
         ({"num_ranks": 4, "etp": 3}, "parallel.etp: 3 does not divide model.expert_ffn_hidden_size = 64; use 1, 2, 4, 8, 16, 32 or 64"),
-        ({"num_ranks": 2, "pp": 2}, "parallel.pp: pipeline parallelism is not in this release (asked for 2); use 1"),
-        ({"num_ranks": 2, "cp": 2}, "parallel.cp: context parallelism is not in this release (asked for 2); use 1"),
+        ({"num_ranks": 4, "pp": 4}, "parallel.pp: 4 pipeline stages do not fit model.num_layers = 3; use at most 3"),
+        ({"num_ranks": 2, "pp": 2, "vpp": 2}, "parallel.vpp: 4 pipeline stages do not fit model.num_layers = 3; use at most 1"),
+        ({"num_ranks": 2, "vpp": 2}, "parallel.vpp: 2 chunks a rank interleave stages, but parallel.pp = 1; use 1, or pp above 1"),
+        ({"num_ranks": 4, "pp": 2, "ep": 4}, "parallel.ep: the 2 ranks of a pipeline stage do not divide by etp * ep = 1 * 4; use ep = 1 or 2"),
+        ({"num_ranks": 3, "cp": 2}, "parallel.num_ranks: 3 ranks do not divide by tp * pp * cp = 2; use a multiple of 2, or tp = 1 or 3"),
+        (
+            {"num_ranks": 2, "overlap_param_gather": True, "overlap_grad_reduce": False},
+            "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce, which is false; set both, or neither",
+        ),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused_with_both_numbers_and_what_would_work(parallel: dict[str, int], message: str) -> None:
+def test_a_layout_that_cannot_be_is_refused_with_both_numbers_and_what_would_work(parallel: dict[str, Any], message: str) -> None:
     assert message in problems(**parallel)
 
 
@@ -59,6 +67,17 @@ def test_all_problems_are_told_at_once_under_the_name_of_the_section_that_asked(
     assert len(found) == 6, "tp = 3 divides neither heads, query groups, vocabulary nor the two CLVR head counts; ep = 3 not the experts"
 
 
+def test_a_rollout_replica_has_neither_pipeline_stages_nor_shared_sequences() -> None:
+    found = [str(problem) for problem in check_rollout_layout(MODEL, ParallelConfig(num_ranks=4, pp=2, cp=2))]
+    assert len(found) == 2
+    assert found[0].startswith("rollout.parallel.pp: 2: pipeline stages would wait for each other at every token; use 1")
+    assert check_rollout_layout(MODEL, ParallelConfig(num_ranks=2, tp=2)) == []
+
+
+def test_rows_divide_by_two_parts_a_context_parallel_rank_and_by_tp() -> None:
+    assert [Layout.of(ParallelConfig(num_ranks=8, **sizes)).length_multiple for sizes in ({}, {"tp": 2}, {"cp": 2}, {"tp": 2, "cp": 2})] == [1, 2, 4, 8]
+
+
 def test_clvr_heads_count_only_when_clvr_is_on() -> None:
     parallel = ParallelConfig(num_ranks=2, tp=2)
     odd = ClvrConfig(num_heads=3, num_kv_heads=3)
@@ -66,13 +85,13 @@ def test_clvr_heads_count_only_when_clvr_is_on() -> None:
     assert check_layout(MODEL.model_copy(update={"clvr": odd.model_copy(update={"enabled": False})}), parallel) == []
 
 
-@given(num_ranks=st.integers(1, 16), tp=st.integers(1, 8), ep=st.integers(1, 8), etp=st.none() | st.integers(1, 4))
-def test_a_layout_without_problems_divides_everything(num_ranks: int, tp: int, ep: int, etp: int | None) -> None:
-    parallel = ParallelConfig(num_ranks=num_ranks, tp=tp, ep=ep, etp=etp)
+@given(num_ranks=st.integers(1, 16), tp=st.integers(1, 4), pp=st.integers(1, 4), cp=st.integers(1, 3), ep=st.integers(1, 8), etp=st.none() | st.integers(1, 4))
+def test_a_layout_without_problems_divides_everything(num_ranks: int, tp: int, pp: int, cp: int, ep: int, etp: int | None) -> None:
+    parallel = ParallelConfig(num_ranks=num_ranks, tp=tp, pp=pp, cp=cp, ep=ep, etp=etp)
     layout = Layout.of(parallel)
     if not check_layout(MODEL, parallel):
-        assert layout.tp * layout.dp == num_ranks
-        assert layout.etp * layout.ep * layout.edp == num_ranks
+        assert layout.tp * layout.cp * layout.dp * layout.pp == num_ranks
+        assert layout.etp * layout.ep * layout.edp * layout.pp == num_ranks
         assert MODEL.num_attention_heads % tp == MODEL.num_query_groups % tp == MODEL.num_experts % ep == 0
 
 

@@ -46,3 +46,28 @@ def test_every_row_sees_the_pixels_it_saw_in_the_whole_batch(rows: int) -> None:
 def test_rows_without_images_make_a_microbatch_without_tiles() -> None:
     parts = microbatches(batch(), 1, 0, CPU)
     assert len(parts[2].inputs.tiles_ICHW) == 0
+
+
+def test_packed_conversations_stand_one_after_another_without_padding() -> None:
+    """Lengths 3, 2, 1 and 4; the tiles of the rows that show some, in order."""
+    (packed,) = microbatches(batch(), 4, 0, CPU, packed=True)
+    assert packed.inputs.tokens_BS.tolist() == [[9, 8, 7, 9, 8, 9, 9, 8, 7, 6]]
+    assert packed.inputs.bounds == (0, 3, 5, 6, 10)
+    assert packed.mask_BS.tolist() == [[0, 1, 0, 0, 1, 0, 0, 1, 0, 0]], "a sample's first token is no target"
+    (whole,) = microbatches(batch(), 4, 0, CPU)
+    shown = [tile for row in whole.inputs.row_tiles_BM.tolist() for tile in row if tile >= 0]
+    assert packed.inputs.row_tiles_BM.tolist() == [shown]
+    assert (packed.num_tokens, packed.num_samples) == (whole.num_tokens, whole.num_samples) == (10, 4)
+
+
+def test_packed_conversations_are_rounded_up_to_what_the_layout_divides() -> None:
+    (packed,) = microbatches(batch(), 4, 0, CPU, packed=True, multiple=4)
+    assert packed.inputs.bounds == (0, 4, 8, 12, 16)
+    assert packed.inputs.tokens_BS.tolist() == [[9, 8, 7, 0, 9, 8, 0, 0, 9, 0, 0, 0, 9, 8, 7, 6]]
+    assert packed.inputs.padding_BS is not None and packed.inputs.padding_BS.sum() == 6
+
+
+def test_balancing_losses_weigh_as_many_targets_as_the_main_loss_has() -> None:
+    """A row's first token is no target: nothing predicts it."""
+    (whole,) = microbatches(batch(), 4, 0, CPU)
+    assert whole.inputs.aux_weight == float(whole.mask_BS[:, 1:].sum())
