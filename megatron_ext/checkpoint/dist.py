@@ -14,6 +14,7 @@ it changes anything.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from megatron_ext.parallel.shards import EMBEDDING
 
 __all__ = ["latest_step", "load_checkpoint", "read_state", "save_checkpoint"]
 
-_STATE = "state.json"
+STATE = "state.json"
+_ADAPTERS = "decoder.taps."
 _FORMAT = 1
 """Raised when a reader of this format could no longer read what is written."""
 
@@ -67,15 +69,12 @@ def save_checkpoint(
     safetensors.torch.save_file(_rng_states(), draft / f"rng_{context.rank:04d}.safetensors")
     if context.rank == 0:
         record = {
-            "format": _FORMAT,
-            "step": step,
+            **_record(step, state, model_config),
             "layout": asdict(context.layout),
             "updates": None if optimizer is None else optimizer.updates,
             "schedule": None if optimizer is None else optimizer.scheduled,
-            "state": state,
-            "model": model_config.model_dump(mode="json"),
         }
-        files.write_synced(draft / _STATE, json.dumps(record, indent=1))
+        files.write_synced(draft / STATE, json.dumps(record, indent=1))
     manifest = _describe(draft, context)
     if context.rank == 0:
         files.publish(folder, step, draft, manifest, keep)
@@ -94,20 +93,26 @@ def load_checkpoint(
     """Loads a step folder, or the latest one in a folder, and returns the saved `state` with its `step`. Collective.
 
     With an optimizer, its moments and master weights are restored as well, and so are the random states when the layout is the one that saved them.
-    Without, only weights: load them before `build_engine`, which copies them.
+    Without, only weights: load them before `build_engine`, which copies them. CLVR adapters that a checkpoint without CLVR cannot have stay as they were drawn,
+    which leaves what the model computes as it was.
     Raises CheckpointError, with nothing changed, when the checkpoint is missing, damaged or of another model.
     """
     checkpoint = files.find_checkpoint(path)
     _verify(checkpoint, context)
     record = read_state(checkpoint)
-    _compare(record["model"], model_config.model_dump(mode="json"), checkpoint)
+    wanted = model_config.model_dump(mode="json")
+    fresh = optimizer is None and wanted["clvr"]["enabled"] and not record["model"]["clvr"]["enabled"]
+    _compare({**record["model"], "clvr": wanted["clvr"]} if fresh else record["model"], wanted, checkpoint)
     if optimizer is not None and record["updates"] is None:
         raise CheckpointError(str(checkpoint), "holds no optimizer state", "load its weights only, as the start of a new stage")
     sharded = _sharded(model, optimizer, context, loading=True)
+    if fresh:
+        sharded["model"] = {name: entry for name, entry in sharded["model"].items() if not name.startswith(_ADAPTERS)}
     check_tensors(load_preprocess(sharded)[0], checkpoint)
     loaded = dist_checkpointing.load(sharded, str(checkpoint), InProcessLoad(), validate_access_integrity=False)
     for chunk in as_chunks(model):
-        chunk.load_state_dict({name: loaded["model"].get(_key(name, chunk)) for name in chunk.state_dict()}, strict=True)
+        drawn = {name: value for name, value in chunk.state_dict().items() if fresh and name.startswith(_ADAPTERS)}
+        chunk.load_state_dict({name: drawn.get(name, loaded["model"].get(_key(name, chunk))) for name in chunk.state_dict()}, strict=True)
     if optimizer is not None:
         optimizer.restore(loaded["optimizer"], record["updates"], int(record["schedule"] or 0))
         if record["layout"] == asdict(context.layout):
@@ -115,9 +120,18 @@ def load_checkpoint(
     return {**record["state"], "step": record["step"]}
 
 
+def weights_record(step: int, state: dict[str, Any], model: ModelConfig) -> str:
+    """`state.json` of a checkpoint that holds weights and nothing of a run."""
+    return json.dumps({**_record(step, state, model), "layout": None, "updates": None, "schedule": None}, indent=1)
+
+
+def _record(step: int, state: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    return {"format": _FORMAT, "step": step, "state": state, "model": model.model_dump(mode="json")}
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """`state.json` of a step folder."""
-    path = checkpoint / _STATE
+    path = checkpoint / STATE
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -150,17 +164,22 @@ def _verify(checkpoint: Path, context: ParallelContext) -> None:
 
 
 def _compare(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) -> None:
-    differing = list(_differences(saved, wanted, "model"))
+    differing = list(model_differences(saved, wanted))
     if differing:
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
         raise CheckpointError(str(checkpoint), "is of another model: " + "; ".join(differing[:3]) + more, "use the configuration it was trained with")
 
 
-def _differences(saved: Any, wanted: Any, name: str) -> Any:
+_NOT_THE_WEIGHTS = {"model.preset", "model.dtype", "model.init_std", "model.vision.layer_scale_init", "model.moe_aux_loss_coeff", "model.max_positions"}
+"""Settings that say how weights are made or trained, not what they mean."""
+
+
+def model_differences(saved: Any, wanted: Any, name: str = "model") -> Iterator[str]:
+    """Where two models differ in what their weights mean, in words."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in sorted(saved.keys() | wanted.keys()):
-            yield from _differences(saved.get(key), wanted.get(key), f"{name}.{key}")
-    elif saved != wanted and name != "model.preset":
+            yield from model_differences(saved.get(key), wanted.get(key), f"{name}.{key}")
+    elif saved != wanted and name not in _NOT_THE_WEIGHTS:
         yield f"{name}: checkpoint has {saved}, configuration has {wanted}"
 
 

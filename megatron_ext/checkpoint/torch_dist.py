@@ -73,6 +73,17 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return cast(Metadata, metadata)
 
 
+class MetadataReader(FileSystemReader):
+    """Reads with metadata that has been read before."""
+
+    def __init__(self, path: Path, metadata: Metadata) -> None:
+        super().__init__(path)
+        self._metadata = metadata
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        return self._metadata
+
+
 class InProcessSave(TorchDistSaveShardedStrategy):
     """One file per rank, holding the shards that this rank is the main replica of."""
 

@@ -42,6 +42,7 @@ VERBS = {
     "rl": ("stage_verb", "reinforcement learning with the EARL bonus"),
     "evaluate": ("evaluate", "measure accuracy by skill"),
     "generate": ("generate", "answer one question about one image"),
+    "convert": ("convert", "take checkpoints from Hugging Face, and back"),
     "report": ("report", "write the HTML report of a run"),
     "doctor": ("doctor", "say what is installed, what is missing, what is wrong"),
 }

@@ -51,6 +51,12 @@ class Shard:
         return torch.cat([split[rank][half] for half in range(self.halves) for rank in range(self.ranks)], self.dim)
 
 
+def expert_of(name: str) -> tuple[str, int, str] | None:
+    """("...local_experts.", number, ".linear_fc1.weight") of an expert's parameter; None of any other."""
+    match = _LOCAL_EXPERT.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
+
+
 def names_over_ranks(name: str, experts_per_rank: int, context: ParallelContext) -> list[str]:
     """The full model's tensors that the parameter called `name` is on each expert-parallel rank, in rank order; just `name` unless it is an expert's."""
     match = _LOCAL_EXPERT.fullmatch(name)

@@ -1,0 +1,218 @@
+"""What a Hugging Face `config.json` says of a model, as our `ModelConfig`. Every key is either used, or known to mean nothing here, or an error that names it.
+
+Three forms are read: `InternVLForConditionalGeneration` (transformers), `InternVLChatModel` (the original, whose code is never run), and the older and newer
+spellings of Qwen3-MoE inside both. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
+from megatron_ext.errors import CheckpointError
+
+Spelling = Literal["transformers", "original"]
+_SILENT = {
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "output_router_logits", "output_attentions",
+    "output_hidden_states", "initializer_range", "initializer_factor", "bos_token_id", "eos_token_id", "pad_token_id", "return_dict", "use_flash_attn",
+    "attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "router_aux_loss_coef", "attention_dropout", "hidden_dropout_prob",
+    "projection_dropout", "drop_path_rate", "dropout", "use_mask_token", "use_mean_pooling", "vision_feature_select_strategy", "max_window_layers",
+    "max_dynamic_patch", "min_dynamic_patch", "dynamic_image_size", "use_thumbnail", "template", "system_message", "pad2square", "image_fold", "layer_types",
+    "use_backbone_lora", "use_llm_lora", "hidden_act_vision", "intermediate_size", "layer_scale_init_value", "image_seq_length", "output_dim",
+}  # fmt: skip
+"""Keys that do not change what the model computes at inference, or that follow from others."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What `config.json` says. `spelling` names the column of the table in `names.py`."""
+
+    model: ModelConfig
+    image_token: int
+    spelling: Spelling
+
+
+class Keys:
+    """A section of `config.json` that remembers what has been asked of it."""
+
+    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
+        self._where, self._values, self._left = where, values, set(values) - _SILENT
+
+    def get(self, *names: str, default: Any = ...) -> Any:
+        """The value of the first of these names that is there. Raises CheckpointError when there is neither one nor a default."""
+        for name in names:
+            self._left.discard(name)
+        for name in names:
+            if name in self._values:
+                return self._values[name]
+        if default is ...:
+            raise CheckpointError(f"{self._where}.{names[0]}", "is missing", "the checkpoint's config.json is incomplete")
+        return default
+
+    def must_be(self, name: str, *allowed: Any) -> None:
+        """The key is absent or has one of the values that this project computes."""
+        value = self.get(name, default=allowed[0])
+        if value not in allowed:
+            raise CheckpointError(f"{self._where}.{name}", f"is {value!r}, which is not supported", f"supported: {', '.join(map(repr, allowed))}")
+
+    def section(self, *names: str) -> Keys:
+        return Keys(f"{self._where}.{names[0]}", self.get(*names))
+
+    def finish(self) -> None:
+        """Raises CheckpointError for a key nobody asked for: it may change the model."""
+        if self._left:
+            raise CheckpointError(f"{self._where}.{min(self._left)}", "is not a key this version understands", "it may change what the model computes")
+
+
+def read_config(folder: Path) -> Described:
+    """The model that `folder/config.json` describes. Raises CheckpointError naming the key that is missing, unknown or unsupported."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(path), f"cannot be read ({error})", "give the folder of a Hugging Face checkpoint") from error
+    return describe(values, "config.json")
+
+
+def describe(values: Mapping[str, Any], where: str = "config.json") -> Described:
+    kind = (values.get("architectures") or [values.get("model_type")])[0]
+    readers = {"InternVLForConditionalGeneration": _transformers_form, "internvl": _transformers_form, "InternVLChatModel": _original_form}
+    if kind not in readers:
+        raise CheckpointError(f"{where}.architectures", f"{kind!r} is not an architecture this version converts", f"it converts {', '.join(readers)}")
+    return readers[kind](Keys(where, values))
+
+
+def _transformers_form(keys: Keys) -> Described:
+    keys.must_be("model_type", "internvl")
+    keys.must_be("projector_hidden_act", "gelu")
+    keys.must_be("vision_feature_layer", -1)
+    tied = keys.get("tie_word_embeddings", default=True)
+    downsample = _downsample(keys.get("downsample_ratio"))
+    image_token = keys.get("image_token_id", "image_token_index")
+    vision = _transformers_vision(keys.section("vision_config"), downsample)
+    text = _text(keys.section("text_config"))
+    keys.finish()
+    return Described(_assemble(text, vision, tied), int(image_token), "transformers")
+
+
+def _original_form(keys: Keys) -> Described:
+    """`InternVLChatModel`: the image token is not in its configuration; it is that of its tokenizer, 151671 for Qwen3."""
+    keys.must_be("model_type", "internvl_chat")
+    keys.must_be("ps_version", "v2")
+    keys.must_be("select_layer", -1)
+    downsample = _downsample(keys.get("downsample_ratio"))
+    size = keys.get("force_image_size", default=None)
+    vision_keys, text_keys = keys.section("vision_config"), keys.section("llm_config")
+    tied = keys.get("tie_word_embeddings", default=False)
+    image_token = keys.get("img_context_token_id", default=151671)
+    vision = _original_vision(vision_keys, downsample, size)
+    text = _text(text_keys)
+    keys.finish()
+    return Described(_assemble(text, vision, tied), int(image_token), "original")
+
+
+def _assemble(text: dict[str, Any], vision: VisionConfig, tied: bool) -> ModelConfig:
+    """Without CLVR: a checkpoint from elsewhere has no adapters."""
+    return ModelConfig(preset="hf", **text, tie_embeddings=tied, vision=vision, clvr=ClvrConfig(enabled=False, taps=()))
+
+
+def _text(keys: Keys) -> dict[str, Any]:
+    kind = keys.get("model_type")
+    if kind != "qwen3_moe":
+        raise CheckpointError(f"{keys._where}.model_type", f"{kind!r} is not converted yet", "Qwen3-MoE is (model_type qwen3_moe)")
+    keys.must_be("attention_bias", False)
+    keys.must_be("hidden_act", "silu")
+    keys.must_be("sliding_window", None)
+    keys.must_be("use_sliding_window", False)
+    keys.must_be("decoder_sparse_step", 1)
+    keys.must_be("mlp_only_layers", [])
+    keys.must_be("rope_scaling", None)
+    keys.get("tie_word_embeddings", default=None)  # the top level decides (InternVL ignores this one)
+    rope = keys.get("rope_parameters", default=None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise CheckpointError(f"{keys._where}.rope_parameters.rope_type", f"is {rope['rope_type']!r}, which is not supported", "supported: 'default'")
+    theta = keys.get("rope_theta", default=None)
+    settings = {
+        "vocab_size": keys.get("vocab_size"),
+        "num_layers": keys.get("num_hidden_layers"),
+        "hidden_size": keys.get("hidden_size"),
+        "num_attention_heads": keys.get("num_attention_heads"),
+        "num_query_groups": keys.get("num_key_value_heads"),
+        "head_dim": keys.get("head_dim"),
+        "num_experts": keys.get("num_experts", "num_local_experts"),
+        "experts_per_token": keys.get("num_experts_per_tok"),
+        "expert_ffn_hidden_size": keys.get("moe_intermediate_size"),
+        "norm_topk_prob": keys.get("norm_topk_prob", default=False),
+        "rope_theta": float(rope.get("rope_theta", theta if theta is not None else 1e6)),
+        "norm_eps": keys.get("rms_norm_eps"),
+        "max_positions": keys.get("max_position_embeddings"),
+    }
+    keys.finish()
+    return settings
+
+
+def _transformers_vision(keys: Keys, downsample: int) -> VisionConfig:
+    width = keys._values.get("intermediate_size")
+    keys.must_be("model_type", "internvl_vision")
+    keys.must_be("hidden_act", "gelu")
+    keys.must_be("num_channels", 3)
+    keys.must_be("use_absolute_position_embeddings", True)
+    norm = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}[keys.get("norm_type")]
+    vision = VisionConfig(
+        image_size=_square(keys, "image_size"),
+        patch_size=_square(keys, "patch_size"),
+        num_layers=keys.get("num_hidden_layers"),
+        hidden_size=keys.get("hidden_size"),
+        num_attention_heads=keys.get("num_attention_heads"),
+        ffn_hidden_size=int(width or 0),
+        qk_norm=keys.get("use_qk_norm", default=False),
+        norm=norm,
+        qkv_bias=keys.get("attention_bias"),
+        norm_eps=keys.get("layer_norm_eps"),
+        downsample=downsample,
+    )
+    keys.finish()
+    return vision
+
+
+def _original_vision(keys: Keys, downsample: int, image_size: int | None) -> VisionConfig:
+    width = keys._values.get("intermediate_size")
+    keys.must_be("model_type", "intern_vit_6b")
+    keys.must_be("hidden_act", "gelu")
+    keys.must_be("num_channels", 3)
+    norm = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}[keys.get("norm_type")]
+    stored = keys.get("image_size")
+    vision = VisionConfig(
+        image_size=image_size or stored,
+        patch_size=keys.get("patch_size"),
+        num_layers=keys.get("num_hidden_layers"),
+        hidden_size=keys.get("hidden_size"),
+        num_attention_heads=keys.get("num_attention_heads"),
+        ffn_hidden_size=int(width or 0),
+        qk_norm=keys.get("qk_normalization", default=False),
+        norm=norm,
+        qkv_bias=keys.get("qkv_bias"),
+        norm_eps=keys.get("layer_norm_eps"),
+        downsample=downsample,
+    )
+    keys.finish()
+    return vision
+
+
+def _square(keys: Keys, name: str) -> int:
+    value = keys.get(name)
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise CheckpointError(f"{keys._where}.{name}", f"is {value}, and only squares are supported", "resize the images of training instead")
+    return int(sides[0])
+
+
+def _downsample(ratio: float) -> int:
+    factor = round(1 / ratio)
+    if abs(factor * ratio - 1) > 1e-9:
+        raise CheckpointError("config.json.downsample_ratio", f"{ratio} is not one over a whole number", "0.5 is InternVL's")
+    return factor

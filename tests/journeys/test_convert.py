@@ -1,0 +1,48 @@
+"""`convert` as a user types it: there, back, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.config.load import load_config
+from tests.support import hf
+
+
+def convert(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_ext.cli", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf.save(tmp_path_factory.mktemp("convert") / "hf")
+
+
+def test_there_and_back(source: Path, tmp_path: Path) -> None:
+    there = convert("--from", "hf", "--to", "megatron", source, tmp_path / "ours")
+    assert there.returncode == 0, there.stderr
+    assert "image token 5" in there.stdout and f"sft.init_from={tmp_path / 'ours'}" in there.stdout
+    assert load_config(tmp_path / "ours" / "model.yaml", []).config.model.num_layers == 3
+    back = convert("--from", "megatron", "--to", "hf", tmp_path / "ours", tmp_path / "back", "--like", source)
+    assert back.returncode == 0, back.stderr
+    before, after = hf.tensors(source), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--from", "hf", "--to", "hf", "SRC", "out"], "--from hf --to hf converts nothing"),
+        (["--from", "hf", "--to", "megatron", "absent", "out"], "SRC: there is no folder absent"),
+        (["--from", "megatron", "--to", "hf", "SRC", "out"], "no checkpoint here"),
+        (["--from", "megatron", "--to", "hf", "SRC", "out", "--max-shard-size", "big"], "--max-shard-size: 'big' is not a size; write for example 5GB"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(source: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = convert(*[str(source) if word == "SRC" else str(tmp_path / word) if word in ("out", "absent") else word for word in arguments])
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert words.replace("absent", str(tmp_path / "absent")) in done.stderr

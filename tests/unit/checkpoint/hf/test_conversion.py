@@ -1,0 +1,255 @@
+"""A checkpoint from Hugging Face computes here what it computes there, and comes back bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_ext.checkpoint.dist import load_checkpoint
+from megatron_ext.checkpoint.folder import latest_step
+from megatron_ext.checkpoint.hf.from_megatron import MANIFEST, megatron_to_hf
+from megatron_ext.checkpoint.hf.shapes import full_shape
+from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
+from megatron_ext.config.schema import ClvrConfig, ModelConfig
+from megatron_ext.errors import CheckpointError
+from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.parallel.groups import ParallelContext
+from tests.support import hf
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as published": {},
+    "tied, one group of queries": {"tied": True, "num_key_value_heads": 1},
+    "as many keys as queries, top 3 of 5": {"num_key_value_heads": 4, "num_experts": 5, "num_experts_per_tok": 3},
+    "gates over all experts": {"norm_topk_prob": False},
+    "InternViT-6B style, two layers": {"style_6b": True, "num_hidden_layers": 2},
+    "heads wider than hidden / heads": {"head_dim": 16},
+}
+
+
+def rows(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of one image each."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(8, 64, (2, 20), generator=generator)
+    tokens[:, 2:6] = hf.IMAGE_TOKEN
+    return tokens, torch.randn(2, 3, 16, 16, generator=generator)
+
+
+def loaded(folder: Path, model: ModelConfig, context: ParallelContext, seed: int = 7) -> VisionLanguageModel:
+    built = build_model(model, hf.IMAGE_TOKEN, context, seed=seed).eval()
+    load_checkpoint(folder, built, context=context, model_config=model)
+    return built
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_agree_with_transformers_and_every_tensor_comes_back(context: ParallelContext, tmp_path: Path, options: dict[str, Any]) -> None:
+    theirs = hf.build(**options)
+    theirs.save_pretrained(tmp_path / "hf")
+    described = hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    ours = loaded(tmp_path / "ours", described.model, context)
+    tokens, pixels = rows(0)
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens, pixel_values=pixels).logits
+        found = ours(ModelInputs(tokens, pixels, torch.tensor([[0], [1]]))).transpose(0, 1)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    megatron_to_hf(tmp_path / "ours", tmp_path / "back", tmp_path / "hf")
+    before, after = hf.tensors(tmp_path / "hf"), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(tensor.dtype == after[name].dtype and tensor.equal(after[name]) for name, tensor in before.items())
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((tmp_path / "hf" / "config.json").read_text())
+
+
+def test_text_alone_and_several_tiles_agree_too(context: ParallelContext, tmp_path: Path) -> None:
+    theirs = hf.build()
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = loaded(tmp_path / "ours", hf_to_megatron(tmp_path / "hf", tmp_path / "ours").model, context)
+    tokens, pixels = rows(1)
+    two = tokens.clone()
+    two[:, 10:14] = hf.IMAGE_TOKEN
+    pixels = torch.cat([pixels, pixels.flip(0)])
+    text = tokens.clone()
+    text[text == hf.IMAGE_TOKEN] = 9
+    with torch.no_grad():
+        many = ours(ModelInputs(two, pixels, torch.tensor([[0, 1], [2, 3]]))).transpose(0, 1)
+        plain = ours(ModelInputs(text, torch.zeros(0, 3, 16, 16), torch.full((2, 1), -1))).transpose(0, 1)
+        torch.testing.assert_close(many, theirs(input_ids=two, pixel_values=pixels).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(plain, theirs(input_ids=text).logits, rtol=0, atol=1e-4)
+
+
+def test_hidden_states_and_experts_agree_layer_by_layer(context: ParallelContext, tmp_path: Path) -> None:
+    theirs = hf.build(seed=3)
+    theirs.save_pretrained(tmp_path / "hf")
+    ours = loaded(tmp_path / "ours", hf_to_megatron(tmp_path / "hf", tmp_path / "ours").model, context)
+    tokens, pixels = rows(2)
+    chosen: list[torch.Tensor] = []
+    layers: list[torch.Tensor] = []
+    for layer in theirs.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[-1]))
+        layer.register_forward_hook(lambda module, inputs, output: layers.append(output[0] if isinstance(output, tuple) else output))
+    mine: list[torch.Tensor] = []
+    for layer in ours.decoder.layers:
+        layer.register_forward_hook(lambda module, inputs, output: mine.append(output[0]))
+    with torch.no_grad(), ours.router_tap.record() as routes:
+        theirs(input_ids=tokens, pixel_values=pixels)
+        ours(ModelInputs(tokens, pixels, torch.tensor([[0], [1]])))
+    for found, expected in zip(mine, layers, strict=True):
+        torch.testing.assert_close(found.transpose(0, 1), expected, rtol=0, atol=1e-4)
+    experts = routes.experts().unflatten(0, (20, 2)).transpose(0, 1)
+    for number, expected in enumerate(chosen):
+        assert torch.equal(experts[:, :, number].sort(-1).values, expected.view(2, 20, -1).sort(-1).values)
+
+
+def test_shards_their_index_and_the_names_in_memory_are_read(context: ParallelContext, tmp_path: Path) -> None:
+    """Three spellings of one checkpoint: one file, shards, and the fused names that a model has in memory."""
+    theirs = hf.build()
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    assert any("gate_up_proj" in name for name in state)
+    safetensors.torch.save_file(state, tmp_path / "memory" / "model.safetensors")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    weights = []
+    for name in ("one", "shards", "memory"):
+        described = hf_to_megatron(tmp_path / name, tmp_path / f"ours-{name}")
+        weights.append(loaded(tmp_path / f"ours-{name}", described.model, context).state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items() if isinstance(tensor, torch.Tensor))
+
+
+def original_names(folder: Path, destination: Path) -> None:
+    """The same weights as `InternVLChatModel` has them, with its configuration."""
+    values = json.loads((folder / "config.json").read_text())
+    vision, text = values["vision_config"], dict(values["text_config"])
+    text["num_experts"], text["rope_theta"] = text.pop("num_local_experts"), text.pop("rope_parameters")["rope_theta"]
+    renamed: dict[str, torch.Tensor] = {}
+    stacks: dict[str, dict[str, torch.Tensor]] = {}
+    plain = {"attention.projection_layer": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2", "lambda_1": "ls1", "lambda_2": "ls2"}
+    ends = {"cls_token": "class_embedding", "position_embeddings": "position_embedding", "patch_embeddings.projection": "patch_embedding"}
+    for name, tensor in hf.tensors(folder).items():
+        new = name.replace("vision_tower.encoder.layer.", "vision_model.encoder.layers.").replace("vision_tower.", "vision_model.")
+        for theirs, original in {**plain, **ends}.items():
+            new = new.replace(theirs, original)
+        for number, part in enumerate(("layer_norm", "linear_1", "linear_2")):
+            new = new.replace(f"multi_modal_projector.{part}", f"mlp1.{(0, 1, 3)[number]}")
+        if new.startswith("vision_model.") and any(f"attention.{x}_proj" in new for x in "qkv"):
+            letter = new.split("attention.")[1][0]
+            stacks.setdefault(new.replace(f"attention.{letter}_proj", "attn.qkv"), {})[letter] = tensor
+        else:
+            renamed[new] = tensor
+    renamed |= {name: torch.cat([parts[x] for x in "qkv"]) for name, parts in stacks.items()}
+    destination.mkdir()
+    safetensors.torch.save_file(renamed, destination / "model.safetensors")
+    config = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "force_image_size": 16,
+        "img_context_token_id": hf.IMAGE_TOKEN,
+        "llm_config": text,
+        "vision_config": {
+            "model_type": "intern_vit_6b",
+            "hidden_act": "gelu",
+            "norm_type": "layer_norm",
+            "qkv_bias": True,
+            "qk_normalization": False,
+            "image_size": 16,
+            "patch_size": 4,
+            **{key: vision[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")},
+        },
+    }
+    (destination / "config.json").write_text(json.dumps(config))
+
+
+def test_the_original_names_give_the_same_checkpoint_and_come_back_as_they_were(context: ParallelContext, tmp_path: Path) -> None:
+    hf.save(tmp_path / "hf")
+    original_names(tmp_path / "hf", tmp_path / "original")
+    first = hf_to_megatron(tmp_path / "hf", tmp_path / "a")
+    second = hf_to_megatron(tmp_path / "original", tmp_path / "b")
+    assert first.model == second.model and second.spelling == "original"
+    one, other = (loaded(tmp_path / name, first.model, context).state_dict() for name in "ab")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items() if isinstance(tensor, torch.Tensor))
+    megatron_to_hf(tmp_path / "b", tmp_path / "back", tmp_path / "original")
+    before, after = hf.tensors(tmp_path / "original"), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_transformers_loads_what_we_export_with_nothing_missing_and_nothing_unexpected(tmp_path: Path) -> None:
+    from transformers import InternVLForConditionalGeneration
+
+    hf.save(tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    megatron_to_hf(tmp_path / "ours", tmp_path / "back", tmp_path / "hf", max_shard_bytes=60_000)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    _, info = InternVLForConditionalGeneration.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert (tmp_path / "back" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((tmp_path / "back" / MANIFEST).read_text()).keys() >= {"config.json", "model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_fresh_clvr_adapters_change_no_logit_of_a_converted_checkpoint(context: ParallelContext, tmp_path: Path, dtype: str) -> None:
+    hf.save(tmp_path / "hf")
+    described = hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    plain = described.model.model_copy(update={"dtype": dtype})
+    looking = plain.model_copy(update={"clvr": ClvrConfig(taps=((0, 1), (1, 2)), head_dim=8)})
+    tokens, pixels = rows(4)
+    inputs = ModelInputs(tokens, pixels, torch.tensor([[0], [1]]))
+    with torch.no_grad():
+        logits = [loaded(tmp_path / "ours", model, context)(inputs) for model in (plain, looking)]
+    assert (logits[0] - logits[1]).abs().max() == 0
+
+
+def test_adapters_are_left_out_only_when_asked(context: ParallelContext, tmp_path: Path) -> None:
+    from megatron_ext.checkpoint.dist import save_checkpoint
+
+    hf.save(tmp_path / "hf")
+    described = hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    looking = described.model.model_copy(update={"clvr": ClvrConfig(taps=((0, 1),), head_dim=8)})
+    model = loaded(tmp_path / "ours", looking, context)
+    save_checkpoint(tmp_path / "trained", 3, model, None, {"stage": "sft"}, context, looking, keep=1)
+    with pytest.raises(CheckpointError, match=r"has 1 CLVR adapters.*--without-clvr"):
+        megatron_to_hf(tmp_path / "trained", tmp_path / "back", tmp_path / "hf")
+    with pytest.raises(CheckpointError, match="was not converted from a Hugging Face checkpoint; name one of the same architecture with --like"):
+        megatron_to_hf(tmp_path / "trained", tmp_path / "back", without_clvr=True)
+    megatron_to_hf(tmp_path / "trained", tmp_path / "back", tmp_path / "hf", without_clvr=True)
+    before, after = hf.tensors(tmp_path / "hf"), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
+    hf.save(tmp_path / "hf")
+
+    def interrupt(unit: str, done: int, total: int) -> None:
+        if unit == "layer_0001":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "ours", interrupt)
+    assert latest_step(tmp_path / "ours") is None
+    draft = tmp_path / "ours" / "step_000000.tmp"
+    kept = {path.name: path.stat().st_mtime_ns for path in draft.glob("*.distcp")}
+    assert len(kept) == 5
+    hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    assert latest_step(tmp_path / "ours") == 0 and not draft.exists()
+    final = tmp_path / "ours" / "step_000000"
+    assert {name: (final / name).stat().st_mtime_ns for name in kept} == kept
+
+
+def test_shapes_by_arithmetic_are_those_of_the_built_model(context: ParallelContext, tmp_path: Path) -> None:
+    for options in ({}, {"style_6b": True}):
+        hf.save(tmp_path / str(options), **options)
+        model = hf_to_megatron(tmp_path / str(options), tmp_path / f"ours{options}").model
+        for name, parameter in build_model(model, hf.IMAGE_TOKEN, context).named_parameters():
+            assert full_shape(name, model) == tuple(parameter.shape), name

@@ -1,0 +1,140 @@
+"""What is wrong with a Hugging Face checkpoint is said before a byte is written, and nothing is touched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_ext.checkpoint.hf.configuration import read_config
+from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
+from megatron_ext.errors import CheckpointError
+from tests.support import hf
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return hf.save(tmp_path_factory.mktemp("hf") / "whole", max_shard_size="50KB")
+
+
+@pytest.fixture
+def source(whole: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(whole, tmp_path / "source"))
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_shard(folder: Path) -> None:
+    first_shard(folder).unlink()
+
+
+def wrong_shape(folder: Path) -> None:
+    path = first_shard(folder)
+    tensors = safetensors.torch.load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    tensors[name] = torch.zeros(3, 3)
+    safetensors.torch.save_file(tensors, path)
+
+
+def lying_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = sorted(index["weight_map"])
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"][names[0]] = next(file for file in files if file != index["weight_map"][names[0]])
+    path.write_text(json.dumps(index))
+
+
+def escaping_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][sorted(index["weight_map"])[0]] = "../elsewhere.safetensors"
+    path.write_text(json.dumps(index))
+
+
+def missing_tensor(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    del index["weight_map"]["language_model.model.norm.weight"]
+    path.write_text(json.dumps(index))
+
+
+def extra_tensor(folder: Path) -> None:
+    path = first_shard(folder)
+    safetensors.torch.save_file({**safetensors.torch.load_file(path), "language_model.model.layers.0.mlp.shared_expert.weight": torch.zeros(2)}, path)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["language_model.model.layers.0.mlp.shared_expert.weight"] = path.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def edited(**changes: object) -> Callable[[Path], None]:
+    """`config.json` with other values; a name with a dot reaches into a section, None removes it."""
+
+    def edit(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text())
+        for name, value in changes.items():
+            section = values
+            *way, last = name.split("__")
+            for step in way:
+                section = section[step]
+            if value is None:
+                del section[last]
+            else:
+                section[last] = value
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return edit
+
+
+DAMAGES = {
+    "a truncated shard": (truncate, r"has \d+ bytes, its header describes \d+; the file was cut off"),
+    "a missing shard": (drop_shard, "is missing; copy the whole checkpoint"),
+    "a wrong shape": (wrong_shape, r"has shape \(3, 3\), config.json makes \("),
+    "an index that lies": (lying_index, "holds no tensor .*, which model.safetensors.index.json places there"),
+    "an index that points outside": (escaping_index, "outside the folder"),
+    "a missing tensor": (missing_tensor, "holds no tensor language_model.model.norm.weight"),
+    "a tensor too many": (extra_tensor, "shared_expert.weight: is not a tensor of the model"),
+    "an unknown architecture": (edited(architectures=["LlamaForCausalLM"]), "'LlamaForCausalLM' is not an architecture this version converts"),
+    "an unknown key": (edited(text_config__mystery=3), "config.json.text_config.mystery: is not a key this version understands"),
+    "a missing key": (edited(text_config__head_dim=None), "config.json.text_config.head_dim: is missing"),
+    "an unsupported value": (edited(text_config__attention_bias=True), "attention_bias: is True, which is not supported"),
+    "a dense language model": (edited(text_config__model_type="qwen3"), "'qwen3' is not converted yet"),
+    "another rope": (edited(text_config__rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type: is 'yarn'"),
+    "another size than the weights": (edited(text_config__num_hidden_layers=4), "holds no tensor language_model.model.layers.3"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_damage_is_named_and_nothing_is_written(source: Path, tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(source)
+    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_megatron(source, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        read_config(tmp_path)
+
+
+def test_a_destination_that_holds_a_checkpoint_is_left_alone(source: Path, tmp_path: Path) -> None:
+    hf_to_megatron(source, tmp_path / "ours")
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "ours").rglob("*"))
+    with pytest.raises(CheckpointError, match="holds a converted checkpoint already"):
+        hf_to_megatron(source, tmp_path / "ours")
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "ours").rglob("*")) == before
