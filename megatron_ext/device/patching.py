@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch.utils._device import _device_constructors
+
 _MISSING = object()
 
 
@@ -32,6 +34,7 @@ def applied(patches: Sequence[Patch]) -> Iterator[None]:
     All owners are imported first: what a module computes as it loads (torch's compiler lists torch's functions, for one) must come from the originals.
     """
     owners = [_resolve(patch.owner) for patch in patches]
+    _device_constructors()  # torch lists the functions that `with torch.device(...)` reaches when it is first asked, for good: it must find the originals
     undo: list[tuple[Any, str, Any]] = []
     try:
         for patch, owner in zip(patches, owners, strict=True):

@@ -1,6 +1,9 @@
 """From one of our checkpoints to a Hugging Face folder that `from_pretrained` loads: weights in shards, the configuration and tokenizer files of the
 checkpoint it came from.
 
+    a model with CLVR: the names of transformers in memory, its adapters, and the file that computes it (modeling_internvl_clvr.py)
+    without, or left out: the names of the checkpoint it came from; plain transformers loads it
+
     check the model against config.json                                   (before a byte is written)
     for every shard: read its tensors, take them apart, write the file    (one shard in memory, and one layer's experts)
     index, config.json, tokenizer files, digests; rename                  (there whole, or not at all)
@@ -9,21 +12,24 @@ checkpoint it came from.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.dist import model_differences, read_state
-from megatron_ext.checkpoint.hf.configuration import Described, describe
-from megatron_ext.checkpoint.hf.names import Entry, entries
+from megatron_ext.checkpoint.hf.configuration import Described, Spelling, describe
+from megatron_ext.checkpoint.hf.names import Entry, entries, in_memory
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.source import INDEX, SINGLE
 from megatron_ext.checkpoint.hf.to_megatron import place_of
@@ -37,13 +43,15 @@ _CARRIED = (".json", ".txt", ".model", ".jinja")
 """What else a checkpoint's folder holds that belongs to the model: tokenizer, chat template, image processing. Code is not carried."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of the Hugging Face checkpoint: the `number`-th part of one of ours."""
+MODELING = "modeling_internvl_clvr"
 
-    entry: Entry
-    number: int
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the Hugging Face checkpoint: its size, and how to make it."""
+
     num_bytes: int
+    make: Callable[[], torch.Tensor]
 
 
 def megatron_to_hf(
@@ -58,11 +66,13 @@ def megatron_to_hf(
     """Writes `destination`. `like`: the Hugging Face folder whose config.json, spelling and tokenizer files the result gets; a checkpoint that was
     converted and not trained since remembers its configuration.
 
-    Raises CheckpointError, with `destination` as it was, when the checkpoint is not of that model, has CLVR adapters that would be left out, or is damaged.
+    Raises CheckpointError, with `destination` as it was, when the checkpoint is not of that model, or is damaged.
     """
     step = files.find_checkpoint(checkpoint)
     record = read_state(step)
-    model = _without_adapters(ModelConfig(**record["model"]), step, without_clvr)
+    trained = ModelConfig(**record["model"])
+    clvr = trained.clvr if trained.clvr.enabled and not without_clvr else None
+    model = trained.model_copy(update={"clvr": ClvrConfig(enabled=False, taps=())})
     described, config = _configuration(record, like, step)
     differing = list(model_differences(described.model.model_dump(mode="json"), model.model_dump(mode="json")))
     if differing:
@@ -70,26 +80,39 @@ def megatron_to_hf(
     if destination.exists():
         raise CheckpointError(str(destination), "exists already", "convert into a new folder")
     reader = Reader(step)
-    parts = {name: part for entry in entries(model, described.spelling) for name, part in _parts(entry, model, reader)}
-    sizes = {name: part.num_bytes for name, part in parts.items()}
-    plan = split_state_dict_into_shards_factory(
-        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
-    )
+    tensors = dict(_plain(model, described.spelling if clvr is None else "transformers", reader))
+    if clvr is not None:
+        if described.spelling != "transformers":
+            raise CheckpointError(
+                str(step), f"has {len(clvr.taps)} CLVR adapters, for which the original InternVL code has no place", "leave them out with --without-clvr"
+            )
+        tensors = {**_fused(tensors, model), **dict(_adapters(clvr, reader))}
+        config = _with_clvr(config, clvr)
     draft = destination.with_name(f"{destination.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
-        safetensors.torch.save_file({name: _take(parts[name], model, reader) for name in names}, draft / file, metadata={"format": "pt"})
-        progress(file, number, len(plan.filename_to_tensors))
-    if plan.is_sharded:
-        index = {"metadata": {**plan.metadata}, "weight_map": plan.tensor_to_filename}
-        (draft / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_weights(tensors, draft, max_shard_bytes, progress)
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if clvr is not None:
+        shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), draft / f"{MODELING}.py")
     _carry(like, draft)
     digests = {path.name: files.describe_file(path) for path in sorted(draft.iterdir())}
     files.write_synced(draft / MANIFEST, json.dumps(digests, indent=1))
     draft.rename(destination)
     return described
+
+
+def _write_weights(tensors: dict[str, _Tensor], draft: Path, max_shard_bytes: int, progress: Callable[[str, int, int], None]) -> None:
+    sizes = {name: tensor.num_bytes for name, tensor in tensors.items()}
+    plan = split_state_dict_into_shards_factory(
+        sizes, get_storage_size=lambda size: size, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
+    for number, (file, names) in enumerate(plan.filename_to_tensors.items(), 1):
+        safetensors.torch.save_file({name: tensors[name].make() for name in names}, draft / file, metadata={"format": "pt"})
+        progress(file, number, len(plan.filename_to_tensors))
+    if plan.is_sharded:
+        index = {"metadata": {**plan.metadata}, "weight_map": plan.tensor_to_filename}
+        (draft / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class Reader:
@@ -114,19 +137,20 @@ class Reader:
         whole = self._kept[place.key]
         return whole if place.expert is None else whole[place.expert]
 
+    def copy(self, name: str) -> torch.Tensor:
+        return self.read(name).clone()
+
+    def under(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Names and sizes in bytes of the tensors whose name starts so."""
+        for name, entry in self._metadata.state_dict_metadata.items():
+            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                yield name, entry.properties.dtype.itemsize * entry.size.numel()
+
     def _entry(self, name: str) -> Any:
         entry = self._metadata.state_dict_metadata.get(place_of(name).key)
         if entry is None:
             raise CheckpointError(str(self._step), f"has no tensor {place_of(name).key}", "it was saved from another model")
         return entry
-
-
-def _without_adapters(model: ModelConfig, step: Path, without_clvr: bool) -> ModelConfig:
-    if model.clvr.enabled and not without_clvr:
-        raise CheckpointError(
-            str(step), f"has {len(model.clvr.taps)} CLVR adapters, for which Hugging Face's InternVL has no place", "leave them out with --without-clvr"
-        )
-    return model.model_copy(update={"clvr": ClvrConfig(enabled=False, taps=())})
 
 
 def _configuration(record: dict[str, Any], like: Path | None, step: Path) -> tuple[Described, dict[str, Any]]:
@@ -144,14 +168,51 @@ def _configuration(record: dict[str, Any], like: Path | None, step: Path) -> tup
     return Described(described.model.model_copy(update={"tie_embeddings": tied}), described.image_token, described.spelling), config
 
 
-def _parts(entry: Entry, model: ModelConfig, reader: Reader) -> Iterator[tuple[str, _Part]]:
-    item = reader.dtype(entry.ours).itemsize
-    for number, (name, shape) in enumerate(zip(entry.parts, part_shapes(entry, full_shape(entry.ours, model), model), strict=True)):
-        yield name, _Part(entry, number, item * torch.Size(shape).numel())
+def _plain(model: ModelConfig, spelling: Spelling, reader: Reader) -> Iterator[tuple[str, _Tensor]]:
+    """The tensors of the model without CLVR."""
+    for entry in entries(model, spelling):
+        item = reader.dtype(entry.ours).itemsize
+        for number, (name, shape) in enumerate(zip(entry.parts, part_shapes(entry, full_shape(entry.ours, model), model), strict=True)):
+            yield name, _Tensor(item * torch.Size(shape).numel(), partial(_take, entry, number, model, reader))
 
 
-def _take(part: _Part, model: ModelConfig, reader: Reader) -> torch.Tensor:
-    return split(part.entry, reader.read(part.entry.ours), model)[part.number].clone(memory_format=torch.contiguous_format)
+def _take(entry: Entry, number: int, model: ModelConfig, reader: Reader) -> torch.Tensor:
+    return split(entry, reader.read(entry.ours), model)[number].clone(memory_format=torch.contiguous_format)
+
+
+def _fused(tensors: dict[str, _Tensor], model: ModelConfig) -> dict[str, _Tensor]:
+    """The same tensors as transformers has them in memory: other prefixes, and the experts of a layer in two tensors. Code of its own does not get
+    transformers' renaming of what it saves."""
+    single = re.compile(r"(.*\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight")
+    fused: dict[str, _Tensor] = {}
+    for name, tensor in tensors.items():
+        match = single.fullmatch(name)
+        if match is None:
+            fused[in_memory(name)] = tensor
+        elif match[2] == "0" and match[3] != "up":
+            kinds = ("gate", "up") if match[3] == "gate" else ("down",)
+            experts = [[tensors[f"{match[1]}{expert}.{kind}_proj.weight"] for kind in kinds] for expert in range(model.num_experts)]
+            where = in_memory(f"{match[1]}{'gate_up' if len(kinds) == 2 else 'down'}_proj")
+            fused[where] = _Tensor(sum(part.num_bytes for parts in experts for part in parts), partial(_stack, experts))
+    return fused
+
+
+def _stack(experts: list[list[_Tensor]]) -> torch.Tensor:
+    return torch.stack([torch.cat([part.make() for part in parts]) for parts in experts])
+
+
+def _adapters(clvr: ClvrConfig, reader: Reader) -> Iterator[tuple[str, _Tensor]]:
+    """CLVR's own tensors keep their names."""
+    for tap in range(len(clvr.taps)):
+        for name, num_bytes in reader.under(f"decoder.taps.{tap}."):
+            yield f"clvr.{tap}.{name.removeprefix(f'decoder.taps.{tap}.')}", _Tensor(num_bytes, partial(reader.copy, name))
+
+
+def _with_clvr(config: dict[str, Any], clvr: ClvrConfig) -> dict[str, Any]:
+    """`config.json` of a model whose code lies beside it."""
+    name = "InternVLClvrForConditionalGeneration"
+    classes = {"AutoConfig": f"{MODELING}.InternVLClvrConfig", "AutoModelForImageTextToText": f"{MODELING}.{name}"}
+    return {**config, "architectures": [name], "model_type": "internvl_clvr", "auto_map": classes, "clvr": clvr.model_dump(mode="json", exclude={"enabled"})}
 
 
 def _carry(like: Path | None, draft: Path) -> None:

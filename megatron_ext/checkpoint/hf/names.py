@@ -130,6 +130,17 @@ def canonical(name: str) -> str:
     return f"language_model.model.{match[2]}" if match[1] == "language_model" else f"{match[1]}.{match[2]}"
 
 
+def in_memory(name: str) -> str:
+    """The inverse of `canonical`.
+
+    >>> in_memory("vision_tower.embeddings.cls_token")
+    'model.vision_tower.embeddings.cls_token'
+    """
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return f"model.language_model.{name.removeprefix(_LM)}" if name.startswith(_LM) else f"model.{name}"
+
+
 def _vision_layer(model: ModelConfig) -> Iterator[_Row]:
     yield from _VISION_LAYER
     kinds = ("weight", "bias") if model.vision.norm == "layernorm" else ("weight",)

@@ -111,3 +111,18 @@ def test_on_a_machine_with_cuda_a_session_supplies_the_missing_name_and_nothing_
 
 def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", "import sys, megatron_ext.device; sys.exit('torch' in sys.modules)"], check=False).returncode == 0
+
+
+def test_the_device_of_a_block_is_respected_inside_a_session_and_after_it() -> None:
+    """In a process of its own: torch notes once, for good, which functions such a block reaches. Models that are built on the meta device depend on it."""
+    code = """
+import torch
+from megatron_ext.device import session
+with session():
+    with torch.device("meta"):
+        inside = [torch.zeros(1).device.type, torch.tensor([1.0]).device.type]
+with torch.device("meta"):
+    after = [torch.zeros(1).device.type, torch.tensor([1.0]).device.type]
+assert inside == after == ["meta", "meta"], (inside, after)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

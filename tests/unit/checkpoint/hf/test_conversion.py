@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_ext.checkpoint.dist import load_checkpoint
+from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.checkpoint.folder import latest_step
 from megatron_ext.checkpoint.hf.from_megatron import MANIFEST, megatron_to_hf
 from megatron_ext.checkpoint.hf.shapes import full_shape
@@ -211,16 +211,46 @@ def test_fresh_clvr_adapters_change_no_logit_of_a_converted_checkpoint(context: 
     assert (logits[0] - logits[1]).abs().max() == 0
 
 
-def test_adapters_are_left_out_only_when_asked(context: ParallelContext, tmp_path: Path) -> None:
-    from megatron_ext.checkpoint.dist import save_checkpoint
+def looking_again(context: ParallelContext, folder: Path, gate: str, inject: str = "text") -> tuple[VisionLanguageModel, ModelConfig]:
+    """A converted checkpoint with CLVR adapters that do something, saved as if it had been trained, in `folder / "trained"`."""
+    hf.save(folder / "hf")
+    described = hf_to_megatron(folder / "hf", folder / "ours")
+    clvr = ClvrConfig(taps=((0, 1), (0, 2)), num_heads=4, num_kv_heads=2, head_dim=8, gate=gate, inject=inject)  # type: ignore[arg-type]
+    looking = described.model.model_copy(update={"clvr": clvr})
+    model = loaded(folder / "ours", looking, context)
+    with torch.no_grad():
+        for name, parameter in model.decoder.taps.named_parameters():
+            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.3)
+    save_checkpoint(folder / "trained", 3, model, None, {"stage": "sft"}, context, looking, keep=1)
+    return model, looking
 
-    hf.save(tmp_path / "hf")
-    described = hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
-    looking = described.model.model_copy(update={"clvr": ClvrConfig(taps=((0, 1),), head_dim=8)})
-    model = loaded(tmp_path / "ours", looking, context)
-    save_checkpoint(tmp_path / "trained", 3, model, None, {"stage": "sft"}, context, looking, keep=1)
-    with pytest.raises(CheckpointError, match=r"has 1 CLVR adapters.*--without-clvr"):
-        megatron_to_hf(tmp_path / "trained", tmp_path / "back", tmp_path / "hf")
+
+@pytest.mark.parametrize(("gate", "inject"), [("zero_out", "text"), ("tanh_gate", "all")])
+def test_an_exported_clvr_model_computes_our_logits_in_transformers_and_generates_with_its_cache(
+    context: ParallelContext, tmp_path: Path, gate: str, inject: str
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    ours, _ = looking_again(context, tmp_path, gate, inject)
+    megatron_to_hf(tmp_path / "trained", tmp_path / "exported", tmp_path / "hf", max_shard_bytes=60_000)
+    theirs, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "exported", trust_remote_code=True, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    tokens, pixels = rows(5)
+    with torch.no_grad():
+        expected = ours(ModelInputs(tokens, pixels, torch.tensor([[0], [1]]))).transpose(0, 1)
+        found = theirs.eval()(input_ids=tokens, pixel_values=pixels).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        written = theirs.generate(input_ids=tokens, pixel_values=pixels, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        again = theirs(input_ids=written[:, :-1], pixel_values=pixels).logits[:, tokens.shape[1] - 1 :].argmax(-1)
+        blind = ours(ModelInputs(tokens, -pixels, torch.tensor([[0], [1]]))).transpose(0, 1)
+    assert torch.equal(written[:, tokens.shape[1] :], again), "greedy answers with a cache are those of full forward passes"
+    assert (blind - expected).abs().max() > 1e-2
+
+
+def test_adapters_are_left_out_when_asked(context: ParallelContext, tmp_path: Path) -> None:
+    looking_again(context, tmp_path, "zero_out")
     with pytest.raises(CheckpointError, match="was not converted from a Hugging Face checkpoint; name one of the same architecture with --like"):
         megatron_to_hf(tmp_path / "trained", tmp_path / "back", without_clvr=True)
     megatron_to_hf(tmp_path / "trained", tmp_path / "back", tmp_path / "hf", without_clvr=True)
