@@ -68,19 +68,24 @@ def _to_megatron(args: argparse.Namespace) -> None:
     with _Shown() as progress:
         described = hf_to_megatron(args.source, args.destination, progress)
     recipe = args.destination / "model.yaml"
-    recipe.write_text(f"{_RECIPE}\n{yaml.safe_dump(_recipe(described.model))}", encoding="utf-8")
+    recipe.write_text(f"{_RECIPE}\n{yaml.safe_dump(_recipe(described.model, args.source))}", encoding="utf-8")
     print(f"written: {args.destination}, image token {described.image_token}")
     print(f"its model as a configuration: {recipe}")
     print(f"to start from it: sft.init_from={args.destination}")
 
 
-def _recipe(model: ModelConfig) -> dict[str, Any]:
+def _recipe(model: ModelConfig, source: Path) -> dict[str, Any]:
     """What a configuration needs to be of this model."""
     settings = model.model_dump(mode="json")
     del settings["preset"]
     return {
         "model": settings,
-        "data": {"image_size": model.vision.image_size, "vocab_size": min(256, model.vocab_size), "max_length": min(256, model.max_positions)},
+        "data": {
+            "image_size": model.vision.image_size,
+            "image_processing": "internvl",
+            "max_length": min(8192, model.max_positions),
+            **({"tokenizer": str(source.resolve())} if (source / "tokenizer_config.json").is_file() else {"vocab_size": min(256, model.vocab_size)}),
+        },
         "discover": {"committee_top": model.experts_per_token, "experts_per_layer": min(2, model.num_experts - 1)},
     }
 

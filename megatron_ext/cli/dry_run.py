@@ -38,6 +38,7 @@ def missing_files(config: RunConfig) -> list[UserError]:
 def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
     named = (
         ("data.path", config.data.path),
+        ("data.tokenizer", config.data.tokenizer),
         ("pretrain.init_from", config.pretrain.init_from),
         ("sft.init_from", config.sft.init_from),
         ("rl.init_from", config.rl.init_from),

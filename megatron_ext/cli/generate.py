@@ -58,14 +58,15 @@ def _newest(folder: RunFolder, config: RunConfig) -> Path:
 def _question(config: RunConfig, folder: RunFolder, image: Path, text: str) -> Prompt:
     from megatron_ext.batch import Prompt
     from megatron_ext.data.chat import IMAGE, check_placeholders, encode_prompt
-    from megatron_ext.data.images import load_image
+    from megatron_ext.data.images import load_tiles
     from megatron_ext.data.tokenizer import Tokenizer
 
     turn = (text if IMAGE in text else f"{IMAGE}\n{text}", "")
     check_placeholders([turn], 1, "--prompt")
     vision = config.model.vision
-    tokens_S = encode_prompt(turn[0], Tokenizer.load(folder.tokenizer), tokens_per_tile(vision))
-    return Prompt("generate", "none", tokens_S, (load_image(image, vision.image_size),), "")
+    tiles = load_tiles(image, config.data)
+    tokens_S = encode_prompt(turn[0], Tokenizer.load(folder.tokenizer), tokens_per_tile(vision), tiles=[len(tiles)])
+    return Prompt("generate", "none", tokens_S, tiles, "")
 
 
 def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Prompt:

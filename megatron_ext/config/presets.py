@@ -41,6 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "layer_scale_init": 0.1,
                 "norm_eps": 1e-6,
                 "downsample": 2,
+                "image_mean": [0.485, 0.456, 0.406],
+                "image_std": [0.229, 0.224, 0.225],
             },
             "clvr": {"taps": [[12, 16], [20, 24], [28, 32]], "num_heads": 16, "num_kv_heads": 4, "head_dim": 128},
         },

@@ -35,6 +35,8 @@ def _vision(config: RunConfig) -> Problems:
             f"{data.image_size} differs from model.vision.image_size = {vision.image_size}",
             "images and model must agree: change one of the two",
         )
+    if min(vision.image_std) <= 0:
+        yield UserError("model.vision.image_std", f"{vision.image_std} divides by zero or turns colours round", "use positive numbers")
     if vision.image_size % vision.patch_size:
         yield _must_divide("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
     elif patches_per_side(vision) % vision.downsample:
@@ -59,7 +61,7 @@ def _decoder(config: RunConfig) -> Problems:
         )
     if model.vocab_size % 8:
         yield UserError("model.vocab_size", f"{model.vocab_size} is not a multiple of 8", f"use {_round_up(model.vocab_size, 8)}")
-    if config.data.vocab_size > model.vocab_size:
+    if config.data.tokenizer is None and config.data.vocab_size > model.vocab_size:
         yield UserError(
             "data.vocab_size",
             f"a tokenizer of {config.data.vocab_size} tokens does not fit model.vocab_size = {model.vocab_size}",
@@ -94,6 +96,8 @@ def _data(config: RunConfig) -> Problems:
         yield UserError("data.path", "is missing, but data.kind = jsonl reads a file", "give the path of the JSONL file")
     if data.kind == "suite" and data.path is not None:
         yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
+    if data.tokenizer is not None and config.earl.enabled and config.earl.subtask == "tags":
+        yield UserError("earl.subtask", "tags need pieces of their own, which a tokenizer from elsewhere (data.tokenizer) does not have", "use prompt")
     if data.max_length > model.max_positions:
         yield UserError(
             "data.max_length", f"{data.max_length} is more than model.max_positions = {model.max_positions}", "shorten the rows or raise the model's positions"

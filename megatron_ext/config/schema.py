@@ -45,6 +45,9 @@ class VisionConfig(Section):
     norm_eps: float = 1e-6
     downsample: int = Field(2, gt=0)
     """Pixel unshuffle: this many by this many ViT tokens become one image token."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Pixels, red green blue from 0 to 1, become (pixel - mean) / std. InternVL: ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)."""
 
 
 class ClvrConfig(Section):
@@ -125,6 +128,12 @@ class DataConfig(Section):
     path: Path | None = None
     """The JSONL file when kind is `jsonl`; images are relative to its folder."""
     image_size: int = Field(32, gt=0)
+    image_processing: Literal["fit", "internvl"] = "fit"
+    """Of pictures in files. `fit`: one tile, letterboxed. `internvl`: dynamic tiling with a thumbnail, as transformers does it for InternVL."""
+    max_tiles: int = Field(12, gt=0)
+    """With `internvl`: tiles per picture, the thumbnail not counted."""
+    tokenizer: Path | None = None
+    """A Hugging Face folder whose tokenizer is used as it is (start from a converted checkpoint with its own); unset: one is trained on the run's text."""
     level: int = Field(0, ge=0)
     """Difficulty of the suite's scenes."""
     questions_per_image: int = Field(6, gt=0)

@@ -6,14 +6,15 @@
     <|im_start|>assistant
     4 2<|im_end|>
 
-Every `<image>` in a question stands for one image and becomes `tokens_per_tile` image-context tokens between `<img>` and `</img>`. Loss falls on the
-assistant's text and its `<|im_end|>`, nowhere else. A prompt ends after `<|im_start|>assistant` and its newline, where the response begins.
+Every `<image>` in a question stands for one image and becomes `tokens_per_tile` image-context tokens for each of its tiles between `<img>` and `</img>`.
+Loss falls on the assistant's text and its `<|im_end|>`, nowhere else. A prompt ends after `<|im_start|>assistant` and its newline, where the response begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -36,12 +37,13 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_tile: int) -> tuple[list[int], list[int]]:
-    """Token ids of a whole conversation and, for each, 1 where it is learnt (assistant text and its end) or 0."""
+def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_tile: int, tiles: Sequence[int] | None = None) -> tuple[list[int], list[int]]:
+    """Token ids of a whole conversation and, for each, 1 where it is learnt (assistant text and its end) or 0. `tiles`: of each image in turn; unset, one."""
+    counts = iter(tiles) if tiles is not None else repeat(1)
     tokens: list[int] = []
     mask: list[int] = []
     for question, answer in turns:
-        asked = _question(question, tokenizer, tokens_per_tile)
+        asked = _question(question, tokenizer, tokens_per_tile, counts)
         answered = [*tokenizer.encode(answer), tokenizer.eos_id]
         tokens += asked + answered + _newline(tokenizer)
         mask += [0] * len(asked) + [1] * len(answered) + [0]
@@ -55,10 +57,12 @@ def encode_conversation(conversation: Conversation, tokenizer: Tokenizer, tokens
     return np.array(tokens, np.int32), np.array(mask, np.uint8)
 
 
-def encode_prompt(question: str, tokenizer: Tokenizer, tokens_per_tile: int, history: Sequence[Turn] = ()) -> np.ndarray:
-    """tokens_S int32 of the earlier turns and the question, ending where the response begins."""
-    tokens, _ = encode_turns(history, tokenizer, tokens_per_tile)
-    return np.array(tokens + _question(question, tokenizer, tokens_per_tile), np.int32)
+def encode_prompt(question: str, tokenizer: Tokenizer, tokens_per_tile: int, history: Sequence[Turn] = (), tiles: Sequence[int] | None = None) -> np.ndarray:
+    """tokens_S int32 of the earlier turns and the question, ending where the response begins. `tiles`: of each image in turn; unset, one."""
+    before = sum(text.count(IMAGE) for text, _ in history)
+    tokens, _ = encode_turns(history, tokenizer, tokens_per_tile, None if tiles is None else tiles[:before])
+    asked = _question(question, tokenizer, tokens_per_tile, iter(tiles[before:]) if tiles is not None else repeat(1))
+    return np.array(tokens + asked, np.int32)
 
 
 def question_text(tokens_S: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -82,10 +86,13 @@ def _newline(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode("\n")
 
 
-def _question(question: str, tokenizer: Tokenizer, tokens_per_tile: int) -> list[int]:
-    """One user turn up to where the response begins."""
-    image = [*tokenizer.encode(IMAGE_START), *[tokenizer.image_id] * tokens_per_tile, *tokenizer.encode(IMAGE_END)]
-    tokens = list(tokenizer.encode(f"{TURN_START}user\n"))
-    for index, text in enumerate(question.split(IMAGE)):
-        tokens += (image if index else []) + tokenizer.encode(text)
-    return tokens + tokenizer.encode(f"{TURN_END}\n{TURN_START}assistant\n")
+def _question(question: str, tokenizer: Tokenizer, tokens_per_tile: int, tiles: Iterator[int]) -> list[int]:
+    """One user turn up to where the response begins. Text between two special pieces is encoded as a whole, as a tokenizer would that saw all of it."""
+    first, *rest = question.split(IMAGE)
+    texts = [f"{TURN_START}user\n{first}", *rest]
+    texts[-1] += f"{TURN_END}\n{TURN_START}assistant\n"
+    tokens = tokenizer.encode(texts[0])
+    for text in texts[1:]:
+        context = [tokenizer.image_id] * (tokens_per_tile * next(tiles))
+        tokens += [*tokenizer.encode(IMAGE_START), *context, *tokenizer.encode(IMAGE_END), *tokenizer.encode(text)]
+    return tokens

@@ -1,16 +1,22 @@
-"""Image files as the model sees them: one square tile of uint8 RGB.
+"""Image files as the model sees them: square tiles of uint8 RGB.
 
-What is done to a file, in this order: EXIF rotation is applied; transparency is laid over grey; the picture is scaled (bicubic, keeping its aspect ratio)
-so that its longer side equals the tile; the rest of the tile is filled with mid-grey on both sides.
+`fit`: one tile. What is done to a file, in this order: EXIF rotation is applied; transparency is laid over grey; the picture is scaled (bicubic, keeping
+its aspect ratio) so that its longer side equals the tile; the rest of the tile is filled with mid-grey on both sides.
+
+`internvl`: what InternVL does, by transformers' own code: the grid of at most `max_tiles` tiles whose aspect ratio is nearest to the picture's, and, where
+that is more than one tile, the whole picture once more as a thumbnail.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from megatron_ext.config.schema import DataConfig
 from megatron_ext.errors import DataError
 
 GREY = (128, 128, 128)
@@ -22,9 +28,27 @@ def load_image(path: Path, image_size: int, expected_size: tuple[int, int] | Non
     Raises DataError, naming the file, when it is missing, no image, truncated or corrupt, of another size than claimed, or too thin to be scaled.
     """
     picture = _open(path)
-    if expected_size is not None and picture.size != expected_size:
-        raise DataError(str(path), f"is {_size(picture.size)}, but its line says {_size(expected_size)}", "mend the line or the file")
+    _check_size(picture, path, expected_size)
     return fit(picture, image_size, str(path))
+
+
+def load_tiles(path: Path, config: DataConfig, expected_size: tuple[int, int] | None = None) -> tuple[np.ndarray, ...]:
+    """The tiles of a file, as `config.image_processing` says. Raises DataError like `load_image`."""
+    if config.image_processing == "fit":
+        return (load_image(path, config.image_size, expected_size),)
+    picture = _open(path)
+    _check_size(picture, path, expected_size)
+    made = _tiler(config.image_size, config.max_tiles)(images=[ImageOps.exif_transpose(picture).convert("RGB")])
+    return tuple(np.asarray(tile).transpose(1, 2, 0).astype(np.uint8) for tile in made["pixel_values"])
+
+
+@lru_cache(maxsize=2)
+def _tiler(image_size: int, max_tiles: int) -> Any:
+    """Pixels stay whole numbers: scaling to means and deviations is the model's, where every image goes through."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    size = {"height": image_size, "width": image_size}
+    return GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, max_patches=max_tiles, do_rescale=False, do_normalize=False)
 
 
 def fit(picture: Image.Image, image_size: int, where: str) -> np.ndarray:
@@ -42,6 +66,11 @@ def fit(picture: Image.Image, image_size: int, where: str) -> np.ndarray:
     tile = Image.new("RGB", (image_size, image_size), GREY)
     tile.paste(scaled, ((image_size - width) // 2, (image_size - height) // 2))
     return np.asarray(tile)
+
+
+def _check_size(picture: Image.Image, path: Path, expected: tuple[int, int] | None) -> None:
+    if expected is not None and picture.size != expected:
+        raise DataError(str(path), f"is {_size(picture.size)}, but its line says {_size(expected)}", "mend the line or the file")
 
 
 def _open(path: Path) -> Image.Image:

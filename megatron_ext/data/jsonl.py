@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, check_placeholders, encode_prompt
 from megatron_ext.data.digits import Split
-from megatron_ext.data.images import load_image
+from megatron_ext.data.images import load_tiles
 from megatron_ext.data.suite.scene import split_of_text
 from megatron_ext.data.vocabulary import Tokenizer
 from megatron_ext.errors import DataError
@@ -37,10 +38,10 @@ class Record:
     turns: tuple[Turn, ...]
     split: Split
 
-    def load(self, image_size: int) -> tuple[np.ndarray, ...]:
-        """The images as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file."""
+    def load(self, config: DataConfig) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Each image as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file."""
         try:
-            return tuple(load_image(path, image_size, size) for path, size in zip(self.images, self.sizes, strict=True))
+            return tuple(load_tiles(path, config, size) for path, size in zip(self.images, self.sizes, strict=True))
         except DataError as error:
             raise DataError(f"{self.where}: {error.where}", error.problem, error.remedy) from error
 
@@ -79,9 +80,10 @@ def draw_jsonl_prompts(split: Split, count: int, seed: int, config: DataConfig, 
     for index in range(start, start + count):
         record = records[shuffled(index, len(records), seed)]
         (*history, (question, answer)) = record.turns
-        tokens_S = encode_prompt(question, tokenizer, tokens_per_tile(vision), history)
+        images = record.load(config)
+        tokens_S = encode_prompt(question, tokenizer, tokens_per_tile(vision), history, [len(tiles) for tiles in images])
         meta = {"skill": record.skill, "template": "jsonl", "where": record.where, "answer": answer}
-        prompts.append(Prompt(f"jsonl/{split}/{seed}/{index}", record.skill, tokens_S, record.load(config.image_size), answer, meta))
+        prompts.append(Prompt(f"jsonl/{split}/{seed}/{index}", record.skill, tokens_S, tuple(chain.from_iterable(images)), answer, meta))
     return prompts
 
 

@@ -1,6 +1,6 @@
-"""The run's tokenizer: trained once on the text the run will read, then loaded by every stage.
+"""The run's tokenizer: trained once on the text the run will read, or taken from a Hugging Face checkpoint; then loaded by every stage.
 
-train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model  ->  Tokenizer.load(folder)
+train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model or folder/tokenizer_config.json ...  ->  Tokenizer.load(folder)
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ DIALOGUES_PER_KIND = 400
 def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
     """Trains on the text of `config` and writes `folder/tokenizer.model`; the same arguments give the same bytes. Returns the file.
 
+    With `config.tokenizer` set nothing is trained: the files of that Hugging Face folder are copied.
+
     Colors, shapes, directions and digits of every level are single pieces, so the vocabulary does not depend on the level.
     """
+    if config.tokenizer is not None:
+        from megatron_ext.data.hf_tokenizer import copy_tokenizer
+
+        return copy_tokenizer(config.tokenizer, folder)
     model = train_vocabulary(list(_texts(config, seed)), (*ROLES, *COLORS, *SHAPES, *RELATIONS, EMPTY), config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE

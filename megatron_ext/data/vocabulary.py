@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ TAGS = ("ocr", "count", "spatial", "color", "compare", "ans")
 SPECIALS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "\n", *(mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")))
 PAD, UNKNOWN = "<pad>", "<unk>"
 MODEL_FILE = "tokenizer.model"
+HF_FILE = "tokenizer_config.json"
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _DIGITS = tuple("0123456789")
@@ -30,26 +32,58 @@ _ASCII = "".join(character for character in map(chr, range(33, 127)) if characte
 _CUT = re.compile("(" + "|".join(re.escape(special) for special in SPECIALS) + ")")
 
 
-class Tokenizer:
-    """Text to ids and back. `decode(encode(text)) == text` for all text of known characters; `decode` answers for any ids."""
+class Tokenizer(ABC):
+    """Text to ids and back, whoever made the vocabulary. `decode` answers for any ids."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    """Ends an answer."""
+    image_id: int
+    """Stands for one image token."""
+    tag_ids: dict[str, tuple[int, int]]
+    """The ids of the opening and closing mark of every tag; empty where tags are ordinary text."""
+
+    @staticmethod
+    def load(folder: Path) -> Tokenizer:
+        """The tokenizer of a folder. Raises DataError when there is none, or it is damaged, or made for another template."""
+        if (folder / HF_FILE).is_file():
+            from megatron_ext.data.hf_tokenizer import HfTokenizer
+
+            return HfTokenizer(folder)
+        return SentencePieceTokenizer.read(folder / MODEL_FILE)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special pieces written out and padding left out."""
+
+    @abstractmethod
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for: for reports and plots."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """The vocabulary that this project trains. `decode(encode(text)) == text` for all text of known characters."""
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self._processor = processor
         self._unknown_id: int = processor.unk_id()
-        self.vocab_size: int = processor.vocab_size()
-        self.pad_id: int = processor.piece_to_id(PAD)
-        self.eos_id: int = processor.piece_to_id(TURN_END)
-        self.image_id: int = processor.piece_to_id(IMAGE_CONTEXT)
-        self.tag_ids: dict[str, tuple[int, int]] = {tag: (processor.piece_to_id(f"<{tag}>"), processor.piece_to_id(f"</{tag}>")) for tag in TAGS}
-        """The ids of the opening and closing mark of every tag."""
+        self.vocab_size = processor.vocab_size()
+        self.pad_id = processor.piece_to_id(PAD)
+        self.eos_id = processor.piece_to_id(TURN_END)
+        self.image_id = processor.piece_to_id(IMAGE_CONTEXT)
+        self.tag_ids = {tag: (processor.piece_to_id(f"<{tag}>"), processor.piece_to_id(f"</{tag}>")) for tag in TAGS}
         self._special_ids = {special: processor.piece_to_id(special) for special in SPECIALS}
         self._special_texts = {index: special for special, index in self._special_ids.items()} | {self.pad_id: ""}
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)  # conversations repeat their phrases
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Reads `tokenizer.model` of the folder. Raises DataError when it is missing, damaged or made for another template."""
-        path = folder / MODEL_FILE
+    def read(cls, path: Path) -> SentencePieceTokenizer:
+        """A `tokenizer.model`. Raises DataError when it is missing, damaged or made for another template."""
         if not path.is_file():
             raise DataError(str(path), "there is no tokenizer here", "train one first: megatron-ext tokenizer CONFIG")
         processor = sentencepiece.SentencePieceProcessor()
@@ -63,11 +97,10 @@ class Tokenizer:
         return cls(processor)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
         return list(self._encode(text))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special pieces written out and padding left out. Ids beyond the vocabulary read as unknown."""
+        """Ids beyond the vocabulary read as unknown."""
         parts: list[str] = []
         run: list[int] = []
         for index in map(int, ids):
@@ -79,7 +112,7 @@ class Tokenizer:
         return "".join([*parts, self._decode_run(run)])
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for, with "▁" for a space: for reports and plots."""
+        """With "▁" for a space."""
         return [self._processor.id_to_piece(index) if 0 <= index < self.vocab_size else UNKNOWN for index in map(int, ids)]
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:

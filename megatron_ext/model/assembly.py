@@ -137,7 +137,17 @@ class VisionLanguageModel(MegatronModule):
         """ViT features [I, V, H_vit]; of one blank tile where the batch has no image."""
         assert self.vision is not None
         size = self.model_config.vision.image_size
-        return self.vision(inputs.tiles_ICHW.to(like.dtype) if len(inputs.tiles_ICHW) else like.new_zeros(1, 3, size, size))
+        if len(inputs.tiles_ICHW) == 0:
+            return self.vision(like.new_zeros(1, 3, size, size))
+        return self.vision(self._normalised(inputs.tiles_ICHW).to(like.dtype))
+
+    def _normalised(self, tiles_ICHW: torch.Tensor) -> torch.Tensor:
+        """From [-1, 1] to the mean and deviation that the encoder was trained with."""
+        vision = self.model_config.vision
+        if set(vision.image_mean) == set(vision.image_std) == {0.5}:
+            return tiles_ICHW
+        mean, std = (torch.tensor(values, device=tiles_ICHW.device)[:, None, None] for values in (vision.image_mean, vision.image_std))
+        return ((tiles_ICHW + 1) / 2 - mean) / std
 
     def _padding(self, inputs: ModelInputs, frame: Frame) -> torch.Tensor | None:
         """Bool [B, S] of this rank's sequence slice, for the routers."""

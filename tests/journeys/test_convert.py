@@ -46,3 +46,18 @@ def test_mistakes_are_one_message_and_exit_code_2(source: Path, tmp_path: Path, 
     done = convert(*[str(source) if word == "SRC" else str(tmp_path / word) if word in ("out", "absent") else word for word in arguments])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert words.replace("absent", str(tmp_path / "absent")) in done.stderr
+
+
+def test_the_recipe_of_the_published_model_is_clean_once_its_files_are_there(source: Path, tmp_path: Path) -> None:
+    """Files of the right names stand in for what cannot be downloaded; sizes and layout are those of the published model."""
+    recipe = Path(__file__).parents[2] / "examples" / "internvl3_5_30b_a3b" / "sft.yaml"
+    (tmp_path / "mine.jsonl").write_text("{}")
+    named = [f"data.path={tmp_path}/mine.jsonl", f"data.tokenizer={source}", f"sft.init_from={source}"]
+    command = [sys.executable, "-m", "megatron_ext.cli", "run", str(recipe), "--dry-run"]
+    missing = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert missing.returncode == 2 and "data.tokenizer: there is no InternVL3_5-30B-A3B-HF" in missing.stderr
+    clean = subprocess.run([*command, *named], capture_output=True, text=True, timeout=100)
+    assert clean.returncode == 0, clean.stderr
+    assert "ep 8 x etp 1 x edp 1; recompute full" in clean.stdout
+    total = int(next(line for line in clean.stdout.splitlines() if line.startswith("parameters")).split()[1].replace(",", ""))
+    assert total == pytest.approx(30.8e9, rel=0.02)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,23 @@ def read_config(folder: Path) -> Described:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(path), f"cannot be read ({error})", "give the folder of a Hugging Face checkpoint") from error
-    return describe(values, "config.json")
+    return _with_normalisation(describe(values, "config.json"), folder)
+
+
+def _with_normalisation(described: Described, folder: Path) -> Described:
+    """Mean and deviation of pixels stand in a file of their own; a checkpoint without it says nothing, and keeps the defaults."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            values = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(str(folder / name), f"cannot be read ({error})", "copy the whole checkpoint") from error
+        values = values.get("image_processor", values)
+        if "image_mean" in values:
+            vision = described.model.vision.model_copy(update={"image_mean": tuple(values["image_mean"]), "image_std": tuple(values["image_std"])})
+            return replace(described, model=described.model.model_copy(update={"vision": vision}))
+    return described
 
 
 def describe(values: Mapping[str, Any], where: str = "config.json") -> Described:

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,8 +164,10 @@ def _configuration(record: dict[str, Any], like: Path | None, step: Path) -> tup
     else:
         raise CheckpointError(str(step), "was not converted from a Hugging Face checkpoint", "name one of the same architecture with --like")
     described = describe(config, str(like / "config.json") if like else "config.json")
-    tied = ModelConfig(**record["model"]).tie_embeddings
-    return Described(described.model.model_copy(update={"tie_embeddings": tied}), described.image_token, described.spelling), config
+    trained = ModelConfig(**record["model"])
+    pixels = {"image_mean": trained.vision.image_mean, "image_std": trained.vision.image_std}  # not in config.json
+    settled = {"tie_embeddings": trained.tie_embeddings, "vision": described.model.vision.model_copy(update=pixels)}
+    return replace(described, model=described.model.model_copy(update=settled)), config
 
 
 def _plain(model: ModelConfig, spelling: Spelling, reader: Reader) -> Iterator[tuple[str, _Tensor]]:

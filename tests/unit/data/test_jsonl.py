@@ -18,6 +18,7 @@ from megatron_ext.data.suite import check
 from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 
+CONFIG = DataConfig(image_size=32)
 GOOD = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red field."}]}
 
 
@@ -52,9 +53,9 @@ def test_a_record_has_its_images_turns_and_place(folder):
     )
     first, second, third = read_jsonl(path)
     assert first.turns == (("<image>\nWhat is this?", "A red field."),) and first.where == f"{path}:1" and first.skill == "jsonl"
-    assert second.where == f"{path}:3" and second.skill == "choice" and [image.shape for image in second.load(32)] == [(32, 32, 3)] * 2
+    assert second.where == f"{path}:3" and second.skill == "choice" and [tile.shape for (tile,) in second.load(CONFIG)] == [(32, 32, 3)] * 2
     assert second.turns[1] == ("why?", "so") and third.images == ()
-    assert (first.load(32)[0] == (250, 10, 10)).all()
+    assert (first.load(CONFIG)[0][0] == (250, 10, 10)).all()
 
 
 @pytest.mark.parametrize(
@@ -121,9 +122,9 @@ def test_a_damaged_image_is_named(tmp_path, damage, format):
 def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=32, height=32)))
     with pytest.raises(DataError, match=r"data\.jsonl:1: .*wide\.jpg: is 64 x 32 pixels, but its line says 32 x 32 pixels"):
-        record.load(32)
+        record.load(CONFIG)
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=64, height=32)))
-    assert record.load(32)[0].shape == (32, 32, 3)
+    assert record.load(CONFIG)[0][0].shape == (32, 32, 3)
 
 
 def test_a_wide_image_is_scaled_to_fit_and_padded_with_grey(folder):
