@@ -1,7 +1,8 @@
 """Megatron's `torch_dist` format, written and read in this process.
 
-Megatron's own strategies save through spawned and forked processes and unpickle the metadata without restraint. These two keep the format (other
-Megatron tools read it) and its resharding, but write with torch's plain writer, and let the metadata name nothing but metadata.
+Megatron's own strategies save through spawned and forked processes, talk over torch's default group wherever they are called from, and unpickle what they
+find without restraint. These keep the format (other Megatron tools read it) and its resharding, but write with torch's plain writer over the groups they are
+given, let the metadata name nothing but metadata, and never open `common.pt`, a pickle that other tools want to see and that holds nothing of ours.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy, TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import distribute_main_replicas_with_precomputed_distribution
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
     TorchDistLoadShardedStrategy,
-    TorchDistSaveShardedStrategy,
     _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
     _restore_dict_types,
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -73,19 +80,38 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return cast(Metadata, metadata)
 
 
-class InProcessSave(TorchDistSaveShardedStrategy):
-    """One file per rank, holding the shards that this rank is the main replica of."""
+def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dist.ProcessGroup, world: dist.ProcessGroup) -> None:
+    """One file per rank of `world`; ranks of `replicas`, who hold the same tensors, share the writing. Collective.
 
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
+    Raises Megatron's CheckpointingException unless the ranks' parts cover every tensor exactly once.
+    """
+    tensors, common = save_preprocess(sharded_state_dict, validate_access_integrity=False)
+    distribution = determine_main_replica_uniform_distribution(tensors, replicas)
+    distribute_main_replicas_with_precomputed_distribution(tensors, replicas, distribution)
+    _check_cover(tensors, world)
+    flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    save(
+        mcore_to_pyt_state_dict(flat, False),
+        storage_writer=FileSystemWriter(draft, single_file_per_rank=True, thread_count=1, sync_files=True),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        process_group=world,
+    )
+    if world.rank() == 0:
+        TorchCommonSaveStrategy("torch", 1).save_common(common, str(draft))
+        save_config(CheckpointingConfig("torch_dist", 1), str(draft))
 
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        flat, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save(
-            mcore_to_pyt_state_dict(flat, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, single_file_per_rank=True, thread_count=1, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
+
+def _check_cover(tensors: dict[str, Any], world: dist.ProcessGroup) -> None:
+    described: list[Any] = [None] * world.size()
+    dist.all_gather_object(described, [tensor.without_data() for tensor in nested_values(tensors)], group=world)
+    validate_sharding_integrity(described)
+
+
+class NothingInCommon(TorchCommonLoadStrategy):
+    """Stands for `common.pt` on loading."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
 
 
 class InProcessLoad(TorchDistLoadShardedStrategy):
