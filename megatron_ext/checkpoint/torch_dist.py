@@ -33,8 +33,11 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_ext.errors import CheckpointError
 
@@ -80,6 +83,23 @@ def read_metadata(checkpoint: Path) -> Metadata:
     return cast(Metadata, metadata)
 
 
+def refusal(error: BaseException | None) -> OSError | None:
+    """What the operating system said, where that is what an error comes from: torch's writer answers a full disk with "unexpected pos 704 vs 598"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+class _Writer(FileSystemWriter):
+    """Lets the operating system's refusals through; an error that travels to other ranks forgets what caused it."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            raise refusal(error) or error from None
+
+
 def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dist.ProcessGroup, world: dist.ProcessGroup) -> None:
     """One file per rank of `world`; ranks of `replicas`, who hold the same tensors, share the writing. Collective.
 
@@ -92,7 +112,7 @@ def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dis
     flat, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
     save(
         mcore_to_pyt_state_dict(flat, False),
-        storage_writer=FileSystemWriter(draft, single_file_per_rank=True, thread_count=1, sync_files=True),
+        storage_writer=_Writer(draft, single_file_per_rank=True, thread_count=1, sync_files=True),
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=world,
     )

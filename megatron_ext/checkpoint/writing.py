@@ -29,7 +29,7 @@ from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.full_tensors import Model
 from megatron_ext.checkpoint.optimizer_state import OptimizerState, Share
 from megatron_ext.checkpoint.sharded import sharded_model
-from megatron_ext.checkpoint.torch_dist import write_tensors
+from megatron_ext.checkpoint.torch_dist import refusal, write_tensors
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext, Twin
@@ -168,11 +168,8 @@ def _together(work: Callable[[], Any], world: dist.ProcessGroup) -> list[Any]:
 
 
 def _failure(rank: int, error: BaseException) -> _Failure:
-    """Torch's writer wraps what the operating system said in errors of its own."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    return _Failure(rank, str(cause or "".join(traceback.format_exception(error))), cause is not None)
+    refused = refusal(error)
+    return _Failure(rank, str(refused or "".join(traceback.format_exception(error))), refused is not None)
 
 
 def _told(failures: _Failures | CheckpointException, folder: Path, step: int) -> Exception:
