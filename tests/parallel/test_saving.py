@@ -1,4 +1,4 @@
-"""Saves that go wrong on one of several ranks: killed in the middle, or refused by the operating system. The former checkpoint is whole, and the run goes on."""
+"""Saves that go wrong on one of several ranks, killed in the middle or refused by the operating system: the former checkpoint is whole, the run goes on."""
 
 from __future__ import annotations
 

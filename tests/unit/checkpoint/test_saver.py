@@ -94,12 +94,11 @@ def test_the_latest_checkpoint_stays_until_the_next_is_whole(context: ParallelCo
 
 def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(context: ParallelContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = start(context)
-    with opened(tmp_path, context) as saver:
-        with held_back(monkeypatch, "publish") as go:
-            save(saver, 1, engine)
-            threading.Timer(0.2, go.set).start()
-            save(saver, 2, engine)
-            assert go.is_set() and files.latest_step(tmp_path) == 1
+    with opened(tmp_path, context) as saver, held_back(monkeypatch, "publish") as go:
+        save(saver, 1, engine)
+        threading.Timer(0.2, go.set).start()
+        save(saver, 2, engine)
+        assert go.is_set() and files.latest_step(tmp_path) == 1
     assert files.latest_step(tmp_path) == 2
 
 
