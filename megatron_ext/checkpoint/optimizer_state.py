@@ -17,6 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.parallel.groups import Twin
 
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+
 Share = dict[Any, Any]
 """Tensors in nested dictionaries and lists."""
 
@@ -89,13 +91,36 @@ class MegatronOptimizerState:
 
 def _tensors(part: DistributedOptimizer, parameter: Any) -> dict[str, Any]:
     """Without the marks that Megatron hangs on its tensors, gradients among them."""
-    return {name: tensor.detach() for name, tensor in part._get_main_param_and_optimizer_states(parameter).items() if name != "step"}
+    states = part._get_main_param_and_optimizer_states(parameter)
+    return {name: states[name].detach() for name in _STATES}
 
 
 def _with_tensors(part: DistributedOptimizer, share: list[dict[str, Any]], twin: Twin) -> Any:
     """The optimizer's double: it sees the tensors of `share` as its own, and gathers them on all ranks over gloo instead of the group of training."""
     double: Any = copy.copy(part)
+    tensors = dict(zip(part.model_param_group_index_map, share, strict=True))
+    if part.data_parallel_group.size() == 1:
+        double.get_parameter_state_dp_zero = lambda **_: _gathered_alone(part, tensors)
+        return double
     double.data_parallel_group_gloo = twin(part.data_parallel_group)
-    double._get_main_param_and_optimizer_states = dict(zip(part.model_param_group_index_map, share, strict=True)).__getitem__
+    double._get_main_param_and_optimizer_states = tensors.__getitem__
     double.get_parameter_state_dp_zero = lambda **_: DistributedOptimizer.get_parameter_state_dp_zero(double, use_gloo_comm=True, return_on_all_ranks=True)
     return double
+
+
+def _gathered_alone(part: DistributedOptimizer, tensors: dict[Any, dict[str, Any]]) -> dict[int, Any]:
+    """What Megatron gathers from data-parallel ranks, where there is one: the tensors themselves. Megatron's way copies them four times."""
+    return {
+        index: {
+            dtype: {name: _Slices({place[0]: tensors[parameter][name] for parameter, place in buffer.param_index_map.items()}) for name in _STATES}
+            for dtype in part.gbuf_ranges[index]
+        }
+        for index, buffer in enumerate(part.buffers)
+    }
+
+
+class _Slices(dict[int, Any]):
+    """Reads like a long tensor of which only whole parameters are asked for: those that start where a slice starts."""
+
+    def __getitem__(self, where: Any) -> Any:
+        return super().__getitem__(where.start)

@@ -30,6 +30,8 @@ from megatron_ext.parallel.groups import ParallelContext, Twin, twin_groups
 
 TIMEOUT_S = 1800.0
 """How long a rank waits for the others' files. A rank that dies is noticed at once."""
+GRACE_S = 5.0
+"""A failure that ranks told each other ends all their saves within moments; without, some may be waiting for one that has given up."""
 
 
 @dataclass
@@ -61,11 +63,19 @@ class Saver:
         """Raises what went wrong in a save that has ended, without waiting for one that has not. Collective while a save is under way."""
         if self._pending is None:
             return
-        ended = torch.tensor(int(not self._pending.is_alive()), dtype=torch.int32, device=self.context.device)
+        alive = self._pending.is_alive()
+        state = torch.tensor([not alive, alive or self._pending.error is None], dtype=torch.int32, device=self.context.device)
         if self.context.world_size > 1:
-            dist.all_reduce(ended, op=dist.ReduceOp.MIN)
-        if ended.item():
+            dist.all_reduce(state, op=dist.ReduceOp.MIN)
+        all_ended, none_failed = state.tolist()
+        if none_failed and not all_ended:
+            return
+        name = self._pending.name
+        self._pending.join(None if all_ended else GRACE_S)
+        if not self._pending.is_alive():
             self.wait()
+        if not none_failed:
+            raise RuntimeError(f"another rank failed to save the {name}")
 
     def wait(self) -> None:
         """Returns once the checkpoint of the latest `save` is published. Raises what went wrong."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -100,10 +100,11 @@ class _Writer(FileSystemWriter):
             raise refusal(error) or error from None
 
 
-def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dist.ProcessGroup, world: dist.ProcessGroup) -> None:
-    """One file per rank of `world`; ranks of `replicas`, who hold the same tensors, share the writing. Collective.
+def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dist.ProcessGroup, world: dist.ProcessGroup) -> dict[str, Any]:
+    """One file per rank of `world`; ranks of `replicas`, who hold the same tensors, share the writing. Returns what else there is to write. Collective.
 
-    Raises Megatron's CheckpointingException unless the ranks' parts cover every tensor exactly once.
+    Raises Megatron's CheckpointingException, on every rank, unless the ranks' parts cover every tensor exactly once; torch's CheckpointException, on every
+    rank, when one of them cannot write.
     """
     tensors, common = save_preprocess(sharded_state_dict, validate_access_integrity=False)
     distribution = determine_main_replica_uniform_distribution(tensors, replicas)
@@ -116,15 +117,27 @@ def write_tensors(sharded_state_dict: dict[str, Any], draft: Path, replicas: dis
         planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         process_group=world,
     )
-    if world.rank() == 0:
-        TorchCommonSaveStrategy("torch", 1).save_common(common, str(draft))
-        save_config(CheckpointingConfig("torch_dist", 1), str(draft))
+    return cast(dict[str, Any], common)
+
+
+def write_common(common: dict[str, Any], draft: Path) -> None:
+    """The files that make a folder of tensors one of Megatron's checkpoints. On rank 0."""
+    TorchCommonSaveStrategy("torch", 1).save_common(common, str(draft))
+    save_config(CheckpointingConfig("torch_dist", 1), str(draft))
 
 
 def _check_cover(tensors: dict[str, Any], world: dist.ProcessGroup) -> None:
+    """Megatron looks on rank 0 only."""
     described: list[Any] = [None] * world.size()
     dist.all_gather_object(described, [tensor.without_data() for tensor in nested_values(tensors)], group=world)
-    validate_sharding_integrity(described)
+    problem: list[str | None] = [None]
+    try:
+        validate_sharding_integrity(described)
+    except CheckpointingException as error:
+        problem = [str(error)]
+    dist.broadcast_object_list(problem, group=world, group_src=0)
+    if problem[0] is not None:
+        raise CheckpointingException(problem[0])
 
 
 class NothingInCommon(TorchCommonLoadStrategy):

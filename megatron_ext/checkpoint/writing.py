@@ -29,7 +29,7 @@ from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.full_tensors import Model
 from megatron_ext.checkpoint.optimizer_state import OptimizerState, Share
 from megatron_ext.checkpoint.sharded import sharded_model
-from megatron_ext.checkpoint.torch_dist import refusal, write_tensors
+from megatron_ext.checkpoint.torch_dist import refusal, write_common, write_tensors
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext, Twin
@@ -88,23 +88,23 @@ def write(snapshot: Snapshot, folder: Path, keep: int, twin: Twin) -> Path:
     Raises CheckpointError on every rank, naming the rank and the step, when the operating system refuses something (a full disk); RuntimeError with tracebacks
     for any other failure.
     """
-    world = twin(None)
     try:
         return _written(snapshot, folder, keep, twin)
-    except (_Failures, CheckpointException) as failures:
-        if world.rank() == 0:
+    except (Exception, CheckpointException) as error:
+        if snapshot.context.rank == 0:
             shutil.rmtree(files.draft_of(folder, snapshot.step), ignore_errors=True)
-        raise _told(failures, folder, snapshot.step) from failures
+        raise _told(error, snapshot.context.rank, folder, snapshot.step) from error
 
 
 def _written(snapshot: Snapshot, folder: Path, keep: int, twin: Twin) -> Path:
     world, rank, draft = twin(None), snapshot.context.rank, files.draft_of(folder, snapshot.step)
     _together(lambda: files.prepare(folder, snapshot.step) if rank == 0 else None, world)
-    write_tensors(_sharded(snapshot, twin), draft, twin(snapshot.context.pgs.dp_cp), world)
+    common = write_tensors(_sharded(snapshot, twin), draft, twin(snapshot.context.pgs.dp_cp), world)
 
     def own_files() -> None:
         safetensors.torch.save_file(snapshot.rng, rng_file(draft, rank))
         if rank == 0:
+            write_common(common, draft)
             files.write_synced(draft / STATE, json.dumps(snapshot.record, indent=1))
 
     def digests() -> dict[str, dict[str, Any]]:
@@ -172,8 +172,14 @@ def _failure(rank: int, error: BaseException) -> _Failure:
     return _Failure(rank, str(refused or "".join(traceback.format_exception(error))), refused is not None)
 
 
-def _told(failures: _Failures | CheckpointException, folder: Path, step: int) -> Exception:
-    found = failures.of if isinstance(failures, _Failures) else [_failure(rank, error) for rank, (error, _) in failures.failures.items()]
+def _told(error: BaseException, rank: int, folder: Path, step: int) -> Exception:
+    match error:
+        case _Failures():
+            found = error.of
+        case CheckpointException():
+            found = [_failure(failed, cause) for failed, (cause, _) in error.failures.items()]
+        case _:
+            found = [_failure(rank, error)]
     words = "; ".join(f"rank {failure.rank}: {failure.words}" for failure in found)
     if not all(failure.refused for failure in found):
         return RuntimeError(f"the checkpoint of step {step} in {folder} could not be saved\n{words}")

@@ -14,11 +14,11 @@ from megatron_ext.errors import RankFailed
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.training.stage import run_supervised
 from tests.parallel.test_training_stage import MODEL, tensors
-from tests.support.saving import save_on_a_full_disk, train_until_killed
+from tests.support.saving import fail_alone, save_on_a_full_disk, train_until_killed
 
-STEPS = 9
+STEPS = 7
 STAGE = TrainConfig(steps=STEPS, global_batch=8, micro_batch=2, log_every=1, save_every=1, keep=STEPS, optimizer=OptimizerConfig(warmup_steps=2))
-MOMENTS = [(0, ""), (1, "__1_0.distcp"), (0, ".metadata"), (1, "manifest.json")]
+MOMENTS = [(0, ""), (1, "__1_0.distcp"), (0, "manifest.json")]
 """Who is killed, and which file of the draft must be there."""
 
 
@@ -39,7 +39,7 @@ def straight(config: RunConfig) -> Path:
 
 
 def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_former_checkpoint_and_the_next_run_goes_on(config: RunConfig, straight: Path) -> None:
-    """SIGKILL at four moments of a save, up to 20 ms after the sign of each. Every checkpoint that is left is whole, and that of an undisturbed run."""
+    """SIGKILL at three moments of a save, up to 20 ms after the sign of each. Every checkpoint that is left is whole, and that of an undisturbed run."""
     folder, delays = config.run_dir / "killed", random.Random(0)
     interrupted = 0
     for victim, sign in MOMENTS:
@@ -67,3 +67,10 @@ def test_a_full_disk_on_one_rank_is_told_on_every_rank_and_the_former_checkpoint
         assert report["names"] == ["latest", "step_000001"]
         assert report["loaded"] == 1
         assert report["latest"] == 3
+
+
+def test_a_rank_that_fails_without_telling_the_others_stops_them_all_the_same(tmp_path: Path) -> None:
+    """The one that waits hears of it at a step, or as the other leaves: long before the half hour that a slow disk is given."""
+    waiting, failing = run_ranks(fail_alone, 2, tmp_path, timeout_s=100)
+    assert "checkpoint of step 1" in waiting
+    assert failing.startswith(f"the checkpoint of step 1 in {tmp_path} could not be saved") and "ZeroDivisionError" in failing

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.checkpoint import writing
 from megatron_ext.checkpoint.dist import load_checkpoint
 from megatron_ext.checkpoint.folder import latest_step
 from megatron_ext.checkpoint.saver import open_saver
@@ -37,6 +38,22 @@ def _die(checkpoint: Path, sign: str, after_s: float) -> None:
         time.sleep(0.0005)
     time.sleep(after_s)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail_alone(rank: int, world_size: int, init_method: str, folder: Path) -> str:
+    """Rank 1 fails in the middle of a save, between two exchanges, and cannot tell rank 0, which waits for it; what training is told."""
+    with open_parallel(ParallelConfig(num_ranks=world_size), rank, world_size, init_method, 0) as context:
+        engine = start(context)
+        if rank == 1:
+            writing.write_tensors = lambda *_: 1 // 0  # type: ignore[assignment]
+        try:
+            with open_saver(folder, 1, context, small_config(), asynchronous=True) as saver:
+                saver.save(1, engine.chunks, engine.optimizer_state, {})
+                while True:
+                    run_steps(engine, 0, 1, 4, context)
+                    saver.poll()
+        except RuntimeError as error:
+            return str(error)
 
 
 def save_on_a_full_disk(rank: int, world_size: int, init_method: str, folder: Path) -> dict[str, Any]:
