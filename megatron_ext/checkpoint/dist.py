@@ -6,6 +6,7 @@
       rng_0000.safetensors                                                one per rank
       manifest.json                                                       sizes and SHA-256 of all of these
 
+How they are written is in `writing.py`, how that happens beside training in `saver.py`; this is the way back.
 Tensors are stored whole, by name, so a run may change its layout in the middle; random states return only to the layout that saved them.
 Hyperparameters (learning rate, decay) are those of the configuration that loads, never those of the checkpoint. A load checks everything it can before
 it changes anything.
@@ -22,27 +23,24 @@ from typing import Any
 import safetensors.torch
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.folder import latest_step
 from megatron_ext.checkpoint.full_tensors import Model, as_chunks
 from megatron_ext.checkpoint.optimizer_state import OptimizerState
-from megatron_ext.checkpoint.torch_dist import InProcessLoad, InProcessSave, check_tensors
+from megatron_ext.checkpoint.saver import open_saver
+from megatron_ext.checkpoint.sharded import sharded_model, whole_name
+from megatron_ext.checkpoint.torch_dist import InProcessLoad, NothingInCommon, check_tensors
+from megatron_ext.checkpoint.writing import FORMAT, STATE, rng_file
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.parallel.shards import EMBEDDING
 
-__all__ = ["latest_step", "load_checkpoint", "read_state", "save_checkpoint"]
+__all__ = ["latest_step", "load_checkpoint", "model_differences", "read_state", "save_checkpoint"]
 
-STATE = "state.json"
 _ADAPTERS = "decoder.taps."
-_FORMAT = 1
-"""Raised when a reader of this format could no longer read what is written."""
 
 
 def save_checkpoint(
@@ -55,30 +53,9 @@ def save_checkpoint(
     model_config: ModelConfig,
     keep: int,
 ) -> Path:
-    """Writes `folder/step_...` and makes it the latest; keeps the newest `keep`. `model` is bare: one model, or the chunks of it that this rank holds.
-
-    Collective; returns once the checkpoint is published.
-    """
-    draft = folder / f"{files.step_name(step)}.tmp"
-    if context.rank == 0:
-        files.prepare(folder, step)
-    torch.distributed.barrier()
-    # Replicas share the writing; on the way, Megatron checks that the shards cover every tensor exactly once.
-    strategy = FullyParallelSaveStrategyWrapper(InProcessSave(), context.pgs.dp_cp)
-    dist_checkpointing.save(_sharded(model, optimizer, context, loading=False), str(draft), strategy, validate_access_integrity=False)
-    safetensors.torch.save_file(_rng_states(), draft / f"rng_{context.rank:04d}.safetensors")
-    if context.rank == 0:
-        record = {
-            **_record(step, state, model_config),
-            "layout": asdict(context.layout),
-            "updates": None if optimizer is None else optimizer.updates,
-            "schedule": None if optimizer is None else optimizer.scheduled,
-        }
-        files.write_synced(draft / STATE, json.dumps(record, indent=1))
-    manifest = _describe(draft, context)
-    if context.rank == 0:
-        files.publish(folder, step, draft, manifest, keep)
-    torch.distributed.barrier()
+    """One save on its own; a run that saves again and again opens a `Saver`. Collective; returns once the checkpoint is published."""
+    with open_saver(folder, keep, context, model_config, asynchronous=False) as saver:
+        saver.save(step, model, optimizer, state)
     return folder / files.step_name(step)
 
 
@@ -105,28 +82,19 @@ def load_checkpoint(
     _compare({**record["model"], "clvr": wanted["clvr"]} if fresh else record["model"], wanted, checkpoint)
     if optimizer is not None and record["updates"] is None:
         raise CheckpointError(str(checkpoint), "holds no optimizer state", "load its weights only, as the start of a new stage")
-    sharded = _sharded(model, optimizer, context, loading=True)
+    sharded = _wanted(model, optimizer, context)
     if fresh:
         sharded["model"] = {name: entry for name, entry in sharded["model"].items() if not name.startswith(_ADAPTERS)}
     check_tensors(load_preprocess(sharded)[0], checkpoint)
-    loaded = dist_checkpointing.load(sharded, str(checkpoint), InProcessLoad(), validate_access_integrity=False)
+    loaded = dist_checkpointing.load(sharded, str(checkpoint), InProcessLoad(), NothingInCommon(), validate_access_integrity=False)
     for chunk in as_chunks(model):
         drawn = {name: value for name, value in chunk.state_dict().items() if fresh and name.startswith(_ADAPTERS)}
-        chunk.load_state_dict({name: drawn.get(name, loaded["model"].get(_key(name, chunk))) for name in chunk.state_dict()}, strict=True)
+        chunk.load_state_dict({name: drawn.get(name, loaded["model"].get(whole_name(name, chunk))) for name in chunk.state_dict()}, strict=True)
     if optimizer is not None:
-        optimizer.restore(loaded["optimizer"], record["updates"], int(record["schedule"] or 0))
+        optimizer.restore(loaded.get("optimizer", {}), record["updates"], int(record["schedule"] or 0))
         if record["layout"] == asdict(context.layout):
-            _restore_rng(safetensors.torch.load_file(checkpoint / f"rng_{context.rank:04d}.safetensors"))
+            _restore_rng(safetensors.torch.load_file(rng_file(checkpoint, context.rank)))
     return {**record["state"], "step": record["step"]}
-
-
-def weights_record(step: int, state: dict[str, Any], model: ModelConfig) -> str:
-    """`state.json` of a checkpoint that holds weights and nothing of a run."""
-    return json.dumps({**_record(step, state, model), "layout": None, "updates": None, "schedule": None}, indent=1)
-
-
-def _record(step: int, state: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    return {"format": _FORMAT, "step": step, "state": state, "model": model.model_dump(mode="json")}
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -136,19 +104,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(str(path), f"cannot be read ({error})", "the checkpoint is damaged: use another one") from error
-    if record.get("format") != _FORMAT:
-        raise CheckpointError(str(path), f"has format {record.get('format')!r}, this version reads {_FORMAT}", "use the version that wrote it")
+    if record.get("format") != FORMAT:
+        raise CheckpointError(str(path), f"has format {record.get('format')!r}, this version reads {FORMAT}", "use the version that wrote it")
     return dict(record)
-
-
-def _describe(draft: Path, context: ParallelContext) -> dict[str, dict[str, Any]]:
-    """The manifest of a written draft, its files divided among the ranks."""
-    torch.distributed.barrier()
-    names = sorted(path.name for path in draft.iterdir())
-    described: list[Any] = [None] * context.world_size
-    own = {name: files.describe_file(draft / name) for name in names[context.rank :: context.world_size]}
-    torch.distributed.all_gather_object(described, own)
-    return {name: entry for part in described for name, entry in part.items()}
 
 
 def _verify(checkpoint: Path, context: ParallelContext) -> None:
@@ -183,42 +141,12 @@ def model_differences(saved: Any, wanted: Any, name: str = "model") -> Iterator[
         yield f"{name}: checkpoint has {saved}, configuration has {wanted}"
 
 
-def _sharded(model: Model, optimizer: OptimizerState | None, context: ParallelContext, loading: bool) -> dict[str, Any]:
-    """What Megatron saves or loads: names, full shapes and this rank's parts. The optimizer's are named and shaped like the parameters they belong to.
-
-    Tensors only: Megatron's linear layers also list an empty "extra state" as a pickled object, which nothing here needs.
-    """
-    sharded: dict[str, Any] = {"model": {}}
-    for chunk in as_chunks(model):
-        entries = chunk.sharded_state_dict(metadata={"dp_cp_group": context.pgs.dp_cp})  # type: ignore[operator]
-        for name, entry in entries.items():
-            if not isinstance(entry, ShardedObject):
-                sharded["model"][_key(name, chunk)] = _on_its_stage(entry, _key(name, chunk), chunk)
+def _wanted(model: Model, optimizer: OptimizerState | None, context: ParallelContext) -> dict[str, Any]:
+    """What this rank loads. The optimizer's tensors are named and shaped like the parameters they belong to."""
+    sharded: dict[str, Any] = {"model": sharded_model(model, context)}
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded(sharded["model"], loading)
+        sharded["optimizer"] = optimizer.sharded_to_load(sharded["model"])
     return sharded
-
-
-def _key(name: str, chunk: torch.nn.Module) -> str:
-    """A tensor's name in the whole model. Only a tied output layer's weight has another one: it is a copy of the embedding."""
-    tied = name == "output_layer.weight" and getattr(chunk.output_layer.weight, "shared_embedding", False)  # type: ignore[union-attr]
-    return EMBEDDING if tied else name
-
-
-def _on_its_stage(entry: Any, key: str, chunk: Any) -> Any:
-    """Copies on later pipeline stages (a tied embedding, a frozen encoder) are replicas of what the first stage saves."""
-    if not isinstance(entry, ShardedTensor):
-        return entry
-    if key == EMBEDDING:
-        entry.key = key
-    if chunk.stage.number and (key == EMBEDDING or key.startswith("vision.")) and not isinstance(entry.replica_id, int):
-        entry.replica_id = (chunk.stage.number, *entry.replica_id[1:])
-    return entry
-
-
-def _rng_states() -> dict[str, torch.Tensor]:
-    tracked = {f"tracked.{name}": state.cpu() for name, state in get_cuda_rng_tracker().get_states().items()}
-    return {"cpu": torch.get_rng_state(), "device": torch.cuda.get_rng_state().cpu(), **tracked}
 
 
 def _restore_rng(states: dict[str, torch.Tensor]) -> None:

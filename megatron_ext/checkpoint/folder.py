@@ -3,9 +3,10 @@
     checkpoints/
       latest                 the name of the newest complete checkpoint
       step_000100/           appears by one rename, once every file in it has reached the disk
-        manifest.json        size and SHA-256 of every other file
+        manifest.json        size and SHA-256 of every other file, and the SHA-256 of this list: the checkpoint's digest
         ...
-      step_000200.tmp/       a save that did not finish: ignored, and replaced by the next one
+      step_000200.tmp/       a save under way, or one that never finished: ignored, and removed by the next one
+      step_000100.old/       for an instant, while the same step is saved again: taken for step_000100 if that is where everything ended
 
 No torch here: files and names only.
 """
@@ -26,6 +27,7 @@ CHECKPOINTS = "checkpoints"
 MANIFEST = "manifest.json"
 _LATEST = "latest"
 _BLOCK_BYTES = 1 << 20
+_DAMAGED = "the checkpoint is damaged: use another one"
 
 
 def step_name(step: int) -> str:
@@ -51,13 +53,14 @@ def find_checkpoint(path: Path) -> Path:
     if step is None:
         raise CheckpointError(str(path), "no checkpoint here", "give a step folder, or a folder of checkpoints with a file named latest")
     found = path / step_name(step)
-    if not (found / MANIFEST).exists():
-        raise CheckpointError(str(found), f"named by {path / _LATEST}, but has no {MANIFEST}", "restore the folder, or name another step in that file")
-    return found
+    for candidate in (found, path / f"{found.name}.old"):
+        if (candidate / MANIFEST).exists():
+            return candidate
+    raise CheckpointError(str(found), f"named by {path / _LATEST}, but has no {MANIFEST}", "restore the folder, or name another step in that file")
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's entry in the manifest."""
+    """A file's entry in the manifest, as it stands."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK_BYTES):
@@ -68,22 +71,33 @@ def describe_file(path: Path) -> dict[str, Any]:
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     path = checkpoint / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
-        return {str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+        manifest = json.loads(path.read_text())
+        files = {str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in manifest["files"].items()}
+        digest = str(manifest["sha256"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(str(path), f"is not a manifest ({error})", "the checkpoint is damaged: use another one") from error
+        raise CheckpointError(str(path), f"is not a manifest ({error})", _DAMAGED) from error
+    if digest != _digest(files):
+        raise CheckpointError(str(path), f"has the digest {_digest(files)}, was saved with {digest}", _DAMAGED)
+    return files
+
+
+def write_manifest(checkpoint: Path, files: dict[str, dict[str, Any]]) -> None:
+    write_synced(checkpoint / MANIFEST, json.dumps({"sha256": _digest(files), "files": files}, indent=1, sort_keys=True))
+
+
+def _digest(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def check_file(checkpoint: Path, name: str, entry: dict[str, Any]) -> CheckpointError | None:
     """What is wrong with one file, None when it is as it was saved."""
     path = checkpoint / name
-    remedy = "the checkpoint is damaged: use another one"
     if not path.exists():
-        return CheckpointError(str(path), "is missing", remedy)
+        return CheckpointError(str(path), "is missing", _DAMAGED)
     if path.stat().st_size != entry["bytes"]:
-        return CheckpointError(str(path), f"has {path.stat().st_size} bytes, was saved with {entry['bytes']}", remedy)
+        return CheckpointError(str(path), f"has {path.stat().st_size} bytes, was saved with {entry['bytes']}", _DAMAGED)
     if describe_file(path)["sha256"] != entry["sha256"]:
-        return CheckpointError(str(path), "has other contents than were saved (SHA-256 differs)", remedy)
+        return CheckpointError(str(path), "has other contents than were saved (SHA-256 differs)", _DAMAGED)
     return None
 
 
@@ -94,39 +108,51 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def prepare(folder: Path, step: int) -> Path:
-    """An empty folder to write the checkpoint of `step` into; what an unfinished save left there is removed."""
-    draft = folder / f"{step_name(step)}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
-
-
-def publish(folder: Path, step: int, draft: Path, files: dict[str, dict[str, Any]], keep: int) -> Path:
-    """Makes a written draft the latest checkpoint, then removes all but the newest `keep`."""
-    write_synced(draft / MANIFEST, json.dumps({"files": files}, indent=1, sort_keys=True))
-    _sync_folder(draft)
-    final = folder / step_name(step)
-    if final.exists():
-        old = folder / f"{step_name(step)}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        draft.rename(final)
-        shutil.rmtree(old)
-    else:
-        draft.rename(final)
-    write_synced(folder / f"{_LATEST}.tmp", step_name(step) + "\n")
-    (folder / f"{_LATEST}.tmp").rename(folder / _LATEST)
-    _sync_folder(folder)
-    complete = sorted(path for path in folder.glob("step_*") if path.name[5:].isdigit() and path != final)
-    for path in complete[: max(0, len(complete) - (keep - 1))]:
-        shutil.rmtree(path)
-    return final
-
-
-def _sync_folder(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns once a file's contents, or a folder's names, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def draft_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is written before it is published."""
+    return folder / f"{step_name(step)}.tmp"
+
+
+def prepare(folder: Path, step: int) -> Path:
+    """An empty draft for the checkpoint of `step`; what unfinished saves left in `folder`, which has one writer at a time, is removed or put back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("step_*.tmp"):
+        shutil.rmtree(left)
+    for left in folder.glob("step_*.old"):
+        if left.with_suffix("").exists():
+            shutil.rmtree(left)
+        else:
+            left.rename(left.with_suffix(""))
+    draft = draft_of(folder, step)
+    draft.mkdir()
+    return draft
+
+
+def publish(folder: Path, step: int, draft: Path, files: dict[str, dict[str, Any]], keep: int) -> Path:
+    """Makes a written draft, whose files have reached the disk, the latest checkpoint, then removes all but the newest `keep`."""
+    write_manifest(draft, files)
+    sync(draft)
+    final = folder / step_name(step)
+    old = folder / f"{final.name}.old"
+    if final.exists():
+        final.rename(old)
+    draft.rename(final)
+    sync(folder)
+    write_synced(folder / f"{_LATEST}.tmp", final.name + "\n")
+    (folder / f"{_LATEST}.tmp").rename(folder / _LATEST)
+    sync(folder)
+    if old.exists():
+        shutil.rmtree(old)
+    others = sorted((path for path in folder.glob("step_*") if path.name[5:].isdigit() and path != final), key=lambda path: int(path.name[5:]))
+    for path in others[: max(0, len(others) - (keep - 1))]:
+        shutil.rmtree(path)
+    return final

@@ -174,6 +174,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep: int = Field(2, gt=0)
     """Checkpoints kept."""
+    async_save: bool = True
+    """Checkpoints are written beside training, which waits for a copy only. Costs host memory for weights and optimizer state of every rank, and some speed
+    while a save is under way. A failed save is told at the next step."""
     log_every: int = Field(10, gt=0)
     packed: bool = False
     """The conversations of a micro-batch stand one after another in one row instead of padded side by side. None sees another; results are the same."""
@@ -260,6 +263,8 @@ class RLConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
     save_every: int = Field(0, ge=0)
     keep: int = Field(2, gt=0)
+    async_save: bool = True
+    """As in the supervised stages: the learner's checkpoints are written beside the next steps."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on the validation split; 0 evaluates only before and after."""
     init_from: Path | None = None

@@ -5,10 +5,11 @@ Everyone else is handed the `ParallelContext` and takes groups from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,3 +92,27 @@ def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, init_met
             parallel_state.destroy_model_parallel()
             get_cuda_rng_tracker().reset()
             dist.destroy_process_group()
+
+
+Twin = Callable[[dist.ProcessGroup | None], dist.ProcessGroup]
+"""For a group, or None for the whole world, the one with the same members."""
+
+
+@contextmanager
+def twin_groups(context: ParallelContext, timeout_s: float) -> Iterator[Twin]:
+    """Gloo groups with the members of the world and of the data-parallel groups, for a thread that talks to its like on other ranks while training goes on:
+    collectives of two threads in one group would be taken for each other's. Collective; destroyed on the way out.
+    """
+    own: list[Any] = [list(range(context.world_size)), *(dist.get_process_group_ranks(group) for group in (context.pgs.dp_cp, context.pgs.expt_dp))]
+    listed: list[Any] = [None] * context.world_size
+    dist.all_gather_object(listed, own)
+    twins = {}
+    for members in sorted({tuple(ranks) for wanted in listed for ranks in wanted}):
+        group = dist.new_group(list(members), timeout=timedelta(seconds=timeout_s), backend="gloo")
+        if context.rank in members:
+            twins[members] = group
+    try:
+        yield lambda group: twins[tuple(own[0] if group is None else dist.get_process_group_ranks(group))]
+    finally:
+        for group in twins.values():
+            dist.destroy_process_group(group)

@@ -10,6 +10,7 @@ checkpoint is where to resume. All ranks are on this machine: they meet over fil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,10 @@ class MegatronLearner:
 
     def save(self, step: int) -> None:
         self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
+
+    def finish_saving(self, at_most_s: float = math.inf) -> None:
+        """Returns once the latest checkpoint is written."""
+        self._board.ask([Call(rank, "finish_saving") for rank in self._ranks], min(at_most_s, self._deadlines.save_s))
 
 
 class MegatronFleet:

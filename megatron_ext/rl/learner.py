@@ -1,7 +1,7 @@
 """One rank of the learner: updates the policy on its shard of scored rollouts, publishes and saves the weights. Lives in a process of its own, as long as
 that process.
 
-    open -> (update -> send_weights)* -> save
+    open -> (update -> send_weights)* -> save -> finish_saving
 
 An update replays the routes that the rollouts recorded, so that the learner's log-probs are of the very experts that answered. Two checks stand between a
 rollout and the optimizer: the routes that were really replayed must have the digest that the rollout recorded, and the log-probs must agree with the
@@ -16,9 +16,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.full_tensors import full_tensors
+from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import WeightSyncError
@@ -51,13 +52,15 @@ class LearnerRank:
     def open(self, config: RunConfig, stage_dir: Path, init_from: Path, place: Place) -> LearnerPlace:
         """Joins the learner's world; resumes from the stage's latest checkpoint, or starts from the weights of `init_from`."""
         loopback_gloo()
-        self._config, self._checkpoints = config, stage_dir / CHECKPOINTS
+        checkpoints = stage_dir / CHECKPOINTS
+        self._config = config
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
         self._tokenizer = Tokenizer.load(config.tokenizer_dir)
-        self._engine, self._finished = _engine(config, self._checkpoints, init_from, self._tokenizer.image_id, self._context)
+        self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
         reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
         self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
+        self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
         return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished)
 
     def update(self, shards: Sequence[Shard]) -> dict[str, float]:
@@ -65,6 +68,7 @@ class LearnerRank:
 
         Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
         """
+        self._saver.poll()
         if shards[0].batch.version != self._finished:
             raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
         parts = [self._microbatches(shard) for shard in shards]
@@ -97,11 +101,14 @@ class LearnerRank:
         return parcel.manifest.num_bytes
 
     def save(self, step: int) -> None:
+        """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""
         engine = self._engine
         engine.settle()
-        save_checkpoint(
-            self._checkpoints, step, engine.chunks, engine.optimizer_state, {"stage": "rl"}, self._context, self._config.model, self._config.rl.keep
-        )
+        self._saver.save(step, engine.chunks, engine.optimizer_state, {"stage": "rl"})
+
+    def finish_saving(self) -> None:
+        """Returns once what `save` began is published."""
+        self._saver.wait()
 
     def _microbatches(self, shard: Shard) -> list[PolicyBatch]:
         layout = self._context.layout

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import CHECKPOINTS
+from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.suite import ALL_SKILLS, SKILLS, check, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ from megatron_ext.training.stopping import stop_on_signals
 
 REWARD_WORKERS = 2
 VALIDATION_SEED = 1
+LAST_SAVE_S = 60.0
+"""How long an error waits for the checkpoint that is being saved: a learner that is lost will not finish it."""
 
 
 def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: Path | None, deadlines: fleets.Deadlines = fleets.DEADLINES) -> Metrics:
@@ -68,7 +71,8 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
                 after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
                 stop_requested=lambda: stop.received is not None,
             )
-            run_loop(recipe, fleet, scorer, learner, first)
+            with waiting_for_saves(learner.finish_saving, lambda: learner.finish_saving(LAST_SAVE_S)):
+                run_loop(recipe, fleet, scorer, learner, first)
     return {**record.last, "step": float(config.rl.steps)}
 
 

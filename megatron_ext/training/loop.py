@@ -54,12 +54,14 @@ def train(
     context: ParallelContext,
     *,
     save: Callable[[int], None],
+    poll: Callable[[], None] = lambda: None,
     report: Report,
     stop: StopRequest,
 ) -> dict[str, float]:
     """Trains from `engine.step` to `config.steps`; `batch(step)` gives this rank's microbatches. Returns the last metrics.
 
-    Raises StoppedForRequeue once a requested stop is agreed and its checkpoint written.
+    `save` may return before the checkpoint is written; `poll`, called after every step, then raises what went wrong with it.
+    Raises StoppedForRequeue once a requested stop is agreed and the save of its checkpoint begun.
     """
     window, objective = Window(), NextToken()
     last: dict[str, float] = {}
@@ -72,6 +74,7 @@ def train(
         metrics = optimizer_step(engine, microbatches, objective, context)
         done = time.perf_counter()
         window.add(_with_timings(metrics, done - began, read - began, config, context))
+        poll()
         step += 1
         if step % config.log_every == 0 or step == config.steps:
             last = window.take()

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
+from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
+from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer
@@ -39,20 +40,24 @@ def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, 
 
         def save(step: int) -> None:
             engine.settle()
-            save_checkpoint(checkpoints, step, engine.chunks, engine.optimizer_state, {"stage": stage}, context, config.model, settings.keep)
+            saver.save(step, engine.chunks, engine.optimizer_state, {"stage": stage})
 
         def batch(step: int) -> list[Microbatch]:
             part = stream.batch(step, rows)
             multiple = context.layout.length_multiple
             return microbatches(part, settings.micro_batch, tokenizer.pad_id, context.device, packed=settings.packed, multiple=multiple)
 
-        with _reporting(stage, stage_dir, settings.steps, engine.step, context) as report:
+        with (
+            open_saver(checkpoints, settings.keep, context, config.model, asynchronous=settings.async_save) as saver,
+            _reporting(stage, stage_dir, settings.steps, engine.step, context) as report,
+        ):
             last = train(
                 engine,
                 batch,
                 settings,
                 context,
                 save=save,
+                poll=saver.poll,
                 report=report,
                 stop=stop,
             )

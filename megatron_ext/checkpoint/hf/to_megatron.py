@@ -32,12 +32,13 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner import SavePlanner as _SavePlanner
 
 from megatron_ext.checkpoint import folder as files
-from megatron_ext.checkpoint.dist import STATE, weights_record
 from megatron_ext.checkpoint.hf.configuration import Described, read_config
 from megatron_ext.checkpoint.hf.names import Entry, entries
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.source import DTYPES, Source
 from megatron_ext.checkpoint.hf.transforms import join, part_shapes
+from megatron_ext.checkpoint.torch_dist import write_common
+from megatron_ext.checkpoint.writing import STATE, weights_record
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.shards import expert_of
 
@@ -213,13 +214,10 @@ def _identity(described: Described, source: Source) -> list[Any]:
 def _publish(destination: Path, draft: Path, table: Sequence[Entry], source: Source, described: Described, done: dict[str, Any]) -> None:
     """Metadata, state and manifest; then the rename that makes the checkpoint exist."""
     _write_metadata(draft, table, source, described, done)
-    (draft / "metadata.json").write_text(
-        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1})
-    )
-    torch.save({}, draft / "common.pt")
+    write_common({}, draft)
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     origin = {"hf": {"image_token": described.image_token, "spelling": described.spelling, "config": config}}
-    files.write_synced(draft / STATE, weights_record(STEP, origin, described.model))
+    files.write_synced(draft / STATE, json.dumps(weights_record(STEP, origin, described.model), indent=1))
     (draft / _UNITS).unlink()
     known = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in done.values()}
     manifest = {path.name: known.get(path.name) or files.describe_file(path) for path in sorted(draft.iterdir())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import pickle
 import shutil
 import time
@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint, save_checkpoint
-from megatron_ext.checkpoint.folder import describe_file
+from megatron_ext.checkpoint.folder import describe_file, read_manifest, write_manifest
 from megatron_ext.checkpoint.torch_dist import read_metadata
 from megatron_ext.config.schema import ModelConfig, OptimizerConfig
 from megatron_ext.errors import CheckpointError
@@ -149,7 +150,28 @@ def test_another_model_is_refused_field_by_field(context: ParallelContext, saved
     assert unchanged(state, before, context)
 
 
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "state.json", "rng_0000.safetensors"])
+FILES = ["__0_0.distcp", ".metadata", "common.pt", "metadata.json", "state.json", "rng_0000.safetensors"]
+
+
+def test_these_are_all_files_of_a_checkpoint(saved: Path) -> None:
+    assert sorted(path.name for path in (saved / "step_000002").iterdir()) == sorted([*FILES, "manifest.json"])
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+@pytest.mark.parametrize("where", [0.02, 0.5, 0.98])
+def test_a_flipped_bit_is_found_and_its_file_named_and_nothing_changes(context: ParallelContext, copy: Path, name: str, where: float) -> None:
+    path = copy / "step_000002" / name
+    contents = bytearray(path.read_bytes())
+    contents[int(where * len(contents))] ^= 1
+    path.write_bytes(bytes(contents))
+    state = other(context)
+    before = weights(state)
+    with pytest.raises(CheckpointError, match=f"{name}: (has|is not)"):
+        load(copy, state, context)
+    assert unchanged(state, before, context)
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file_is_named_and_nothing_changes(context: ParallelContext, copy: Path, name: str) -> None:
     path = copy / "step_000002" / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -186,18 +208,47 @@ def test_a_checkpoint_with_other_parameters_frozen_is_refused_and_nothing_change
     assert unchanged(state, before, context)
 
 
+class Evil:
+    """Unpickled without restraint, it runs code."""
+
+    def __reduce__(self) -> tuple:
+        return eval, ("1 / 0",)
+
+
+def forge(checkpoint: Path, name: str) -> None:
+    """Replaces a file by a pickle that runs code, and its digest in the manifest by one that fits."""
+    torch.save(Evil(), checkpoint / name) if name == "common.pt" else (checkpoint / name).write_bytes(pickle.dumps(Evil()))
+    write_manifest(checkpoint, {**read_manifest(checkpoint), name: describe_file(checkpoint / name)})
+
+
+def test_what_megatron_pickles_is_never_opened(context: ParallelContext, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch is told about pickles in general."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    forge(copy / "step_000002", "common.pt")
+    with pytest.raises(ZeroDivisionError):
+        torch.load(copy / "step_000002" / "common.pt")
+    assert load(copy, other(context), context)["step"] == 2
+
+
+def test_tensors_that_would_run_code_are_refused(context: ParallelContext, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickle in the place of the first tensor, with a manifest that fits."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    checkpoint = copy / "step_000002"
+    evil = io.BytesIO()
+    torch.save(Evil(), evil, _use_new_zipfile_serialization=False)
+    place = next(iter(read_metadata(checkpoint).storage_data.values()))
+    path = checkpoint / place.relative_path
+    contents = bytearray(path.read_bytes())
+    contents[place.offset : place.offset + len(evil.getvalue())] = evil.getvalue()
+    path.write_bytes(bytes(contents))
+    write_manifest(checkpoint, {**read_manifest(checkpoint), path.name: describe_file(path)})
+    with pytest.raises(CheckpointException, match=r"weights_only|Weights only"):
+        load(copy, other(context), context)
+
+
 def test_metadata_that_would_run_code_is_refused(context: ParallelContext, copy: Path) -> None:
     """A forged pickle with a forged manifest: it names a builtin that runs code, and must not reach it."""
-
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return eval, ("1 / 0",)
-
-    checkpoint = copy / "step_000002"
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(Evil()))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][".metadata"] = describe_file(checkpoint / ".metadata")
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    forge(copy / "step_000002", ".metadata")
     state = other(context)
     before = weights(state)
     with pytest.raises(CheckpointError, match=r"builtins\.eval has no place"):

@@ -52,6 +52,34 @@ def test_a_save_that_never_finished_is_not_seen_and_gets_replaced(tmp_path: Path
     assert names(tmp_path / "step_000010") == ["data", "manifest.json"]
 
 
+def test_drafts_of_other_steps_are_removed_by_the_next_save(tmp_path: Path) -> None:
+    (files.prepare(tmp_path, 10) / "half").write_text("...")
+    publish(tmp_path, 12)
+    assert names(tmp_path) == ["latest", "step_000012"]
+
+
+def test_a_step_that_was_being_saved_again_when_everything_ended_is_still_there(tmp_path: Path) -> None:
+    """Between the two renames the old checkpoint stands under another name; the next save puts it back."""
+    publish(tmp_path, 5)
+    (tmp_path / "step_000005").rename(tmp_path / "step_000005.old")
+    assert files.find_checkpoint(tmp_path).name == "step_000005.old"
+    files.prepare(tmp_path, 7)
+    assert files.find_checkpoint(tmp_path).name == "step_000005"
+
+
+def test_the_newest_are_those_of_the_highest_steps_whatever_their_length(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        publish(tmp_path, step)
+    assert names(tmp_path) == ["latest", "step_1000000", "step_1000001"]
+
+
+def test_a_manifest_that_was_changed_has_another_digest(tmp_path: Path) -> None:
+    path = publish(tmp_path, 5) / "manifest.json"
+    path.write_text(path.read_text().replace('"bytes": 7', '"bytes": 8'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: has the digest"):
+        files.read_manifest(path.parent)
+
+
 def test_nothing_saved_means_no_latest_step(tmp_path: Path) -> None:
     assert files.latest_step(tmp_path) is None
     assert files.latest_step(tmp_path / "absent") is None
