@@ -35,7 +35,10 @@ class OptimizerState(Protocol):
         """Steps of the learning-rate schedule."""
 
     def share(self) -> Share:
-        """This rank's share of moments and master weights: the tensors themselves, which the next update changes. Not collective, and quick."""
+        """This rank's share of moments and master weights: the tensors themselves, which the next update changes.
+
+        Quick, and without collectives; an engine that gathers in its own groups only has to do so here, while training waits.
+        """
 
     def sharded_to_save(self, model_sharded: dict[str, Any], share: Share, twin: Twin) -> dict[Any, Any]:
         """Sharded tensors of this rank, named after those of the model, with the values of `share`: what `share()` returned, or a copy of it in host memory.

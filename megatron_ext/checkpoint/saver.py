@@ -46,6 +46,11 @@ class Saver:
     hold: Hold | None
     _pending: _Save | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save was begun whose outcome has not been taken."""
+        return self._pending is not None
+
     def save(self, step: int, model: Model, optimizer: OptimizerState | None, state: dict[str, Any]) -> None:
         """Starts saving `folder/step_...`, once the former save is done; without `hold`, finishes it. `model` is bare: one model, or this rank's chunks.
 

@@ -64,7 +64,7 @@ def take_snapshot(
     model_config: ModelConfig,
     hold: Hold | None = None,
 ) -> Snapshot:
-    """Not collective. Without `hold` the tensors are training's own: write them before training goes on."""
+    """Collective if the optimizer's `share` is. Without `hold` the tensors are training's own: write them before training goes on."""
     sharded = sharded_model(model, context)
     values: Share = {
         "model": {name: entry.data.detach() for name, entry in sharded.items() if isinstance(entry, ShardedTensor | ShardedTensorFactory)},

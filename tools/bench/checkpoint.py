@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="measured after the first (default 9)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of data-parallel ranks (default 1 2)")
-    parser.add_argument("--experts", type=int, default=16, help="experts of a layer, which set the size (default 16: 109 MB of weights)")
+    parser.add_argument("--experts", type=int, default=16, help="experts of a layer, which set the size (default 16: 111 MB of weights)")
     parser.add_argument("--folder", type=Path, default=None, help="where to write checkpoints (default: a temporary folder)")
     parser.add_argument("--json", type=Path, default=Path("checkpoint_bench.json"), help="the numbers of every round (default checkpoint_bench.json)")
     arguments = parser.parse_args()
@@ -102,7 +102,7 @@ def measure(rank: int, world_size: int, init_method: str, parallel: Any, folder:
                 del plain
                 stall = timed(context, beside.save, number, chunks, engine.optimizer_state, {})
                 began, steps = time.perf_counter(), 0
-                while beside._pending is not None:
+                while beside.busy:
                     step()
                     beside.poll()
                     steps += 1

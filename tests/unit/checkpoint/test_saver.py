@@ -81,9 +81,11 @@ def test_the_latest_checkpoint_stays_until_the_next_is_whole(context: ParallelCo
     with opened(tmp_path, context, keep=1) as saver:
         save(saver, 1, engine)
         saver.wait()
+        assert not saver.busy
         with held_back(monkeypatch, "publish"):
             save(saver, 2, engine)
             saver.poll()
+            assert saver.busy
             while not (tmp_path / "step_000002.tmp" / "state.json").exists():
                 time.sleep(0.01)
             assert names(tmp_path) == ["latest", "step_000001", "step_000002.tmp"]

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from megatron_ext.config.schema import TrainConfig
-from megatron_ext.errors import StoppedForRequeue
+from megatron_ext.errors import CheckpointError, StoppedForRequeue
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.loop import Window, train
 from megatron_ext.training.stopping import StopRequest, stop_on_signals
@@ -42,6 +42,24 @@ def test_it_reports_and_saves_as_often_as_asked_and_always_at_the_end(context: P
 
 def test_a_checkpoint_due_at_the_last_step_is_written_once(context: ParallelContext) -> None:
     assert run(context, TrainConfig(steps=4, global_batch=8, save_every=2), StopRequest())[2] == [2, 4]
+
+
+def test_a_save_that_failed_beside_training_ends_the_run_at_the_next_step(context: ParallelContext) -> None:
+    read: list[int] = []
+    saved: list[int] = []
+
+    def batch(step: int) -> list:
+        read.append(step)
+        return own_microbatches(step, 8, context)
+
+    def poll() -> None:
+        if saved:
+            raise CheckpointError("checkpoints", f"the checkpoint of step {saved[0]} could not be saved")
+
+    config = TrainConfig(steps=5, global_batch=8, save_every=2)
+    with pytest.raises(CheckpointError, match="step 2 could not be saved"):
+        train(start(context), batch, config, context, save=saved.append, poll=poll, report=lambda *_: None, stop=StopRequest())
+    assert (read, saved) == ([0, 1, 2], [2])
 
 
 def test_a_stage_without_steps_trains_nothing_and_saves_its_start(context: ParallelContext) -> None:
