@@ -41,6 +41,8 @@ __all__ = ["latest_step", "load_checkpoint", "read_state", "save_checkpoint"]
 _STATE = "state.json"
 _FORMAT = 1
 """Raised when a reader of this format could no longer read what is written."""
+_DEFAULTS = ModelConfig().model_dump(mode="json")
+"""What a checkpoint that is older than a field of the model's configuration was trained with."""
 
 
 def save_checkpoint(
@@ -100,7 +102,7 @@ def load_checkpoint(
     checkpoint = files.find_checkpoint(path)
     _verify(checkpoint, context)
     record = read_state(checkpoint)
-    _compare(record["model"], model_config.model_dump(mode="json"), checkpoint)
+    _compare({**_DEFAULTS, **record["model"]}, model_config.model_dump(mode="json"), checkpoint)
     if optimizer is not None and record["updates"] is None:
         raise CheckpointError(str(checkpoint), "holds no optimizer state", "load its weights only, as the start of a new stage")
     sharded = _sharded(model, optimizer, context, loading=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -36,8 +39,13 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
         moe_router_topk=model.experts_per_token,
         moe_router_pre_softmax=not model.norm_topk_prob,
         moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
+        moe_router_score_function=model.moe_score_function,
+        moe_router_load_balancing_type=model.moe_balancing,
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_expert_capacity_factor=model.moe_capacity_factor,
+        moe_token_drop_policy=model.moe_drop_policy,
+        moe_pad_expert_input_to_capacity=model.moe_pad_to_capacity,
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -73,8 +81,20 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     )
 
 
-def layer_spec() -> ModuleSpec:
+class MoE(MoELayer):
+    """Megatron's layer, which fills every expert to its capacity only where the router drops what exceeds it: in training."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        dispatcher = self.token_dispatcher
+        dispatcher.drop_and_pad = self.config.moe_pad_expert_input_to_capacity and self.router.call.drops
+        if dispatcher.drop_and_pad:
+            dispatcher.input_splits = dispatcher.output_splits = dispatcher.output_splits_tp = None  # all are equal: not those of an earlier, unpadded pass
+        return super().forward(*args, **kwargs)
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
     """Pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts."""
+    router = partial(Router, expert_bias_rate=model.moe_expert_bias_rate if model.moe_expert_bias else None)
     experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
     return ModuleSpec(
         module=TransformerLayer,
@@ -89,7 +109,7 @@ def layer_spec() -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts)),
+            mlp=ModuleSpec(module=MoE, submodules=MoESubmodules(router=router, experts=experts)),
             mlp_bda=get_bias_dropout_add,
         ),
     )
