@@ -104,6 +104,8 @@ class ModelConfig(Section):
     """Which tokens a full expert keeps: those with the largest gates, or those that come first."""
     moe_pad_to_capacity: bool = False
     """Fill every expert to its capacity with zeros, so that shapes do not depend on the routes. Costs their computation."""
+    experts_kernel: Literal["auto", "sequential", "in_place", "grouped_mm"] = "auto"
+    """How the experts of a layer are computed; `megatron-ext doctor` says what `auto` takes here. All compute the same, but for rounding."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     vision: VisionConfig = VisionConfig()
     clvr: ClvrConfig = ClvrConfig()

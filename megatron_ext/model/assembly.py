@@ -48,7 +48,7 @@ class VisionLanguageModel(MegatronModule):
         self.vision = InternViT(model.vision) if stage.runs_vision else None
         self.projector = Projector(model.vision, model.hidden_size) if stage.first else None
         self.embedding = self._embedding(config) if stage.first else None
-        self.decoder = ClvrBlock(config, layer_spec(model), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
+        self.decoder = ClvrBlock(config, layer_spec(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
         self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
         self._received: torch.Tensor | None = None

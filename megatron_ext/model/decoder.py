@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.device import kernels
 from megatron_ext.model.attention import CausalSelfAttention, SdpaCore
+from megatron_ext.model.experts import GroupedExperts
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.router import Router
 from megatron_ext.parallel.plan import Layout
@@ -81,21 +82,16 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     )
 
 
-class MoE(MoELayer):
-    """Megatron's layer, which fills every expert to its capacity only where the router drops what exceeds it: in training."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        dispatcher = self.token_dispatcher
-        dispatcher.drop_and_pad = self.config.moe_pad_expert_input_to_capacity and self.router.call.drops
-        if dispatcher.drop_and_pad:
-            dispatcher.input_splits = dispatcher.output_splits = dispatcher.output_splits_tp = None  # all are equal: not those of an earlier, unpadded pass
-        return super().forward(*args, **kwargs)
-
-
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, layout: Layout) -> ModuleSpec:
     """Pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts."""
     router = partial(Router, expert_bias_rate=model.moe_expert_bias_rate if model.moe_expert_bias else None)
-    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    matrices = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    expert_numel = 3 * model.hidden_size * model.expert_ffn_hidden_size // layout.etp
+    kernel, _ = kernels.experts(model.experts_kernel, torch.cuda.is_available(), model.dtype == "bf16", expert_numel)
+    if kernel == "sequential":
+        experts = ModuleSpec(module=SequentialMLP, submodules=matrices)
+    else:
+        experts = ModuleSpec(module=GroupedExperts, submodules=matrices, params={"grouped": kernel == "grouped_mm"})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -109,7 +105,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoE, submodules=MoESubmodules(router=router, experts=experts)),
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=router, experts=experts)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

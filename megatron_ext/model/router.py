@@ -136,6 +136,14 @@ class Router(TopKRouter):
         self.tally[name] = self.tally[name] + value.detach() if name in self.tally else value.detach()
 
 
+def pad_where_tokens_are_dropped(layer: Any, _inputs: Any) -> None:
+    """A hook before Megatron's mixture-of-experts layer: its dispatcher would also cut what exceeds the capacity where nothing may be dropped."""
+    dispatcher = layer.token_dispatcher
+    dispatcher.drop_and_pad = layer.router.call.drops
+    if dispatcher.drop_and_pad:
+        dispatcher.input_splits = dispatcher.output_splits = dispatcher.output_splits_tp = None  # all are equal: not those of an earlier, unpadded pass
+
+
 def balancing_loss(counts_NE: torch.Tensor, scores_NE: torch.Tensor, topk: int) -> torch.Tensor:
     """How unevenly N samples spread their tokens: 1 is even, E / K is all tokens at the same K experts.
 

@@ -40,7 +40,17 @@ def test_a_changed_value_changes_its_stage_and_no_earlier_one(override: str, fir
 
 
 @pytest.mark.parametrize(
-    "override", ["name=other", "output_dir=/tmp", "sft.log_every=1", "sft.save_every=5", "parallel.num_ranks=2", "rl.fleet=local", "rollout.replicas=1"]
+    "override",
+    [
+        "name=other",
+        "output_dir=/tmp",
+        "sft.log_every=1",
+        "sft.save_every=5",
+        "parallel.num_ranks=2",
+        "rl.fleet=local",
+        "rollout.replicas=1",
+        "model.experts_kernel=in_place",
+    ],
 )
 def test_how_a_stage_is_run_does_not_change_what_it_is(override: str) -> None:
     assert all(mark(stage=name).fingerprint == mark(override, stage=name).fingerprint for name in STAGES)
