@@ -41,6 +41,8 @@ from megatron_ext.parallel.groups import ParallelContext
 __all__ = ["latest_step", "load_checkpoint", "model_differences", "read_state", "save_checkpoint"]
 
 _ADAPTERS = "decoder.taps."
+_DEFAULTS = ModelConfig().model_dump(mode="json")
+"""What a checkpoint that is older than a field of the model's configuration was trained with."""
 
 
 def save_checkpoint(
@@ -77,9 +79,9 @@ def load_checkpoint(
     checkpoint = files.find_checkpoint(path)
     _verify(checkpoint, context)
     record = read_state(checkpoint)
-    wanted = model_config.model_dump(mode="json")
-    fresh = optimizer is None and wanted["clvr"]["enabled"] and not record["model"]["clvr"]["enabled"]
-    _compare({**record["model"], "clvr": wanted["clvr"]} if fresh else record["model"], wanted, checkpoint)
+    wanted, saved = model_config.model_dump(mode="json"), {**_DEFAULTS, **record["model"]}
+    fresh = optimizer is None and wanted["clvr"]["enabled"] and not saved["clvr"]["enabled"]
+    _compare({**saved, "clvr": wanted["clvr"]} if fresh else saved, wanted, checkpoint)
     if optimizer is not None and record["updates"] is None:
         raise CheckpointError(str(checkpoint), "holds no optimizer state", "load its weights only, as the start of a new stage")
     sharded = _wanted(model, optimizer, context)
@@ -128,7 +130,10 @@ def _compare(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) ->
         raise CheckpointError(str(checkpoint), "is of another model: " + "; ".join(differing[:3]) + more, "use the configuration it was trained with")
 
 
-_NOT_THE_WEIGHTS = {"model.preset", "model.dtype", "model.init_std", "model.vision.layer_scale_init", "model.moe_aux_loss_coeff", "model.max_positions"}
+_NOT_THE_WEIGHTS = {
+    *(f"model.{name}" for name in ("preset", "dtype", "init_std", "max_positions", "experts_kernel", "vision.layer_scale_init")),
+    *(f"model.moe_{name}" for name in ("balancing", "aux_loss_coeff", "z_loss_coeff", "expert_bias_rate", "capacity_factor", "drop_policy", "pad_to_capacity")),
+}
 """Settings that say how weights are made or trained, not what they mean."""
 
 

@@ -1,9 +1,10 @@
 """A model's weights as layout-independent full tensors, there and back: what is published to rollouts, compared between layouts, exported.
 
     every rank's parts --gather over tensor-parallel, then expert-parallel ranks, then from stage to stage--> name, full tensor   (`full_tensors`)
-    full tensors --every rank takes its part--> parameters                                                                        (`load_full_tensors`)
+    full tensors --every rank takes its part--> parameters, buffers                                                               (`load_full_tensors`)
 
-Names are those of the model on one rank: experts carry their global index, a gated `linear_fc1` is [gate; up].
+Buffers that a checkpoint keeps (a router's expert bias) are weights like any other here. Names are those of the model on one rank: experts carry their global
+index, a gated `linear_fc1` is [gate; up].
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ _SPLIT_MODULES = (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbeddin
 
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 """One model, or the chunks of it that a pipeline rank holds."""
-Pick = Callable[[torch.nn.Parameter], torch.Tensor]
+Pick = Callable[[torch.Tensor], torch.Tensor]
 
 
 def full_tensors(model: Model, context: ParallelContext, of: Pick = torch.Tensor.detach) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and full tensor of every parameter, one at a time, the same on all ranks. Collective: every rank must run through it to the end.
+    """Name and full tensor of every parameter and persistent buffer, one at a time, the same on all ranks. Collective: every rank must run to the end.
 
     `of` says what is gathered, by default the weight itself; another tensor of the parameter's shape, such as its gradient, has the same layout.
     A tensor that every rank holds whole is not copied: it changes when the weights do. Raises RuntimeError for a parameter that is split but not marked.
@@ -64,8 +65,8 @@ def load_full_tensors(model: Model, tensors: Mapping[str, torch.Tensor], context
     chunks = as_chunks(model)
     _require_marks(chunks)
     _check(_shapes(chunks, context), tensors)
-    for _, parameter, shard in _parameters(chunks, context):
-        parameter.copy_(shard.take(tensors[shard.name]))
+    for _, weight, shard in _weights(chunks, context):
+        weight.copy_(shard.take(tensors[shard.name]))
 
 
 def as_chunks(model: Model) -> list[torch.nn.Module]:
@@ -76,16 +77,18 @@ def as_chunks(model: Model) -> list[torch.nn.Module]:
     return [model] if isinstance(model, torch.nn.Module) else list(model)
 
 
-def _parameters(chunks: list[torch.nn.Module], context: ParallelContext) -> Iterator[tuple[str, torch.nn.Parameter, Shard]]:
+def _weights(chunks: list[torch.nn.Module], context: ParallelContext) -> Iterator[tuple[str, torch.Tensor, Shard]]:
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            yield name, parameter, shard_of(name, parameter, _experts_per_rank(chunk, context), context)
+        kept = chunk.state_dict().keys()
+        buffers = ((name, buffer) for name, buffer in chunk.named_buffers() if name in kept)
+        for name, weight in (*chunk.named_parameters(), *buffers):
+            yield name, weight, shard_of(name, weight, _experts_per_rank(chunk, context), context)
 
 
 def _own_tensors(chunks: list[torch.nn.Module], context: ParallelContext, of: Pick) -> Iterator[tuple[str, torch.Tensor]]:
-    """Full tensors of the parameters that this pipeline rank holds."""
-    for name, parameter, shard in _parameters(chunks, context):
-        full = _gather_parts(of(parameter), shard, context)
+    """Full tensors of the weights that this pipeline rank holds."""
+    for name, weight, shard in _weights(chunks, context):
+        full = _gather_parts(of(weight), shard, context)
         if not shard.is_expert:
             yield shard.name, full
             continue
@@ -95,14 +98,14 @@ def _own_tensors(chunks: list[torch.nn.Module], context: ParallelContext, of: Pi
 
 def _announced(chunks: list[torch.nn.Module], context: ParallelContext, of: Pick) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """What `_own_tensors` will yield, without gathering it."""
-    for name, parameter, shard in _parameters(chunks, context):
+    for name, weight, shard in _weights(chunks, context):
         names = names_over_ranks(name, _experts_per_rank(chunks[0], context), context) if shard.is_expert else [shard.name]
         for full_name in names:
-            yield full_name, shard.full_shape(parameter.shape), of(parameter).dtype
+            yield full_name, shard.full_shape(weight.shape), of(weight).dtype
 
 
 def _shapes(chunks: list[torch.nn.Module], context: ParallelContext) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the whole model's parameters."""
+    """Full shapes of the whole model's weights."""
     own = {name: shape for name, shape, _ in _announced(chunks, context, torch.Tensor.detach)}
     if context.layout.pp == 1:
         return own
@@ -141,12 +144,12 @@ def _all_gather(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tens
 def _check(shapes: dict[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]) -> None:
     for name, shape in shapes.items():
         if name not in tensors:
-            raise CheckpointError(name, "is a parameter of the model and not among the tensors given", "they are of another model")
+            raise CheckpointError(name, "is a weight of the model and not among the tensors given", "they are of another model")
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(name, f"has shape {tuple(tensors[name].shape)}, this model wants {shape}", "they are of another model")
     for name in tensors:
         if name not in shapes:
-            raise CheckpointError(name, "is not a parameter of this model", "they are of another model")
+            raise CheckpointError(name, "is not a weight of this model", "they are of another model")
 
 
 def _require_marks(chunks: list[torch.nn.Module]) -> None:

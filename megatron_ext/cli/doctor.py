@@ -1,4 +1,5 @@
-"""`doctor`: what is installed, what is missing, and the packages that look right and are not. Suspects are judged by their metadata, never imported."""
+"""`doctor`: what is installed, what is missing, the packages that look right and are not, and which kernels will run. Suspects are judged by their metadata,
+never imported."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_python(), *_required(), apex(), transformer_engine(), *_devices()]
+    accelerators = [apex(), transformer_engine()]
+    findings = [_python(), *_required(), *accelerators, *_devices(), *kernel_families(*(finding.verdict == "ok" for finding in accelerators))]
     width = max(len(finding.name) for finding in findings)
     print(f"megatron-ext {__version__}")
     for finding in findings:
@@ -52,12 +54,27 @@ def transformer_engine() -> Finding:
     """The bare `transformer-engine` package is empty; importing it raises, and with it the import of Megatron's layer specifications."""
     found = _find("transformer-engine")
     if found is None:
-        return Finding("note", "transformer-engine", "not installed; optional, not used by this release")
+        return Finding("note", "transformer-engine", "not installed; optional, Megatron would take its Adam and the product of the router")
     if not any(_find(f"transformer-engine-{core}") for core in ("cu12", "cu13")):
         return Finding(
             "wrong", "transformer-engine", f"{found.version} has no CUDA core and breaks the import of megatron.core: `pip uninstall transformer-engine`"
         )
     return Finding("ok", "transformer-engine", f"{found.version}")
+
+
+def kernel_families(has_apex: bool, has_transformer_engine: bool) -> list[Finding]:
+    """Which implementation of every kernel will run here, why, and what is lost."""
+    if _find("torch") is None:
+        return []
+    import torch
+
+    from megatron_ext.device.kernels import report
+
+    choices = report(torch.cuda.is_available(), has_transformer_engine, has_apex)
+    return [
+        Finding("note" if choice.lost else "ok", name, f"{choice.kernel} ({choice.reason})" + (f"; lost: {choice.lost}" if choice.lost else ""))
+        for name, choice in choices.items()
+    ]
 
 
 def _python() -> Finding:

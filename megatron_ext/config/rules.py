@@ -18,7 +18,7 @@ _MOST_DIVISORS = 12
 
 def check_rules(config: RunConfig) -> list[UserError]:
     """Every rule between fields that `config` breaks."""
-    rules: tuple[Callable[[RunConfig], Problems], ...] = (_run, _vision, _decoder, _clvr, _data, _stages, _rollout, _discover, _earl, _rl, _evaluate)
+    rules: tuple[Callable[[RunConfig], Problems], ...] = (_run, _vision, _decoder, _moe, _clvr, _data, _stages, _rollout, _discover, _earl, _rl, _evaluate)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -66,6 +66,41 @@ def _decoder(config: RunConfig) -> Problems:
             "data.vocab_size",
             f"a tokenizer of {config.data.vocab_size} tokens does not fit model.vocab_size = {model.vocab_size}",
             f"set model.vocab_size={_round_up(config.data.vocab_size, 8)} or ask for fewer tokens",
+        )
+
+
+def _moe(config: RunConfig) -> Problems:
+    model = config.model
+    if model.moe_expert_bias and model.moe_score_function != "sigmoid":
+        yield UserError(
+            "model.moe_expert_bias",
+            f"true with model.moe_score_function = {model.moe_score_function}, whose score of an expert depends on all the others: a step of the bias has no "
+            "size of its own",
+            "set model.moe_score_function=sigmoid, or balance with model.moe_balancing",
+        )
+    if model.moe_score_function == "sigmoid" and model.experts_per_token > 1 and not model.norm_topk_prob:
+        yield UserError(
+            "model.norm_topk_prob",
+            f"false with model.moe_score_function = sigmoid, which divides the gates of model.experts_per_token = {model.experts_per_token} by their sum",
+            "set it to true, or use softmax",
+        )
+    if not model.moe_pad_to_capacity:
+        return
+    never = model.num_experts / model.experts_per_token
+    if model.moe_capacity_factor is None:
+        yield UserError("model.moe_pad_to_capacity", "true without a capacity to pad to", "set model.moe_capacity_factor, for example to 1.25")
+    elif model.moe_capacity_factor > never:
+        yield UserError(
+            "model.moe_capacity_factor",
+            f"{model.moe_capacity_factor:g} with model.moe_pad_to_capacity pads beyond the tokens there are (num_experts / experts_per_token = {never:g})",
+            f"use at most {never:g}, or no padding",
+        )
+    ep, dp = config.parallel.ep, data_parallel(config.parallel)
+    if ep > 1 and dp > 1:
+        yield UserError(
+            "model.moe_pad_to_capacity",
+            f"true with parallel.ep = {ep}: the {dp} data-parallel ranks bring micro-batches of different lengths, and padded experts exchange equal ones",
+            "set it to false, or use ep = 1",
         )
 
 

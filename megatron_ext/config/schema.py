@@ -87,8 +87,28 @@ class ModelConfig(Section):
     tie_embeddings: bool = False
     init_std: float = Field(0.02, gt=0)
     max_positions: int = Field(512, gt=0)
+    moe_balancing: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    """What the load-balancing loss spreads evenly over the experts: the tokens of a micro-batch (`aux_loss`), or those of every sample by itself, padded or
+    packed (`seq_aux_loss`). All of these settings are for the supervised stages: RL neither balances nor drops, and leaves the expert bias as it found it."""
     moe_aux_loss_coeff: float = Field(0.01, ge=0)
-    """Weight of the load-balancing loss per MoE layer (Megatron's convention)."""
+    """Weight of the load-balancing loss per MoE layer (Megatron's convention). Without effect where `moe_balancing` is none."""
+    moe_z_loss_coeff: float = Field(0.0, ge=0)
+    """Weight of the mean square of the router's log-partition, which keeps its logits small (ST-MoE uses 0.001)."""
+    moe_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """How the router's logits become scores. `sigmoid` (DeepSeek-V3) scores every expert by itself; the chosen ones are divided by their sum."""
+    moe_expert_bias: bool = False
+    """Balancing without a loss: a bias per expert, added to the scores where experts are chosen but not to the gates, follows the load (arXiv 2408.15664)."""
+    moe_expert_bias_rate: float = Field(0.001, ge=0)
+    """How far the bias of an expert with more (fewer) tokens than the mean goes down (up) in a step; 0 holds it."""
+    moe_capacity_factor: float | None = Field(None, gt=0)
+    """In training an expert takes at most this many times its even share of the positions that a rank sees in a micro-batch, and drops the rest. A rank sees a
+    slice under tensor or context parallelism, so what is dropped there depends on the layout. Unset: nothing is dropped."""
+    moe_drop_policy: Literal["probs", "position"] = "probs"
+    """Which tokens a full expert keeps: those with the largest gates, or those that come first."""
+    moe_pad_to_capacity: bool = False
+    """Fill every expert to its capacity with zeros, so that shapes do not depend on the routes. Costs their computation."""
+    experts_kernel: Literal["auto", "sequential", "in_place", "grouped_mm"] = "auto"
+    """How the experts of a layer are computed; `megatron-ext doctor` says what `auto` takes here. All compute the same, but for rounding."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     vision: VisionConfig = VisionConfig()
     clvr: ClvrConfig = ClvrConfig()

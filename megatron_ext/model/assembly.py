@@ -28,6 +28,7 @@ from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.payload import Payload, pack, unpack
 from megatron_ext.model.projector import Projector
 from megatron_ext.model.rope import rope_angles
+from megatron_ext.model.router import RouterCall, called
 from megatron_ext.model.router_tap import RouterTap
 from megatron_ext.model.splice import splice, visible_from, visible_until
 from megatron_ext.model.vision import InternViT
@@ -47,7 +48,7 @@ class VisionLanguageModel(MegatronModule):
         self.vision = InternViT(model.vision) if stage.runs_vision else None
         self.projector = Projector(model.vision, model.hidden_size) if stage.first else None
         self.embedding = self._embedding(config) if stage.first else None
-        self.decoder = ClvrBlock(config, layer_spec(), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
+        self.decoder = ClvrBlock(config, layer_spec(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
         self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
         self._received: torch.Tensor | None = None
@@ -69,11 +70,10 @@ class VisionLanguageModel(MegatronModule):
         """On the last stage logits [S, B, vocab / tp] at this rank's positions, before it the payload for the next stage. The length of the rows, and of packed
         samples, divides by `Layout.length_multiple`."""
         frame = self.frame(inputs)
-        for router in self.decoder.routers():
-            router.weight_of_aux = inputs.aux_weight
         payload = self.embed(inputs, frame) if self.stage.first else self._arrived(inputs, frame)
         memory, sight = self.look(inputs, frame, payload.features_IVH)
-        hidden, waiting = self.decoder(payload.hidden_SBH, payload.waiting, Call(self.rope(frame), memory, sight, frame, self._padding(inputs, frame)))
+        with called(self.decoder.routers(), self._router_call(inputs, frame)):
+            hidden, waiting = self.decoder(payload.hidden_SBH, payload.waiting, Call(self.rope(frame), memory, sight, frame, self._padding(inputs, frame)))
         if self.stage.last:
             return self.logits(hidden)
         return pack(Payload(hidden, waiting, payload.features_IVH), self.stage)
@@ -151,13 +151,22 @@ class VisionLanguageModel(MegatronModule):
 
     def _padding(self, inputs: ModelInputs, frame: Frame) -> torch.Tensor | None:
         """Bool [B, S] of this rank's sequence slice, for the routers."""
-        if inputs.padding_BS is None:
-            return None
-        local_BS = frame.take(inputs.padding_BS)
+        return None if inputs.padding_BS is None else self._sequence_slice(frame.take(inputs.padding_BS), fill=True)
+
+    def _router_call(self, inputs: ModelInputs, frame: Frame) -> RouterCall:
+        """What the routers know of this micro-batch: they may drop tokens where it is learnt from."""
+        drops = self.training and torch.is_grad_enabled()
+        if self.model_config.moe_balancing != "seq_aux_loss":
+            return RouterCall(inputs.aux_weight, drops=drops)
+        samples_BS = self._sequence_slice(frame.take(inputs.samples_BS()), fill=0)
+        return RouterCall(inputs.aux_weight, samples_BS.transpose(0, 1).flatten(), inputs.num_samples, drops)
+
+    def _sequence_slice(self, local_BS: torch.Tensor, fill: float) -> torch.Tensor:
+        """What sequence parallelism leaves of this rank's positions."""
         if not self.config.sequence_parallel:
             return local_BS
         ranks = self.tp_group.size()
-        return F.pad(local_BS, (0, -local_BS.shape[1] % ranks), value=True).chunk(ranks, dim=1)[self.tp_group.rank()]
+        return F.pad(local_BS, (0, -local_BS.shape[1] % ranks), value=fill).chunk(ranks, dim=1)[self.tp_group.rank()]
 
     def _embedding(self, config: object) -> LanguageModelEmbedding:
         model = self.model_config

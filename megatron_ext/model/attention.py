@@ -9,6 +9,7 @@ Rows are right-padded, so the causal mask alone keeps padding out of every real 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch.nn.attention.bias import causal_lower_right
 
+from megatron_ext.device import kernels
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.recompute import recomputed
 from megatron_ext.model.rope import rotate
@@ -94,6 +96,17 @@ class SdpaCore(torch.nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
 
+def over_samples(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stops: list[int]) -> torch.Tensor:
+    """Causal attention inside each of the samples of one row [1, heads, S, D] in a single call; sample n ends at `stops[n]`. On GPUs, for 16-bit numbers."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = torch.tensor([0, *stops], dtype=torch.int32, device=query.device)
+    longest = max(stop - start for start, stop in pairwise([0, *stops]))
+    query_SND, key_SND, value_SND = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    attended: Any = varlen_attn(query_SND, key_SND, value_SND, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    return attended.transpose(0, 1)[None]
+
+
 class CausalSelfAttention(SelfAttention):
     """Takes [S, B, H] (sequence-parallel slices under TP) and the rope angles; returns the same shape and a None bias, as Megatron's layers expect.
 
@@ -138,6 +151,8 @@ class CausalSelfAttention(SelfAttention):
     def _over_spans(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, frame: Frame | None) -> torch.Tensor:
         if frame is None or frame.is_plain:
             return self.core_attention(query, keys, values, None)
+        if frame.order_S is None and kernels.uses_varlen(query.is_cuda, query.dtype.itemsize == 2):
+            return over_samples(query, keys, values, [span.q_stop for span in frame.spans])
         parts = []
         for span in frame.spans:
             k_run = slice(span.k_start, span.k_stop)

@@ -29,7 +29,7 @@ from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.recompute import recomputed
-from megatron_ext.model.router import Router
+from megatron_ext.model.router import Router, pad_where_tokens_are_dropped
 from megatron_ext.parallel.stages import Stage
 
 
@@ -104,6 +104,8 @@ class ClvrBlock(MegatronModule):
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if stage.last else None
         for layer in self.layers:
             layer.self_attention.recompute = parallel.recompute == "selective"
+            if config.moe_pad_expert_input_to_capacity:
+                layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
     def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor) -> VisionMemory:
         """Keys and values of every tap here, once per tile, gathered for the rows that share them. Absent tiles (-1) repeat tile 0 and are never visible."""

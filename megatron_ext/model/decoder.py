@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -15,7 +17,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.device import kernels
 from megatron_ext.model.attention import CausalSelfAttention, SdpaCore
+from megatron_ext.model.experts import GroupedExperts
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.router import Router
 from megatron_ext.parallel.plan import Layout
@@ -36,8 +40,13 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
         moe_router_topk=model.experts_per_token,
         moe_router_pre_softmax=not model.norm_topk_prob,
         moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss",
+        moe_router_score_function=model.moe_score_function,
+        moe_router_load_balancing_type=model.moe_balancing,
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_expert_capacity_factor=model.moe_capacity_factor,
+        moe_token_drop_policy=model.moe_drop_policy,
+        moe_pad_expert_input_to_capacity=model.moe_pad_to_capacity,
         moe_token_dispatcher_type="alltoall",
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -73,9 +82,16 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(model: ModelConfig, layout: Layout) -> ModuleSpec:
     """Pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts."""
-    experts = ModuleSpec(module=SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
+    router = partial(Router, expert_bias_rate=model.moe_expert_bias_rate if model.moe_expert_bias else None)
+    matrices = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    expert_numel = 3 * model.hidden_size * model.expert_ffn_hidden_size // layout.etp
+    kernel, _ = kernels.experts(model.experts_kernel, torch.cuda.is_available(), model.dtype == "bf16", expert_numel)
+    if kernel == "sequential":
+        experts = ModuleSpec(module=SequentialMLP, submodules=matrices)
+    else:
+        experts = ModuleSpec(module=GroupedExperts, submodules=matrices, params={"grouped": kernel == "grouped_mm"})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -89,7 +105,7 @@ def layer_spec() -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts)),
+            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=router, experts=experts)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -37,6 +37,18 @@ class ModelInputs:
         if self.bounds and (rows != 1 or self.bounds[0] != 0 or self.bounds[-1] != length or list(self.bounds) != sorted(set(self.bounds))):
             raise ValueError(f"bounds {self.bounds} do not divide one row of {length} positions into samples (there are {rows} rows)")
 
+    @property
+    def num_samples(self) -> int:
+        return len(self.bounds) - 1 if self.bounds else len(self.tokens_BS)
+
+    def samples_BS(self) -> torch.Tensor:
+        """Int64: the sample that each position belongs to."""
+        rows, length = self.tokens_BS.shape
+        numbers = torch.arange(self.num_samples, device=self.tokens_BS.device)
+        if not self.bounds:
+            return numbers[:, None].expand(rows, length)
+        return numbers.repeat_interleave(torch.tensor(self.bounds, device=numbers.device).diff())[None]
+
 
 def model_inputs(tokens_BS: np.ndarray, tiles_IHWC: np.ndarray, row_tiles_BM: np.ndarray, device: torch.device, **more: Any) -> ModelInputs:
     """From the arrays of a batch: uint8 [I, h, w, 3] images become float [-1, 1]. `more` are the optional fields."""

@@ -1,8 +1,8 @@
 """Activations that are dropped in the forward pass and computed again in the backward pass (Chen et al., 2016, arXiv 1604.06174).
 
 Megatron's checkpoint runs the function once without gradients and once, in the backward pass, with them. What counts or logs (routers, metrics) looks at
-`torch.is_grad_enabled()` and so counts once. What a layer must find as it was, because other micro-batches have passed meanwhile, is kept here: the weight
-of the balancing loss, and the routes that are being replayed.
+`torch.is_grad_enabled()` and so counts once. What a layer must find as it was, because other micro-batches have passed meanwhile, is kept here: what routers
+know of the micro-batch, and the routes that are being replayed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import checkpoint
 
-from megatron_ext.model.router import Router
+from megatron_ext.model.router import Router, RouterCall
 
 
 def recomputed(run: Callable[..., Any], routers: Sequence[Router], first: torch.Tensor, *tensors: torch.Tensor) -> Any:
     """`run(first, *tensors)`. Gradients reach the given tensors, and weights that `run` uses; every other tensor with a gradient must be among them."""
-    kept = [(router, router.weight_of_aux, router.router_replay.targets) for router in routers]
+    kept = [(router, router.call, router.router_replay.targets) for router in routers]
 
     def run_or_repeat(*args: torch.Tensor) -> Any:
         if not torch.is_grad_enabled():
@@ -33,13 +33,13 @@ def recomputed(run: Callable[..., Any], routers: Sequence[Router], first: torch.
 
 
 @contextmanager
-def _as_it_was(kept: Sequence[tuple[Router, float, torch.Tensor | None]]) -> Iterator[None]:
+def _as_it_was(kept: Sequence[tuple[Router, RouterCall, torch.Tensor | None]]) -> Iterator[None]:
     """Routers in the state of the first run, and their taps deaf: what they decide was recorded then."""
-    now = [(router, router.weight_of_aux, router.router_replay.targets, router.router_replay.listening) for router, _, _ in kept]
-    for router, weight, targets in kept:
-        router.weight_of_aux, router.router_replay.targets, router.router_replay.listening = weight, targets, False
+    now = [(router, router.call, router.router_replay.targets, router.router_replay.listening) for router, _, _ in kept]
+    for router, call, targets in kept:
+        router.call, router.router_replay.targets, router.router_replay.listening = call, targets, False
     try:
         yield
     finally:
-        for router, weight, targets, listening in now:
-            router.weight_of_aux, router.router_replay.targets, router.router_replay.listening = weight, targets, listening
+        for router, call, targets, listening in now:
+            router.call, router.router_replay.targets, router.router_replay.listening = call, targets, listening

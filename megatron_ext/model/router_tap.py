@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
+
+from megatron_ext.model.router import Router
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -27,8 +28,7 @@ TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 class LayerTap:
     """Stands in one router. Knows nothing of batches: tokens come flat, in the order of its rank's slice."""
 
-    def __init__(self, gates_are_normalised: bool) -> None:
-        self._gates_are_normalised = gates_are_normalised
+    def __init__(self) -> None:
         self.listening = False
         self.targets: torch.Tensor | None = None
         self.experts: list[torch.Tensor] = []
@@ -37,7 +37,7 @@ class LayerTap:
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Megatron's hook: scores [tokens, E] -> (values, ids), both [tokens, K]."""
+        """Megatron's hook: scores [tokens, E], with the expert bias where there is one -> (values, ids), both [tokens, K]."""
         if self.targets is None:
             values, experts = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
         else:
@@ -45,8 +45,13 @@ class LayerTap:
             values = scores.gather(1, experts)
         if self.listening:
             self.experts.append(experts.detach())
-            self.gates.append(self._gates(values.detach().float()))
         return values, experts
+
+    def take_gates(self, gates_TE: torch.Tensor) -> None:
+        """The gates [tokens, E] that the router made of its latest choice: an expert bias decides who is chosen, and is no part of them."""
+        if self.listening:
+            gates_TK = gates_TE.detach().float().gather(1, self.experts[-1])
+            self.gates.append(gates_TK / gates_TK.sum(-1, keepdim=True))
 
     def _replayed(self, targets: torch.Tensor, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:
         """The ids [tokens, K] to use: the targets, and the router's own where they are -1."""
@@ -58,9 +63,6 @@ class LayerTap:
         with torch.no_grad():
             _, live = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
         return torch.where(given, targets, live)
-
-    def _gates(self, values: torch.Tensor) -> torch.Tensor:
-        return values / values.sum(-1, keepdim=True) if self._gates_are_normalised else torch.softmax(values, dim=-1)
 
 
 class Routes:
@@ -93,8 +95,8 @@ class RouterTap:
         self._tp_group = tp_group
         self._taps: list[LayerTap] = []
         for module in model.modules():
-            if isinstance(module, TopKRouter):
-                module.router_replay = LayerTap(gates_are_normalised=bool(module.config.moe_router_pre_softmax))
+            if isinstance(module, Router):
+                module.router_replay = LayerTap()
                 self._taps.append(module.router_replay)
 
     @contextmanager

@@ -117,9 +117,12 @@ class LearnerRank:
 
 
 def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[Engine, int]:
-    """The policy ready to train, and the steps it has finished. The load-balancing loss is off: it would pull against what the reward teaches the router."""
+    """The policy ready to train, and the steps it has finished. Nothing balances experts here: it would pull against what the reward teaches the router; and
+    nothing is dropped, as rollouts drop nothing. An expert bias stays what fine-tuning left: the routes of a step are replayed, so that it could only
+    answer the rollouts' load with a change of the next rollouts' routes that no gradient knows of."""
     resume = latest_step(checkpoints) is not None
-    settings = config.model.model_copy(update={"moe_aux_loss_coeff": 0.0})
+    still = {"moe_balancing": "none", "moe_z_loss_coeff": 0.0, "moe_expert_bias_rate": 0.0, "moe_capacity_factor": None, "moe_pad_to_capacity": False}
+    settings = config.model.model_copy(update=still)
     chunks = build_chunks(settings, image_token, context, vision_trains=config.rl.train_vision)
     if not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)

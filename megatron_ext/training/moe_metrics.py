@@ -1,76 +1,80 @@
-"""How evenly the router spreads its tokens: tokens per expert, counted where the router decides, reduced with the step's other metrics.
+"""How evenly the router spreads its tokens: reduced with the step's other metrics, and answered by the expert bias.
 
-With c_e tokens at expert e of a layer, counted over all positions of all data-parallel ranks, padding included (it is computed like any other token):
+With c_e tokens at expert e of a layer, counted over the positions of all data-parallel ranks, without those marked as padding, before any is dropped:
 
     max_vio      = max_e c_e / mean_e c_e - 1                     0: even; E / K - 1: one set of K experts takes all   (arXiv 2408.15664, MaxVio)
     load_entropy = -sum_e p_e ln p_e / ln E,  p_e = c_e / sum c   1: even; ln K / ln E: one set of K experts takes all
+    bias_e      += rate * sign(mean_e c_e - c_e)                  after the update                                     (arXiv 2408.15664, algorithm 1)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
-from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_ext.model.router import Router
 from megatron_ext.parallel.groups import ParallelContext
 
 
 class ExpertLoad:
-    """Counts tokens per expert [L, E] of one model while it trains, with a forward hook on every router; generation and evaluation are not counted. Layers on
-    other pipeline stages stay at 0."""
+    """The tallies of one model's routers (of those that a pipeline stage holds), kept while it trains; generation and evaluation are not counted."""
 
-    def __init__(self, routers: Sequence[TopKRouter]) -> None:
-        self._config = routers[0].config
-        self._counts: dict[int, torch.Tensor] = {}
-        for router in routers:
-            router.register_forward_hook(self._hook(router.layer_number - 1))
-
-    def _hook(self, layer: int) -> Any:
-        def count(_module: torch.nn.Module, _inputs: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-            if torch.is_grad_enabled():
-                tokens_E = outputs[1].sum(0, dtype=torch.float32)
-                self._counts[layer] = self._counts[layer] + tokens_E if layer in self._counts else tokens_E
-
-        return count
+    def __init__(self, routers: Sequence[Router]) -> None:
+        self.routers = tuple(routers)
 
     def reset(self) -> None:
-        """Forgets what was counted, and Megatron's table of auxiliary losses: one per process, to which evaluation or another model may have added."""
-        self._counts = {}
-        clear_aux_losses_tracker()
+        for router in self.routers:
+            router.tally.clear()
 
-    def counts(self) -> torch.Tensor:
-        """This rank's counts float32 [L, E] since the last reset."""
-        nothing = torch.zeros_like(next(iter(self._counts.values())))
-        return torch.stack([self._counts.get(layer, nothing) for layer in range(self._config.num_layers)])
+    def reduced(self, num_microbatches: int, context: ParallelContext) -> tuple[dict[str, float], np.ndarray]:
+        """Metrics since the last reset, and tokens per expert [L, E]; all over all ranks and layers. Collective.
+
+        `moe/aux_loss` or `moe/seq_aux_loss`, `moe/z_loss` (mean over layers, without coefficients; the first two are 1 where the load is even), `moe/max_vio`,
+        `moe/load_entropy`, `moe/dropped_frac` (of the assignments of tokens to experts), `moe/expert_bias_max` (the largest absolute bias of this step).
+        What is switched off is absent. Routers see sequence slices under tensor and context parallelism, and layers live on stages: all is summed.
+        """
+        config = self.routers[0].config
+        names = sorted(self.routers[0].tally.keys() - {"chosen"})
+        biased = self.routers[0].expert_bias is not None
+        replicas = context.layout.tp * context.layout.cp * context.layout.dp
+        table = torch.zeros(config.num_layers, config.num_moe_experts + len(names) + biased, dtype=torch.float64, device=context.device)
+        for router in self.routers:
+            tally = router.tally
+            bias = [] if router.expert_bias is None else [router.expert_bias.abs().max()[None] / replicas]
+            table[router.layer_number - 1] = torch.cat([tally["chosen"], *(tally[name][None] for name in names), *bias])
+        for group in (context.pgs.tp, context.pgs.dp_cp, context.pgs.pp):
+            if group.size() > 1:
+                torch.distributed.all_reduce(table, group=group)
+        counts_LE, more = np.split(table.cpu().numpy(), [config.num_moe_experts], axis=1)
+        metrics = load_metrics(counts_LE)
+        for column, name in enumerate(names):
+            if name == "kept":
+                metrics["moe/dropped_frac"] = float(1.0 - more[:, column].sum() / counts_LE.sum())
+            else:
+                per_sample = name == "aux_loss" and config.moe_router_load_balancing_type == "seq_aux_loss"
+                metrics["moe/seq_aux_loss" if per_sample else f"moe/{name}"] = float(more[:, column].mean() / (num_microbatches * context.layout.dp))
+        if biased:
+            metrics["moe/expert_bias_max"] = float(more[:, -1].max())
+        return metrics, counts_LE
+
+    def balance(self, counts_LE: np.ndarray) -> None:
+        """Moves the expert biases by a step, in the same way on every rank."""
+        for router in self.routers:
+            if router.expert_bias is not None and router.expert_bias_rate:
+                counts_E = torch.from_numpy(counts_LE[router.layer_number - 1]).to(router.expert_bias.device)
+                router.expert_bias.add_(moved(counts_E).to(router.expert_bias), alpha=router.expert_bias_rate)
 
 
-_AUX_LOSSES = {"load_balancing_loss": "moe/aux_loss", "seq_load_balancing_loss": "moe/seq_aux_loss"}
+def moved(counts_E: torch.Tensor) -> torch.Tensor:
+    """Where each expert's bias goes: down where it has more tokens than the mean, up where it has fewer.
 
-
-def router_metrics(load: ExpertLoad, num_microbatches: int, context: ParallelContext) -> dict[str, float]:
-    """`moe/aux_loss`, `moe/seq_aux_loss` (mean over layers, without the coefficient: 1 is even; absent when off), `moe/z_loss`, `moe/max_vio`,
-    `moe/load_entropy`.
-    Collective. Routers see sequence slices under tensor and context parallelism, so theirs are summed first, and layers are brought together over stages.
+    >>> moved(torch.tensor([5.0, 3.0, 1.0, 3.0]))
+    tensor([-1.,  0.,  1.,  0.])
     """
-    counts_LE = load.counts()
-    tracker = get_moe_layer_wise_logging_tracker()
-    names = {ours: tracker[theirs]["values"] for theirs, ours in {**_AUX_LOSSES, "z_loss": "moe/z_loss"}.items() if theirs in tracker}
-    losses_L = [names[name].to(counts_LE) for name in names]
-    flat = torch.cat([*losses_L, counts_LE.flatten()]).double()
-    for group in (context.pgs.tp, context.pgs.dp_cp, context.pgs.pp):
-        if group.size() > 1:
-            torch.distributed.all_reduce(flat, group=group)
-    values = flat.cpu().numpy()
-    layers = counts_LE.shape[0]
-    metrics = load_metrics(values[layers * len(names) :].reshape(counts_LE.shape))
-    for place, name in enumerate(names):
-        metrics[name] = float(values[layers * place : layers * (place + 1)].mean() / (num_microbatches * context.layout.dp))
-    return metrics
+    return torch.sign(counts_E.mean() - counts_E)
 
 
 def load_metrics(counts_LE: np.ndarray) -> dict[str, float]:

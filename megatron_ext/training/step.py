@@ -3,7 +3,7 @@
     for each microbatch:  objective.forward on every pipeline stage; objective.loss on the last: (loss sum, tokens, metrics); backward     (Megatron's
     schedules)
     sum gradients over ranks, divide by the tokens of all microbatches and ranks                                                        (finalize_model_grads)
-    reduce metrics; refuse what is not finite; norm, clip, schedule, Adam                                                 (nothing is updated before the checks)
+    reduce metrics; refuse what is not finite; norm, clip, schedule, Adam, expert bias                                    (nothing is updated before the checks)
 
 The loss is a mean over all tokens of the step: eight rows in one microbatch, in four microbatches or on two ranks give the same gradients.
 """
@@ -25,7 +25,6 @@ from megatron_ext.batch.metric import Metric, merge_metrics
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.engine import Engine
-from megatron_ext.training.moe_metrics import router_metrics
 from megatron_ext.training.reduce import reduce_metrics
 
 LossParts = tuple[torch.Tensor, torch.Tensor, Mapping[str, Metric]]
@@ -53,15 +52,17 @@ def optimizer_step(engine: Engine, microbatches: Sequence[Any], objective: Objec
     engine.load.reset()
     engine.refinement.reset()
     parts = run_schedule(engine.wrapped, microbatches, objective, context)
+    load, tokens_LE = engine.load.reduced(len(microbatches), context)
     metrics = {
         **_reduce(parts, context),
-        **router_metrics(engine.load, len(microbatches), context),
+        **load,
         **engine.refinement.metrics(context),
     }
     _require_finite(engine, "loss", metrics["loss"])
     norm = engine.gradient_norm()
     _require_finite(engine, "gradient norm", norm)
     engine.update(norm)
+    engine.load.balance(tokens_LE)
     return {**metrics, "grad_norm": norm, "lr": engine.lr}
 
 

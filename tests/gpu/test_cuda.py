@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
 
 from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.device import kernels
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.attention import SdpaCore, over_samples
+from megatron_ext.model.experts import swiglu_experts
 from megatron_ext.model.heads import token_logprobs
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
@@ -35,6 +39,27 @@ def compare_devices(rank: int, world_size: int, init_method: str) -> float:
     """The largest difference of a log-probability between the GPU and the CPU of one process."""
     with open_parallel(ParallelConfig(), rank, world_size, init_method, 0) as context:
         return float((logprobs_of(context, context.device) - logprobs_of(context, torch.device("cpu"))).abs().max())
+
+
+def test_packed_samples_in_one_call_are_attended_to_like_one_by_one() -> None:
+    """Three samples of one row, four query heads on two of keys; 2^-8 is the rounding of bfloat16."""
+    torch.manual_seed(0)
+    stops = [5, 6, 17]
+    query, key, value = (torch.randn(1, heads, 17, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    if not kernels.uses_varlen(True, True):
+        pytest.skip("this GPU, or this torch, has no varlen_attn")
+    runs = [slice(start, stop) for start, stop in pairwise([0, *stops])]
+    plain = torch.cat([SdpaCore()(query[:, :, run], key[:, :, run], value[:, :, run], None) for run in runs], dim=2)
+    torch.testing.assert_close(over_samples(query, key, value, stops), plain, rtol=2**-7, atol=2**-7)
+
+
+def test_experts_through_grouped_mm_compute_what_they_do_in_place() -> None:
+    torch.manual_seed(0)
+    counts = [7, 0, 12]
+    x, fc1, fc2 = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in [(19, 64), (3, 64, 64), (3, 64, 32)])
+    gates = torch.rand(19, device="cuda")
+    found = [swiglu_experts(x, gates, counts, list(fc1), list(fc2), grouped=grouped) for grouped in (True, False)]
+    torch.testing.assert_close(found[0], found[1], rtol=2**-6, atol=2**-3)
 
 
 def test_log_probabilities_on_the_gpu_equal_those_on_the_cpu() -> None:

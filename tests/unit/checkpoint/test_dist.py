@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 import time
@@ -101,6 +102,23 @@ def test_weights_alone_start_a_new_stage(context: ParallelContext, saved: Path) 
     load(saved, trained, context)
     assert same(weights(state), weights(trained))
     assert state.step == 0
+
+
+def test_how_experts_are_computed_may_change_and_an_older_checkpoint_has_the_defaults_of_newer_fields(context: ParallelContext, copy: Path) -> None:
+    path = copy / "step_000002" / "state.json"
+    record = json.loads(path.read_text())
+    for name in [name for name in record["model"] if name.startswith("moe_") and name != "moe_aux_loss_coeff"]:
+        del record["model"][name]
+    path.write_text(json.dumps(record))
+    manifest = path.with_name("manifest.json")
+    files = json.loads(manifest.read_text())
+    files["files"]["state.json"] = describe_file(path)
+    manifest.write_text(json.dumps(files))
+    config = MODEL.model_copy(update={"experts_kernel": "sequential"})
+    assert load_checkpoint(copy, build_model(config, IMAGE, context), context=context, model_config=config)["step"] == 2
+    balanced = MODEL.model_copy(update={"moe_balancing": "seq_aux_loss"})
+    with pytest.raises(CheckpointError, match="moe_balancing: checkpoint has aux_loss, configuration has seq_aux_loss"):
+        load_checkpoint(copy, build_model(balanced, IMAGE, context), context=context, model_config=balanced)
 
 
 def test_random_states_return(context: ParallelContext, tmp_path: Path) -> None:

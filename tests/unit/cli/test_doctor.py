@@ -47,6 +47,23 @@ def test_an_empty_transformer_engine_is_called_what_it_is(install) -> None:
     assert doctor.transformer_engine().verdict == "ok"
 
 
+def test_every_family_of_kernels_has_a_line_that_says_what_runs_why_and_what_is_lost() -> None:
+    found = {finding.name: finding for finding in doctor.kernel_families(False, False)}
+    assert list(found) == ["attention", "packed attention", "experts", "cross entropy", "Adam", "norms", "weight gradients"]
+    assert found["Adam"].verdict == "note" and "neither Transformer Engine nor NVIDIA Apex is installed" in found["Adam"].text
+    assert "gradient accumulation is not fused into the weight GEMM" in found["weight gradients"].text
+    assert all(("lost: " in finding.text) == (finding.verdict == "note") for finding in found.values())
+
+
+def test_an_accelerator_that_is_there_is_named_and_a_wrong_one_is_as_good_as_none(install, capsys) -> None:
+    assert doctor.kernel_families(True, False)[4].text.startswith("NVIDIA Apex's FusedAdam")
+    assert doctor.kernel_families(True, True)[4].text.startswith("Transformer Engine's FusedAdam")
+    install("apex", "0.9.10.dev0", "Pyramid toolkit")
+    main(["doctor"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.split()[1] == "Adam"]
+    assert "torch's AdamW" in line and "apex" not in sys.modules
+
+
 def test_a_package_that_is_missing_or_too_old_is_told_with_the_command_that_mends_it(install) -> None:
     from packaging.requirements import Requirement
 

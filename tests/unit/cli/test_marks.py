@@ -50,6 +50,7 @@ def test_a_changed_value_changes_its_stage_and_no_earlier_one(override: str, fir
         "parallel.num_ranks=2",
         "rl.fleet=local",
         "rollout.replicas=1",
+        "model.experts_kernel=in_place",
     ],
 )
 def test_how_a_stage_is_run_does_not_change_what_it_is(override: str) -> None:
