@@ -84,7 +84,7 @@ _KNOWN = {
     "zero_optimization": [
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "sub_group_size"),
         *("offload_optimizer", "offload_param", "leaf_module", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
-        *("stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("stage3_max_live_parameters", "stage3_max_reuse_distance", "memory_efficient_linear"),
     ],
     "zero_optimization.offload_optimizer": ["device", "pin_memory"],
     "zero_optimization.offload_param": ["device", "pin_memory"],
@@ -176,6 +176,9 @@ def _zero(settings: Settings) -> Iterator[Problem]:
         return
     if stage == 1 and _get(settings, "zero_optimization.overlap_comm"):
         yield "zero_optimization.overlap_comm", "is true, which stage 1 cannot do under Megatron's schedule", "use stage 2, or remove it"
+    if stage == 3 and (value := _get(settings, "zero_optimization.memory_efficient_linear")) is not False:
+        what = "would replace torch.nn.functional.linear in the whole process by one that rounds otherwise"
+        yield "zero_optimization.memory_efficient_linear", f"is {_show(value)}, which {what}", "write false"
     for name, least in (("offload_optimizer", 2), ("offload_param", 3)):
         dotted = f"zero_optimization.{name}"
         device = _get(settings, f"{dotted}.device")

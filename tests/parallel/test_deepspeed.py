@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.parallel.local import run_ranks
+from megatron_ext.rl.run import run_rl
+from megatron_ext.training.stage import run_supervised
 from tests.support.engines import CLIPPED, Trial, run_trials
+from tests.support.rl_run import prepare, rl_config
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 DP2: dict[str, Any] = {}
@@ -77,11 +81,13 @@ every case holds micro-batches without an image."""
 
 @pytest.mark.parametrize("stage", CASES)
 def test_two_ranks_train_like_one_rank_of_engine_megatron(stage: int, small_shards: Path) -> None:
-    trials = [Trial(zero(f"zero{stage}", small_shards, **layout), peeks=layout is DP2, **how) for layout, how in CASES[stage]]
+    trials = [Trial(zero(f"zero{stage}", small_shards, **layout), disturbed=layout is DP2, **how) for layout, how in CASES[stage]]
     reports = run_ranks(run_trials, 2, trials, one_rank()["start"], timeout_s=110)
     for number, (layout, how) in enumerate(CASES[stage]):
         expected = one_rank(**{key: value for key, value in how.items() if key != "packed"})
         assert different(reports[0][number], expected) == [], (layout, how)
+        if layout is DP2:
+            assert all(f"step {1 + i // 2 + 1}: the {'loss' if i % 2 == 0 else 'gradient norm'} is" in m for i, m in enumerate(reports[0][number]["errors"]))
         assert [step["loss"] for step in reports[1][number]["curve"]] == [step["loss"] for step in reports[0][number]["curve"]]
 
 
@@ -125,3 +131,56 @@ def test_engines_continue_each_other_in_other_layouts(small_shards: Path, tmp_pa
         assert {metric: ours[metric] for metric in METRICS} == pytest.approx({metric: theirs[metric] for metric in METRICS}, rel=1e-5)
     for name, weight in straight["end"].items():
         assert (last[0]["end"][name] - weight).abs().max() < 1e-4, name
+
+
+def test_a_stage_of_each_kind_has_the_same_metrics_with_either_engine(small_shards: Path, tmp_path: Path) -> None:
+    """A step of reinforcement learning in two updates, published to a replica and saved, under ZeRO-3; then fine-tuning from where it ended."""
+    start = rl_config(tmp_path, replicas=1, steps=1, save_every=1, minibatches=2, optimizer=CLIPPED)
+    checkpoint = prepare(start)
+    records = []
+    for name, parallel in (("megatron", ParallelConfig(num_ranks=2)), ("zero3", zero("zero3", small_shards))):
+        stage = start.sft.model_copy(update={"steps": 2, "global_batch": 4, "micro_batch": 2, "log_every": 1})
+        config = start.model_copy(update={"parallel": parallel, "sft": stage})
+        run_rl(config, tmp_path / name / "rl", checkpoint, None)
+        run_supervised(config, "sft", tmp_path / name / "sft", tmp_path / name / "rl" / "checkpoints")
+        records.append([record for kind in ("rl", "sft") for record in read_metrics(tmp_path / name / kind)])
+    assert len(records[0]) == 3
+    for theirs, ours in zip(*records, strict=True):
+        timed = ("time", "timing_s", "perf/")
+        assert ours.keys() == theirs.keys()
+        assert {name: value for name, value in ours.items() if not name.startswith(timed)} == pytest.approx(
+            {name: value for name, value in theirs.items() if not name.startswith(timed)}, rel=1e-3, abs=1e-6
+        )
+
+
+def test_in_bf16_it_trains_like_engine_megatron_in_the_same_layout(small_shards: Path) -> None:
+    """Accumulated and summed in float32. (With tensor parallelism the sum over sequence slices is in bf16: not equal, and not promised.)"""
+    how: dict[str, Any] = {"optimizer": CLIPPED, "changes": {"dtype": "bf16"}}
+    trials = [Trial(ParallelConfig(num_ranks=2, ep=2), **how), *(Trial(zero(f"zero{stage}", small_shards, **EP2), **how) for stage in (1, 2, 3))]
+    megatron, *others = run_ranks(run_trials, 2, trials, None, timeout_s=110)[0]
+    for report in others:
+        assert [step["loss"] for step in report["curve"]] == [step["loss"] for step in megatron["curve"]]
+        assert all(torch.allclose(report["end"][name], weight, rtol=0, atol=1e-7) for name, weight in megatron["end"].items())
+
+
+@pytest.mark.journey  # DeepSpeed compiles its CPU optimizer first: minutes where it has not been used before
+@pytest.mark.timeout(1200)
+def test_an_optimizer_on_the_cpu_trains_like_one_rank_of_engine_megatron(small_shards: Path) -> None:
+    cases = [("zero2_offload", EP2, SLOW), ("zero2_offload", TP2, {}), ("zero3_offload", DP2, SLOW), ("zero3_offload", EP2, {})]
+    trials = [Trial(zero(name, small_shards, **layout), disturbed=layout is DP2, **how) for name, layout, how in cases]
+    reports = run_ranks(run_trials, 2, trials, one_rank()["start"], timeout_s=1100)[0]
+    assert [different(report, one_rank(**how)) for report, (_, _, how) in zip(reports, cases, strict=True)] == [[]] * len(cases)
+
+
+@pytest.mark.journey
+@pytest.mark.timeout(1200)
+def test_a_run_with_an_optimizer_on_the_cpu_resumes_without_it(small_shards: Path, tmp_path: Path) -> None:
+    straight = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, last=3)], one_rank()["start"], timeout_s=60)[0][0]
+    relay = [
+        Trial(zero("zero3_offload", small_shards, **DP2), CLIPPED, save=tmp_path / "0", last=1),
+        Trial(zero("zero2_offload", small_shards, **EP2), CLIPPED, load=tmp_path / "0", save=tmp_path / "1", last=2),
+        Trial(ParallelConfig(num_ranks=2, tp=2), CLIPPED, load=tmp_path / "1", last=3),
+    ]
+    reports = run_ranks(run_trials, 2, relay, one_rank()["start"], timeout_s=1100)[0]
+    curve = [step for report in reports for step in report["curve"]]
+    assert [step["loss"] for step in curve] == pytest.approx([step["loss"] for step in straight["curve"]], rel=1e-5)

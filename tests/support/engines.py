@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.checkpoint.full_tensors import full_tensors, load_full_tensors
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
+from megatron_ext.errors import UserError
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training import deepspeed_engine
+from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
-from megatron_ext.training.losses import NextToken
+from megatron_ext.training.losses import Microbatch, NextToken
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.step import optimizer_step, run_schedule
 from tests.support.layouts import MICRO, ROWS, TAPS, batch_of
 from tests.support.models import IMAGE, open_gates, small_config
-from tests.support.training import PAD, part
+from tests.support.training import PAD, part, same
 
 STEPS = 2
 WHOLE = OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant", clip_grad=0.0, weight_decay=0.1)
@@ -33,7 +36,7 @@ CLIPPED = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, schedule="linear
 @dataclass(frozen=True)
 class Trial:
     """One training. `load` and `save`: checkpoint folders; `last`: the step after which it ends.
-    `peeks`: a forward pass without gradients between the updates. `sabotage`: a part of the engine that is left out."""
+    `disturbed`: after each update there is a forward pass without gradients, and steps that fail. `sabotage`: a part of the engine that is left out."""
 
     parallel: ParallelConfig
     optimizer: OptimizerConfig = WHOLE
@@ -41,7 +44,7 @@ class Trial:
     train_vision: bool = True
     router_lr_scale: float = 1.0
     changes: dict[str, Any] = field(default_factory=dict)
-    peeks: bool = False
+    disturbed: bool = False
     sabotage: str = ""
     load: Path | None = None
     save: Path | None = None
@@ -70,9 +73,8 @@ def _run(trial: Trial, rank: int, world_size: int, init_method: str, weights: di
         for step in range(engine.step, trial.last):
             curve.append(optimizer_step(engine, _own(step, trial, context), NextToken(), context))
             engine.settle()
-            if trial.peeks:
-                run_schedule(engine.wrapped, _own(step, trial, context), NextToken(), context, forward_only=True)
-                engine.settle()
+            if trial.disturbed:
+                report.setdefault("errors", []).extend(_disturb(engine, _own(step, trial, context), context))
             if step == 0:
                 assert engine.optimizer_state.updates == 1
                 report["gradients"] = _copies(full_tensors(chunks, context, of=_gradient))
@@ -81,6 +83,35 @@ def _run(trial: Trial, rank: int, world_size: int, init_method: str, weights: di
             save_checkpoint(trial.save, engine.step, engine.chunks, engine.optimizer_state, {}, context, model, keep=1)
         report["end"] = _copies(full_tensors(chunks, context))
         return {**report, "curve": curve} if rank == 0 else {"curve": curve}
+
+
+def _disturb(engine: Engine, batches: Sequence[Microbatch], context: ParallelContext) -> Iterator[str]:
+    """The messages of steps that fail, each of which leaves weights and moments as they were. Weights are whole before and after."""
+    run_schedule(engine.wrapped, batches, NextToken(), context, forward_only=True)
+    engine.settle()
+    engine.optimizer_state  # noqa: B018  links the moments
+    before = [_copies(full_tensors(engine.chunks, context, of=of)) for of in (torch.Tensor.detach, _moment)]
+    for broken in (_NoNumber(), _Steep()):
+        with pytest.raises(UserError) as error:
+            optimizer_step(engine, batches, broken, context)
+        engine.settle()
+        after = [_copies(full_tensors(engine.chunks, context, of=of)) for of in (torch.Tensor.detach, _moment)]
+        assert all(same(old, new) for old, new in zip(before, after, strict=True))
+        yield str(error.value)
+
+
+class _NoNumber(NextToken):
+    def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+        total, count, metrics = super().loss(model, batch, output)
+        return total * float("nan"), count, metrics
+
+
+class _Steep(NextToken):
+    """sqrt at 0: a finite loss with an infinite slope."""
+
+    def loss(self, model: Any, batch: Microbatch, output: torch.Tensor) -> Any:
+        total, count, metrics = super().loss(model, batch, output)
+        return total + (total - total.detach()).sqrt(), count, metrics
 
 
 def _own(step: int, trial: Trial, context: ParallelContext) -> Any:
@@ -95,9 +126,14 @@ def _gradient(parameter: Any) -> torch.Tensor:
         return torch.zeros_like(parameter)
     if hasattr(parameter, "main_grad"):  # engine megatron, on one rank
         return parameter.main_grad
+    return _moment(parameter) / (1 - WHOLE.beta1)
+
+
+def _moment(parameter: Any) -> torch.Tensor:
+    """Adam's first moment under engine deepspeed."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    return safe_get_full_optimizer_state(parameter, "exp_avg") / (1 - WHOLE.beta1)
+    return safe_get_full_optimizer_state(parameter, "exp_avg") if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 @contextmanager
