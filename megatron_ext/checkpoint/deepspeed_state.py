@@ -97,11 +97,11 @@ def _split_parameters(zero: Any) -> list[Any]:
 def _start_adam(zero: Any) -> None:
     """Creates Adam's moments where no update has done so yet, so that a checkpoint may be saved or loaded before one, and tells ZeRO where they are."""
     optimizer = zero.optimizer
-    on_its_own = zero.zero_cpu_offload()  # DeepSpeed's Adam counts in a Python integer
+    counts_in_tensors = isinstance(optimizer.optimizer, torch.optim.AdamW)  # DeepSpeed's own Adam counts in integers
     for shard in _shards(zero):
         if not optimizer.optimizer.state.get(shard):
             moments = {name: torch.zeros_like(shard) for name in _MOMENTS}
-            optimizer.optimizer.state[shard] = {"step": 0 if on_its_own else torch.zeros((), dtype=torch.float32), **moments}
+            optimizer.optimizer.state[shard] = {"step": torch.zeros((), dtype=torch.float32) if counts_in_tensors else 0, **moments}
     if not hasattr(optimizer, "fp16_groups"):
         optimizer._hp_optimizer_states_linked = False  # upstream links all groups after the first one's update, when the others have no state yet
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -67,7 +67,8 @@ def _layouts(config: RunConfig) -> list[tuple[str, str]]:
 
 def _layout(parallel: ParallelConfig) -> str:
     layout = Layout.of(parallel)
-    return f"{layout.num_ranks} = tp {layout.tp} x dp {layout.dp}; experts: ep {layout.ep} x etp {layout.etp}"
+    engine = "" if parallel.deepspeed is None else f"; DeepSpeed by {parallel.deepspeed}"
+    return f"{layout.num_ranks} = tp {layout.tp} x dp {layout.dp}; experts: ep {layout.ep} x etp {layout.etp}{engine}"
 
 
 def _batches(config: RunConfig) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 
 STARTED, DONE = "started.json", "done.json"
-PACKAGES = ("torch", "megatron-core", "ray", "numpy", "sentencepiece")
+PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "numpy", "sentencepiece")
 _HOW_NOT_WHAT = ("parallel", "micro_batch", "fleet", "replicas", "batch_size", "save_every", "keep", "log_every", "eval_every")
 
 

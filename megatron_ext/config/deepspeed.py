@@ -190,8 +190,11 @@ def _zero(settings: Settings) -> Iterator[Problem]:
             yield dotted, f"is for stage {least}{' and 3' if least == 2 else ''}, this is stage {stage}", f"use stage {least}"
     if _get(settings, "zero_optimization.offload_param") is not None and _get(settings, "zero_optimization.offload_optimizer") is None:
         yield "zero_optimization.offload_param", "stands without offload_optimizer, which has not been tried", "offload both, or the optimizer alone"
-    if _get(settings, "zero_optimization.offload_optimizer") is not None and _get(settings, "optimizer.params.torch_adam"):
+    torch_adam = _get(settings, "optimizer.params.torch_adam")
+    if _get(settings, "zero_optimization.offload_optimizer") is not None and torch_adam:
         yield "optimizer.params.torch_adam", "is true, but an offloaded optimizer runs DeepSpeed's own Adam on the CPU", "remove it"
+    elif _get(settings, "zero_optimization.offload_optimizer") is None and torch_adam is not True:
+        yield "optimizer.params.torch_adam", f"is {_show(torch_adam)}: DeepSpeed's own Adam for GPUs has not been compared with engine megatron", "write true"
 
 
 def _get(settings: Mapping[str, Any], dotted: str) -> Any:

@@ -98,6 +98,10 @@ def _disturb(engine: Engine, batches: Sequence[Microbatch], context: ParallelCon
         after = [_copies(full_tensors(engine.chunks, context, of=of)) for of in (torch.Tensor.detach, _moment)]
         assert all(same(old, new) for old, new in zip(before, after, strict=True))
         yield str(error.value)
+    assert isinstance(engine, deepspeed_engine.DeepSpeedEngine)
+    for verb in (engine.zero.save_checkpoint, engine.zero.load_checkpoint):
+        with pytest.raises(RuntimeError, match="keep the experts of one rank only"):
+            verb("anywhere")
 
 
 class _NoNumber(NextToken):

@@ -118,6 +118,7 @@ REFUSED = [
     ({"zero_optimization.stage": 1, "zero_optimization.offload_optimizer": {"device": "cpu"}}, "zero_optimization.offload_optimizer: is for stage 2 and 3"),
     ({"zero_optimization.offload_param": {"device": "cpu"}}, "zero_optimization.offload_param: is for stage 3, this is stage 2; use stage 3"),
     ({"zero_optimization.offload_param": {"device": "cpu"}}, "zero_optimization.offload_param: stands without offload_optimizer"),
+    ({"optimizer.params.torch_adam": None}, "optimizer.params.torch_adam: is missing: DeepSpeed's own Adam for GPUs has not been compared"),
     ({"zero_optimization.offload_optimizer": {"device": "cpu"}}, "optimizer.params.torch_adam: is true, but an offloaded optimizer runs DeepSpeed's own Adam"),
 ]
 
