@@ -73,7 +73,8 @@ def _layout(parallel: ParallelConfig) -> str:
     dense = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
     interleaved = f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""
     recompute = "" if parallel.recompute == "none" else f"; recompute {parallel.recompute}"
-    return f"{layout.num_ranks} = {dense}{interleaved}; experts: ep {layout.ep} x etp {layout.etp} x edp {layout.edp}{recompute}"
+    engine = "" if parallel.deepspeed is None else f"; DeepSpeed by {parallel.deepspeed}"
+    return f"{layout.num_ranks} = {dense}{interleaved}; experts: ep {layout.ep} x etp {layout.etp} x edp {layout.edp}{recompute}{engine}"
 
 
 def _stages(config: RunConfig) -> list[tuple[str, str]]:

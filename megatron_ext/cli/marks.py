@@ -21,7 +21,7 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 
 STARTED, DONE = "started.json", "done.json"
-PACKAGES = ("torch", "megatron-core", "ray", "numpy", "sentencepiece")
+PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "numpy", "sentencepiece")
 _HOW_NOT_WHAT = {
     "parallel", "micro_batch", "packed", "fleet", "replicas", "batch_size", "experts_kernel", "save_every", "keep", "async_save", "log_every", "eval_every"
 }  # fmt: skip

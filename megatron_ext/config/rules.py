@@ -209,6 +209,8 @@ def _rollout(config: RunConfig) -> Problems:
             f"{rollout.max_new_tokens} after an image of {tokens_per_tile(model.vision)} tokens exceeds model.max_positions = {model.max_positions}",
             "generate fewer tokens or raise the model's positions",
         )
+    if rollout.parallel.engine != "megatron":
+        yield UserError("rollout.parallel.engine", f"{rollout.parallel.engine} trains, and rollouts do not", "remove it; parallel.engine is the learner's")
     if rollout.top_k > model.vocab_size:
         yield UserError("rollout.top_k", f"{rollout.top_k} is more than model.vocab_size = {model.vocab_size}", "use 0 to keep every token")
     if rollout.temperature == 0 and config.rl.steps:

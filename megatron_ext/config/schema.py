@@ -140,6 +140,10 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
     threads_per_rank: int = Field(1, gt=0)
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Who shards the training state over data-parallel ranks: `megatron` (default, every layout) or `deepspeed` (ZeRO 1-3 and offload for few GPUs; pp = 1)."""
+    deepspeed: Path | None = None
+    """DeepSpeed's JSON file (`deepspeed_configs/`); needed by engine `deepspeed`. Its "auto" values come from this configuration."""
 
 
 class DataConfig(Section):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_ext.config.deepspeed import read_deepspeed, stage_of
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class Layout:
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "parallel") -> list[UserError]:
     """Every reason why this model cannot have this layout, each with the values that would work; an empty list when it can."""
     layout = Layout.of(parallel)
-    return [*_check_grid(parallel, layout, where), *_check_tensors(model, layout, where), *_check_pipeline(model, parallel, where)]
+    return [
+        *_check_grid(parallel, layout, where),
+        *_check_tensors(model, layout, where),
+        *_check_pipeline(model, parallel, where),
+        *_check_engine(parallel, layout, where),
+    ]
 
 
 def check_rollout_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "rollout.parallel") -> list[UserError]:
@@ -94,6 +100,39 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig, where: str) ->
         problems.append(UserError(f"{where}.vpp", f"{parallel.vpp} chunks a rank interleave stages, but {where}.pp = 1", "use 1, or pp above 1"))
     if parallel.overlap_param_gather and parallel.overlap_grad_reduce is False:
         problems.append(UserError(f"{where}.overlap_param_gather", f"needs {where}.overlap_grad_reduce, which is false", "set both, or neither"))
+    return problems
+
+
+def _check_engine(parallel: ParallelConfig, layout: Layout, where: str) -> list[UserError]:
+    """What engine deepspeed can have of a layout, and whether its file is in order. See decision 0008."""
+    if parallel.engine == "megatron":
+        if parallel.deepspeed is None:
+            return []
+        return [
+            UserError(f"{where}.deepspeed", f"{str(parallel.deepspeed)!r} would be ignored by {where}.engine = megatron", "remove it, or set engine=deepspeed")
+        ]
+    needs = f"which {where}.engine = deepspeed does not have"
+    problems = []
+    if parallel.pp > 1:
+        problems.append(UserError(f"{where}.pp", f"{parallel.pp} pipeline stages, {needs}", "use 1, or engine=megatron"))
+    if parallel.overlap_param_gather or parallel.overlap_grad_reduce is not None:
+        field = "overlap_param_gather" if parallel.overlap_param_gather else "overlap_grad_reduce"
+        problems.append(UserError(f"{where}.{field}", f"is a setting of Megatron's data parallelism, {needs}", "remove it; overlap_comm is DeepSpeed's own"))
+    if parallel.ep == 1 and layout.etp != parallel.tp:
+        what = f"experts split {layout.etp} ways over a tensor-parallel group of {parallel.tp}, without expert parallelism, need groups {needs}"
+        problems.append(UserError(f"{where}.etp", what, f"use {parallel.tp}, or ep above 1"))
+    if parallel.deepspeed is None:
+        problems.append(
+            UserError(f"{where}.deepspeed", f"is missing, but {where}.engine = deepspeed needs its JSON file", "for example deepspeed_configs/zero2.json")
+        )
+        return problems
+    try:
+        stage = stage_of(read_deepspeed(parallel.deepspeed))
+    except ConfigError as error:
+        return problems + error.problems
+    if stage == 3 and parallel.ep > 1 and layout.etp > 1:
+        what = f"{layout.etp} with ep = {parallel.ep} under ZeRO-3: DeepSpeed would leave experts of other tensor-parallel ranks out of the gradient norm"
+        problems.append(UserError(f"{where}.etp", what, "use 1, or ZeRO stage 2"))
     return problems
 
 

@@ -30,8 +30,8 @@ from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, open_store, pack, send
 from megatron_ext.training.engine import Engine
+from megatron_ext.training.engines import start_engine
 from megatron_ext.training.loop import peak_memory_bytes
-from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.step import optimizer_step
 
 STORE_TIMEOUT_S = 60.0
@@ -126,7 +126,7 @@ def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: 
     chunks = build_chunks(settings, image_token, context, vision_trains=config.rl.train_vision)
     if not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
-    engine = build_engine(chunks, config.rl.optimizer, config.rl.steps * config.rl.minibatches, context, router_lr_scale=config.rl.router_lr_scale)
+    engine = start_engine(chunks, config.rl.optimizer, config.rl.steps * config.rl.minibatches, context, router_lr_scale=config.rl.router_lr_scale)
     if not resume:
         return engine, 0
     loaded = load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)

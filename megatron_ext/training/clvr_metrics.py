@@ -21,7 +21,11 @@ class RefinementSize:
     on the pipeline stage of its target."""
 
     def __init__(self, chunks: Sequence[VisionLanguageModel]) -> None:
-        self._taps = {tap: chunk.decoder.taps[tap] for chunk in chunks for tap in chunk.stage.asks}
+        self._gates: dict[int, torch.Tensor] = {}
+        for chunk in chunks:
+            for tap in chunk.stage.asks:
+                # Before the tap runs: ZeRO-3 has its weights whole while it runs, and no longer.
+                chunk.decoder.taps[tap].register_forward_pre_hook(self._gate_hook(tap))
         self._squares = [torch.zeros(2, dtype=torch.float64) for _ in chunks[0].decoder.ends]
         self._has_gates = chunks[0].model_config.clvr.gate == "tanh_gate"
         for chunk in chunks:
@@ -36,14 +40,22 @@ class RefinementSize:
 
         return measure
 
+    def _gate_hook(self, index: int) -> Any:
+        def note(tap: Any, _inputs: Any) -> None:
+            if torch.is_grad_enabled() and tap.gate is not None:
+                self._gates[index] = tap.gate.detach().clone()
+
+        return note
+
     def reset(self) -> None:
+        self._gates = {}
         self._squares = [torch.zeros_like(squares) for squares in self._squares]
 
     def metrics(self, context: ParallelContext) -> dict[str, float]:
         """Since the last reset. Collective; sequence slices are summed over the tensor-parallel group first, stages last."""
         if not self._squares:
             return {}
-        gates = [math.tanh(float(tap.gate.detach())) if (tap := self._taps.get(index)) and tap.gate is not None else 0.0 for index in range(len(self._squares))]
+        gates = [math.tanh(float(self._gates[index])) if index in self._gates else 0.0 for index in range(len(self._squares))]
         squares, gates_T = torch.stack(self._squares).to(context.device), torch.tensor(gates, dtype=torch.float64, device=context.device)
         for group in (context.pgs.tp, context.pgs.dp_cp, context.pgs.pp):
             if group.size() > 1:

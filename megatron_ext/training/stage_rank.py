@@ -18,9 +18,9 @@ from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training.engine import Engine
+from megatron_ext.training.engines import start_engine
 from megatron_ext.training.loop import Report, train
 from megatron_ext.training.losses import Microbatch
-from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.stopping import stop_on_signals
@@ -72,7 +72,7 @@ def _resumed_or_started(
     chunks = build_chunks(config.model, image_token, context, config.seed, settings.train_vision)
     if init_from is not None and not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
-    engine = build_engine(chunks, settings.optimizer, settings.steps, context)
+    engine = start_engine(chunks, settings.optimizer, settings.steps, context)
     if resume:
         load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)
     return engine

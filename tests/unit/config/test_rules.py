@@ -64,6 +64,7 @@ BROKEN = [
     (["sft.optimizer.beta2=1.0"], "sft.optimizer.beta2", "1 is not in [0, 1)"),
     (["rollout.max_new_tokens=500"], "rollout.max_new_tokens", "500 after an image of 16 tokens exceeds model.max_positions = 512"),
     (["rollout.temperature=0"], "rollout.temperature", "makes all rollouts of a prompt the same"),
+    (["rollout.parallel.engine=deepspeed"], "rollout.parallel.engine", "deepspeed trains, and rollouts do not"),
     (["rollout.top_k=257"], "rollout.top_k", "257 is more than model.vocab_size = 256"),
     (["discover.committee_top=8"], "discover.committee_top", "8 of model.num_experts = 8 makes every expert a committee member"),
     (["discover.experts_per_layer=8"], "discover.experts_per_layer", "8 is not fewer than model.num_experts = 8"),
