@@ -133,7 +133,7 @@ def _parameter_groups(model: VisionLanguageModel, config: OptimizerConfig, conte
     found: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() != 1 and not name.endswith(".bias")
+            decays = parameter.dim() > 1 and not name.endswith(".bias")
             found.setdefault((is_expert(parameter), ".router." in name, decays), []).append(parameter)
     groups = []
     for (expert, router, decays), parameters in found.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
-from megatron.core.optimizer import MegatronOptimizer, ParamGroupOverride, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer import MegatronOptimizer, ParamGroupOverride, ParamKey, ParamPredicate, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -172,6 +172,7 @@ def _adam(wrapped: list[DistributedDataParallel], config: OptimizerConfig, conte
         overlap_param_gather=context.parallel.overlap_param_gather,
     )
     overrides = get_standard_config_overrides(settings)
+    overrides[ParamKey(predicate=ParamPredicate(name="scalar", fn=lambda parameter: parameter.dim() == 0))] = ParamGroupOverride(wd_mult=0.0)  # gates
     if router_lr_scale != 1:
         slower = ParamGroupOverride(max_lr=config.lr * router_lr_scale, min_lr=config.min_lr * router_lr_scale)
         overrides[ParamKey(name="*.router.*")] = slower

@@ -91,6 +91,7 @@ def test_two_ranks_train_like_one_rank_of_engine_megatron(stage: int, small_shar
         assert [step["loss"] for step in reports[1][number]["curve"]] == [step["loss"] for step in reports[0][number]["curve"]]
 
 
+@pytest.mark.journey
 def test_four_ranks_with_tensor_and_expert_parallelism_train_like_one_rank(small_shards: Path) -> None:
     """Two data-parallel ranks of two tensor-parallel ones, every expert on two; at stage 2 also with experts that are split themselves."""
     grids = [(1, None), (2, None), (3, None), (2, 2)]
@@ -133,6 +134,7 @@ def test_engines_continue_each_other_in_other_layouts(small_shards: Path, tmp_pa
         assert (last[0]["end"][name] - weight).abs().max() < 1e-4, name
 
 
+@pytest.mark.journey
 def test_a_stage_of_each_kind_has_the_same_metrics_with_either_engine(small_shards: Path, tmp_path: Path) -> None:
     """A step of reinforcement learning in two updates, published to a replica and saved, under ZeRO-3; then fine-tuning from where it ended."""
     start = rl_config(tmp_path, replicas=1, steps=1, save_every=1, minibatches=2, optimizer=CLIPPED)
@@ -153,6 +155,7 @@ def test_a_stage_of_each_kind_has_the_same_metrics_with_either_engine(small_shar
         )
 
 
+@pytest.mark.journey
 def test_in_bf16_it_trains_like_engine_megatron_in_the_same_layout(small_shards: Path) -> None:
     """Accumulated and summed in float32. (With tensor parallelism the sum over sequence slices is in bf16: not equal, and not promised.)"""
     how: dict[str, Any] = {"optimizer": CLIPPED, "changes": {"dtype": "bf16"}}

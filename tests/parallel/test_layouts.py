@@ -58,6 +58,11 @@ CASES = {
 }
 
 
+LONG = {
+    "PP4", "PP2 DP2", "CP2 DP2", "DP2, packed", "PP2 VPP2, packed", "one rank, recompute selective", "PP2 VPP2, recompute full", "CP2, recompute selective",
+    "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT",
+}  # fmt: skip
+"""Journeys: each of their features is in another case too."""
 METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "clvr/tap0/gate", "clvr/tap2/gate")
 
 
@@ -70,7 +75,7 @@ def one_rank(case: Case) -> dict[str, Any]:
     return _one_rank(case.train_vision, tuple(sorted(case.changes.items())))
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=[pytest.mark.journey] if name in LONG else [], id=name) for name, case in CASES.items()])
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 

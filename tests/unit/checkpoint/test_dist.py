@@ -110,15 +110,12 @@ def test_how_experts_are_computed_may_change_and_an_older_checkpoint_has_the_def
     for name in [name for name in record["model"] if name.startswith("moe_") and name != "moe_aux_loss_coeff"]:
         del record["model"][name]
     path.write_text(json.dumps(record))
-    manifest = path.with_name("manifest.json")
-    files = json.loads(manifest.read_text())
-    files["files"]["state.json"] = describe_file(path)
-    manifest.write_text(json.dumps(files))
+    write_manifest(path.parent, {**read_manifest(path.parent), "state.json": describe_file(path)})
     config = MODEL.model_copy(update={"experts_kernel": "sequential"})
     assert load_checkpoint(copy, build_model(config, IMAGE, context), context=context, model_config=config)["step"] == 2
-    balanced = MODEL.model_copy(update={"moe_balancing": "seq_aux_loss"})
-    with pytest.raises(CheckpointError, match="moe_balancing: checkpoint has aux_loss, configuration has seq_aux_loss"):
-        load_checkpoint(copy, build_model(balanced, IMAGE, context), context=context, model_config=balanced)
+    scored = MODEL.model_copy(update={"moe_score_function": "sigmoid"})
+    with pytest.raises(CheckpointError, match="moe_score_function: checkpoint has softmax, configuration has sigmoid"):
+        load_checkpoint(copy, build_model(scored, IMAGE, context), context=context, model_config=scored)
 
 
 def test_random_states_return(context: ParallelContext, tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from megatron_ext.config.schema import OptimizerConfig
+from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.megatron_engine import MegatronEngine
+from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
+from tests.support.models import IMAGE, open_gates, small_config
 from tests.support.training import run_steps, same, start, weights
 
 
@@ -49,7 +51,9 @@ def test_a_run_shorter_than_its_warm_up_only_warms_up(context: ParallelContext) 
 
 def test_matrices_decay_and_vectors_do_not_from_the_first_update_on(context: ParallelContext) -> None:
     """With no gradient in it, an update is decay alone: w (1 - lr wd) = w (1 - 0.1 * 0.5)."""
-    state = start(context, optimizer=OptimizerConfig(lr=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5))
+    model = build_model(small_config(), IMAGE, context)
+    open_gates(model)  # a gate at 0 would not show that it decays
+    state = build_engine([model], OptimizerConfig(lr=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5), 10, context)
     before = weights(state)
     state.begin()
     state.update(state.gradient_norm())
