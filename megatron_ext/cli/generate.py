@@ -59,13 +59,13 @@ def _question(config: RunConfig, folder: RunFolder, image: Path, text: str) -> P
     from megatron_ext.batch import Prompt
     from megatron_ext.data.chat import IMAGE, check_placeholders, encode_prompt
     from megatron_ext.data.images import load_tiles
-    from megatron_ext.data.tokenizer import Tokenizer
+    from megatron_ext.data.tokenizer import load_tokenizer
 
     turn = (text if IMAGE in text else f"{IMAGE}\n{text}", "")
     check_placeholders([turn], 1, "--prompt")
     vision = config.model.vision
     tiles = load_tiles(image, config.data)
-    tokens_S = encode_prompt(turn[0], Tokenizer.load(folder.tokenizer), tokens_per_tile(vision), tiles=[len(tiles)])
+    tokens_S = encode_prompt(turn[0], load_tokenizer(folder.tokenizer), tokens_per_tile(vision), tiles=[len(tiles)])
     return Prompt("generate", "none", tokens_S, tiles, "")
 
 
@@ -75,11 +75,11 @@ def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Pr
 
     from megatron_ext.data.chat import question_text
     from megatron_ext.data.suite import ALL_SKILLS, draw_prompts
-    from megatron_ext.data.tokenizer import Tokenizer
+    from megatron_ext.data.tokenizer import load_tokenizer
 
     if skill not in ALL_SKILLS:
         raise UserError("--example", f"there is no skill {skill!r}", f"use {', '.join(ALL_SKILLS)}")
-    tokenizer = Tokenizer.load(folder.tokenizer)
+    tokenizer = load_tokenizer(folder.tokenizer)
     prompt = draw_prompts("test", [skill], index + 1, config.seed, config.data, tokenizer, config.model.vision)[-1]
     path = folder.root / "generate" / f"{skill}-{index}.png"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from itertools import repeat
 
 import numpy as np
 
-from megatron_ext.data.vocabulary import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
+from megatron_ext.data.pieces import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
 from megatron_ext.errors import DataError
 
 IMAGE = "<image>"

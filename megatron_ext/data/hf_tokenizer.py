@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
-from megatron_ext.data.vocabulary import HF_FILE, IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, UNKNOWN, Tokenizer
+from megatron_ext.data.pieces import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, UNKNOWN, Tokenizer
 from megatron_ext.errors import DataError
 
+HF_FILE = "tokenizer_config.json"
 _PARTS = (HF_FILE, "tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 

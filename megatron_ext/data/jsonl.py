@@ -22,8 +22,8 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, check_placeholders, encode_prompt
 from megatron_ext.data.digits import Split
 from megatron_ext.data.images import load_tiles
+from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.suite.scene import split_of_text
-from megatron_ext.data.vocabulary import Tokenizer
 from megatron_ext.errors import DataError
 
 

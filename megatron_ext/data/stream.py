@@ -19,10 +19,10 @@ from megatron_ext.data.chat import Turn, encode_turns
 from megatron_ext.data.collate import TokenBatch, collate
 from megatron_ext.data.digits import Split
 from megatron_ext.data.jsonl import read_split, shuffled
+from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import level_of
 from megatron_ext.data.suite.render import render
-from megatron_ext.data.vocabulary import Tokenizer
 from megatron_ext.errors import DataError
 
 

@@ -1,6 +1,6 @@
 """The run's tokenizer: trained once on the text the run will read, or taken from a Hugging Face checkpoint; then loaded by every stage.
 
-train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model or folder/tokenizer_config.json ...  ->  Tokenizer.load(folder)
+train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model or folder/tokenizer_config.json ...  ->  load_tokenizer(folder)
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from pathlib import Path
 
 from megatron_ext.config.schema import DataConfig
 from megatron_ext.data.chat import ROLES
+from megatron_ext.data.hf_tokenizer import HF_FILE, HfTokenizer, copy_tokenizer
 from megatron_ext.data.jsonl import read_jsonl
+from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.suite.captions import EMPTY
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
-from megatron_ext.data.vocabulary import MODEL_FILE, Tokenizer, train_vocabulary
+from megatron_ext.data.vocabulary import MODEL_FILE, SentencePieceTokenizer, train_vocabulary
 
-__all__ = ["Tokenizer", "train_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
 
 DIALOGUES_PER_KIND = 400
 """Conversations of the suite that the vocabulary is trained on, per kind: each phrase occurs dozens of times."""
@@ -31,8 +33,6 @@ def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
     Colors, shapes, directions and digits of every level are single pieces, so the vocabulary does not depend on the level.
     """
     if config.tokenizer is not None:
-        from megatron_ext.data.hf_tokenizer import copy_tokenizer
-
         return copy_tokenizer(config.tokenizer, folder)
     model = train_vocabulary(list(_texts(config, seed)), (*ROLES, *COLORS, *SHAPES, *RELATIONS, EMPTY), config.vocab_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +41,11 @@ def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
     unfinished.write_bytes(model)
     os.replace(unfinished, path)
     return path
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a run. Raises DataError when there is none, or it is damaged, or made for another template."""
+    return HfTokenizer(folder) if (folder / HF_FILE).is_file() else SentencePieceTokenizer.read(folder / MODEL_FILE)
 
 
 def _texts(config: DataConfig, seed: int) -> Iterator[str]:

@@ -9,61 +9,22 @@ from __future__ import annotations
 
 import io
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import sentencepiece
 
+from megatron_ext.data.pieces import IMAGE_CONTEXT, SPECIALS, TAGS, TURN_END, UNKNOWN, Tokenizer
 from megatron_ext.errors import DataError
 
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
-TAGS = ("ocr", "count", "spatial", "color", "compare", "ans")
-SPECIALS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "\n", *(mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")))
-PAD, UNKNOWN = "<pad>", "<unk>"
+PAD = "<pad>"
 MODEL_FILE = "tokenizer.model"
-HF_FILE = "tokenizer_config.json"
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _DIGITS = tuple("0123456789")
 _ASCII = "".join(character for character in map(chr, range(33, 127)) if character not in _DIGITS)
 _CUT = re.compile("(" + "|".join(re.escape(special) for special in SPECIALS) + ")")
-
-
-class Tokenizer(ABC):
-    """Text to ids and back, whoever made the vocabulary. `decode` answers for any ids."""
-
-    vocab_size: int
-    pad_id: int
-    eos_id: int
-    """Ends an answer."""
-    image_id: int
-    """Stands for one image token."""
-    tag_ids: dict[str, tuple[int, int]]
-    """The ids of the opening and closing mark of every tag; empty where tags are ordinary text."""
-
-    @staticmethod
-    def load(folder: Path) -> Tokenizer:
-        """The tokenizer of a folder. Raises DataError when there is none, or it is damaged, or made for another template."""
-        if (folder / HF_FILE).is_file():
-            from megatron_ext.data.hf_tokenizer import HfTokenizer
-
-            return HfTokenizer(folder)
-        return SentencePieceTokenizer.read(folder / MODEL_FILE)
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-
-    @abstractmethod
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids, special pieces written out and padding left out."""
-
-    @abstractmethod
-    def pieces(self, ids: Iterable[int]) -> list[str]:
-        """What each id stands for: for reports and plots."""
 
 
 class SentencePieceTokenizer(Tokenizer):

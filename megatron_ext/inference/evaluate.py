@@ -23,7 +23,7 @@ from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.chat import question_text
 from megatron_ext.data.suite import ALL_SKILLS, chance, check, draw_prompts
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
@@ -149,7 +149,7 @@ def _row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig) -> None:
     """`folder/samples.jsonl` and a picture for each line: the first few prompts of every skill with what was answered, for people to look at."""
-    tokenizer = Tokenizer.load(config.tokenizer_dir)
+    tokenizer = load_tokenizer(config.tokenizer_dir)
     prompts = draw_prompts(
         config.evaluate.split, ALL_SKILLS, min(SAMPLES_PER_SKILL, config.evaluate.prompts_per_skill), PROMPT_SEED, config.data, tokenizer, config.model.vision
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_ext.checkpoint.dist import load_checkpoint
 from megatron_ext.config.schema import ParallelConfig, RunConfig
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
@@ -21,7 +21,7 @@ def all_replicas(config: RunConfig) -> ParallelConfig:
 def load_engine(config: RunConfig, checkpoint: Path, context: ParallelContext) -> tuple[Engine, Tokenizer]:
     """The engine of this rank with the weights of `checkpoint`. Collective. Raises CheckpointError or DataError when something is missing or of
     another model."""
-    tokenizer = Tokenizer.load(config.tokenizer_dir)
+    tokenizer = load_tokenizer(config.tokenizer_dir)
     model = build_model(config.model, tokenizer.image_id, context)
     load_checkpoint(checkpoint, model, context=context, model_config=config.model)
     return Engine(model, context, tokenizer, config.rollout), tokenizer

@@ -21,7 +21,7 @@ from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
@@ -56,7 +56,7 @@ class LearnerRank:
         self._config = config
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
-        self._tokenizer = Tokenizer.load(config.tokenizer_dir)
+        self._tokenizer = load_tokenizer(config.tokenizer_dir)
         self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
         reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
         self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)

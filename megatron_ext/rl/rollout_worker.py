@@ -16,7 +16,7 @@ import torch
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
 from megatron_ext.checkpoint.full_tensors import load_full_tensors
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
@@ -46,7 +46,7 @@ class RolloutRank:
         parallel = config.rollout.parallel
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
-        tokenizer = Tokenizer.load(config.tokenizer_dir)
+        tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)

@@ -23,7 +23,7 @@ from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.suite import ALL_SKILLS, SKILLS, check, draw_prompts
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.errors import StoppedForRequeue, UserError
@@ -52,7 +52,7 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
     if (latest_step(stage_dir / CHECKPOINTS) or -1) >= config.rl.steps:
         return read_metrics(stage_dir)[-1]
     found = _clusters(config, clusters)
-    tokenizer = Tokenizer.load(config.tokenizer_dir)
+    tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config) as host, stop_on_signals() as stop:

@@ -12,7 +12,7 @@ from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.data.stream import TrainingStream
-from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import stage_progress
@@ -33,7 +33,7 @@ def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, 
     settings: TrainConfig = getattr(config, stage)
     checkpoints = stage_dir / CHECKPOINTS
     with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
-        tokenizer = Tokenizer.load(config.tokenizer_dir)
+        tokenizer = load_tokenizer(config.tokenizer_dir)
         engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, context)
         rows = settings.global_batch // context.layout.dp

@@ -17,7 +17,7 @@ import torch
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.config.schema import ParallelConfig, RunConfig
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.model.assembly import build_chunks, build_model
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.parallel.groups import open_parallel
@@ -171,7 +171,7 @@ def test_rollouts_get_the_biases_and_rl_leaves_them_as_they_were(replay_routes: 
 
 def save_biased_policy(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoints: Path) -> None:
     with open_parallel(ParallelConfig(), rank, world_size, init_method, seed=0) as context:
-        model = build_model(config.model, Tokenizer.load(config.tokenizer_dir).image_id, context, seed=3)
+        model = build_model(config.model, load_tokenizer(config.tokenizer_dir).image_id, context, seed=3)
         for router in model.decoder.routers():
             router.expert_bias.copy_(torch.tensor([-0.5, 0.0, 0.3, 0.5]))
         save_checkpoint(checkpoints, 1, model, None, {}, context, config.model, keep=1)

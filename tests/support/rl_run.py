@@ -21,7 +21,7 @@ from megatron_ext.config.schema import (
     VisionConfig,
 )
 from megatron_ext.data.suite import SKILLS
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
 from megatron_ext.earl.files import write_clusters
 from megatron_ext.model.assembly import build_model
@@ -76,7 +76,7 @@ def prepare(config: RunConfig) -> Path:
 
 def save_random(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoints: Path) -> None:
     with open_parallel(ParallelConfig(), rank, world_size, init_method, 0) as context:
-        model = build_model(config.model, Tokenizer.load(config.run_dir / "tokenizer").image_id, context, seed=3)
+        model = build_model(config.model, load_tokenizer(config.run_dir / "tokenizer").image_id, context, seed=3)
         save_checkpoint(checkpoints, 1, model, None, {}, context, config.model, keep=1)
 
 

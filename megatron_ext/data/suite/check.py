@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
+from megatron_ext.data.pieces import TURN_END
 from megatron_ext.data.suite.levels import COLORS, RELATIONS
-from megatron_ext.data.vocabulary import TURN_END
 
 _LANGUAGES = {
     "ocr": re.compile("[0-9]( [0-9])*"),

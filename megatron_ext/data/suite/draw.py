@@ -17,6 +17,7 @@ from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import IMAGE, Conversation, Turn, encode_prompt
 from megatron_ext.data.digits import Split
+from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.suite import skills as single
 from megatron_ext.data.suite.captions import map_turn, place_turns, tally_turn
 from megatron_ext.data.suite.composite import COMPOSITES, Composite, composite_chance, offer_composite, propose_composite
@@ -24,7 +25,6 @@ from megatron_ext.data.suite.levels import level_of
 from megatron_ext.data.suite.queries import Query
 from megatron_ext.data.suite.render import item_box, render
 from megatron_ext.data.suite.scene import Scene, build_in_split
-from megatron_ext.data.vocabulary import Tokenizer
 
 Kind = Literal["caption", "qa", "composite"]
 KINDS: tuple[Kind, ...] = ("caption", "qa", "composite")

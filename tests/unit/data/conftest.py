@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from megatron_ext.config.schema import DataConfig
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(DataConfig(), folder, seed=0)
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)

@@ -16,7 +16,7 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import encode_prompt, encode_turns
 from megatron_ext.data.images import load_tiles
 from megatron_ext.data.stream import TrainingStream
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 from tests.support.hf_tokenizer import save_tokenizer
 
@@ -34,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("run")
     train_tokenizer(DataConfig(tokenizer=source), folder, seed=0)
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from megatron_ext.data.images import GREY, load_image
 from megatron_ext.data.jsonl import draw_jsonl_prompts, read_jsonl, read_split, shuffled
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.suite import check
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 
 CONFIG = DataConfig(image_size=32)
@@ -174,7 +174,7 @@ def test_a_split_without_records_is_refused(folder):
 
 def test_a_file_trains_a_tokenizer_a_stream_and_asks_prompts(corpus, tmp_path):
     train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
-    tokenizer = Tokenizer.load(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
     stream = TrainingStream(corpus, VisionConfig(), tokenizer, split="train", mix={"qa": 1.0}, seed=0)
     batch = stream.batch(0, 12)
     with_image = batch.row_tiles_BM[:, 0] >= 0

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Conversation, encode_conversation, encode_prompt, question_text
+from megatron_ext.data.pieces import SPECIALS
 from megatron_ext.data.suite import KINDS, draw_conversation
 from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
-from megatron_ext.data.vocabulary import SPECIALS
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.errors import DataError
 
 IMAGE = np.zeros((32, 32, 3), np.uint8)
@@ -57,12 +57,12 @@ def test_training_twice_gives_the_same_bytes_and_fits_the_size_asked_for(tmp_pat
     config = DataConfig(vocab_size=200)
     first, second = (train_tokenizer(config, tmp_path / name, seed=1).read_bytes() for name in "ab")
     assert first == second
-    assert Tokenizer.load(tmp_path / "a").vocab_size == 200
+    assert load_tokenizer(tmp_path / "a").vocab_size == 200
 
 
 def test_a_size_that_the_text_cannot_fill_gives_fewer_pieces(tmp_path):
     train_tokenizer(DataConfig(vocab_size=4096), tmp_path, seed=0)
-    assert 150 < Tokenizer.load(tmp_path).vocab_size < 500
+    assert 150 < load_tokenizer(tmp_path).vocab_size < 500
 
 
 def test_a_vocabulary_too_small_for_the_fixed_pieces_says_how_many_it_needs(tmp_path):
@@ -72,10 +72,10 @@ def test_a_vocabulary_too_small_for_the_fixed_pieces_says_how_many_it_needs(tmp_
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     with pytest.raises(DataError, match="there is no tokenizer here"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match="not a SentencePiece model"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def test_loss_falls_on_the_assistant_text_and_its_end_and_nowhere_else(tokenizer):

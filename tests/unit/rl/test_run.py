@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
 from megatron_ext.config.schema import DataConfig, RLConfig, RunConfig
 from megatron_ext.data.suite import SKILLS
-from megatron_ext.data.tokenizer import Tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.rl.loop import StepReport
 from megatron_ext.rl.record import rollout_metrics, write_rollouts
 from megatron_ext.rl.run import prompts_of_step, skill_counts
@@ -45,7 +45,7 @@ def test_a_kind_of_weight_zero_is_never_asked():
 
 def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
     train_tokenizer(DataConfig(), tmp_path, 0)
-    tokenizer = Tokenizer.load(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
     steps = [[prompt.key for prompt in prompts_of_step(step, config(), tokenizer)] for step in range(4)]
     assert steps[1] == [prompt.key for prompt in prompts_of_step(1, config(), tokenizer)]
     assert max(Counter(key for keys in steps for key in keys).values()) == 1

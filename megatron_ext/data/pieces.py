@@ -1,0 +1,37 @@
+"""The pieces of text that mean something to the program, and what every tokenizer does, whoever made its vocabulary."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+TAGS = ("ocr", "count", "spatial", "color", "compare", "ans")
+SPECIALS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "\n", *(mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")))
+UNKNOWN = "<unk>"
+
+
+class Tokenizer(ABC):
+    """Text to ids and back, whoever made the vocabulary. `decode` answers for any ids."""
+
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    """Ends an answer."""
+    image_id: int
+    """Stands for one image token."""
+    tag_ids: dict[str, tuple[int, int]]
+    """The ids of the opening and closing mark of every tag; empty where tags are ordinary text."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids, special pieces written out and padding left out."""
+
+    @abstractmethod
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """What each id stands for: for reports and plots."""
