@@ -109,7 +109,7 @@ def _transformers_form(keys: Keys) -> Described:
     tied = keys.get("tie_word_embeddings", default=True)
     downsample = _downsample(keys.get("downsample_ratio"))
     image_token = keys.get("image_token_id", "image_token_index")
-    vision = _transformers_vision(keys.section("vision_config"), downsample)
+    vision = _vision(keys.section("vision_config"), downsample)
     text = _text(keys.section("text_config"))
     keys.finish()
     return Described(_assemble(text, vision, tied), int(image_token), "transformers")
@@ -125,7 +125,7 @@ def _original_form(keys: Keys) -> Described:
     vision_keys, text_keys = keys.section("vision_config"), keys.section("llm_config")
     tied = keys.get("tie_word_embeddings", default=False)
     image_token = keys.get("img_context_token_id", default=151671)
-    vision = _original_vision(vision_keys, downsample, size)
+    vision = _vision(vision_keys, downsample, size)
     text = _text(text_keys)
     keys.finish()
     return Described(_assemble(text, vision, tied), int(image_token), "original")
@@ -171,47 +171,25 @@ def _text(keys: Keys) -> dict[str, Any]:
     return settings
 
 
-def _transformers_vision(keys: Keys, downsample: int) -> VisionConfig:
+def _vision(keys: Keys, downsample: int, image_size: int | None = None) -> VisionConfig:
+    """Of either form: they differ in the names of three keys. `image_size` is what the original form says at its top."""
     width = keys._values.get("intermediate_size")
-    keys.must_be("model_type", "internvl_vision")
+    keys.must_be("model_type", "internvl_vision", "intern_vit_6b")
     keys.must_be("hidden_act", "gelu")
     keys.must_be("num_channels", 3)
     keys.must_be("use_absolute_position_embeddings", True)
     norm = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}[keys.get("norm_type")]
+    stored = _square(keys, "image_size")
     vision = VisionConfig(
-        image_size=_square(keys, "image_size"),
+        image_size=image_size or stored,
         patch_size=_square(keys, "patch_size"),
         num_layers=keys.get("num_hidden_layers"),
         hidden_size=keys.get("hidden_size"),
         num_attention_heads=keys.get("num_attention_heads"),
         ffn_hidden_size=int(width or 0),
-        qk_norm=keys.get("use_qk_norm", default=False),
+        qk_norm=keys.get("use_qk_norm", "qk_normalization", default=False),
         norm=norm,
-        qkv_bias=keys.get("attention_bias"),
-        norm_eps=keys.get("layer_norm_eps"),
-        downsample=downsample,
-    )
-    keys.finish()
-    return vision
-
-
-def _original_vision(keys: Keys, downsample: int, image_size: int | None) -> VisionConfig:
-    width = keys._values.get("intermediate_size")
-    keys.must_be("model_type", "intern_vit_6b")
-    keys.must_be("hidden_act", "gelu")
-    keys.must_be("num_channels", 3)
-    norm = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}[keys.get("norm_type")]
-    stored = keys.get("image_size")
-    vision = VisionConfig(
-        image_size=image_size or stored,
-        patch_size=keys.get("patch_size"),
-        num_layers=keys.get("num_hidden_layers"),
-        hidden_size=keys.get("hidden_size"),
-        num_attention_heads=keys.get("num_attention_heads"),
-        ffn_hidden_size=int(width or 0),
-        qk_norm=keys.get("qk_normalization", default=False),
-        norm=norm,
-        qkv_bias=keys.get("qkv_bias"),
+        qkv_bias=keys.get("attention_bias", "qkv_bias"),
         norm_eps=keys.get("layer_norm_eps"),
         downsample=downsample,
     )
