@@ -23,16 +23,20 @@ from typing import Any
 _TEXT = {"num_hidden_layers": 8, "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "moe_intermediate_size": 256}
 _VISION = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024, "image_size": [112, 112], "patch_size": [14, 14]}
 _CHILD = """
-import resource, sys
+import sys, time
 from pathlib import Path
 from megatron_ext.checkpoint.hf.from_megatron import megatron_to_hf
 from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
-import time
+
+def memory(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
 what, source, destination, like, shard = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
 began = time.perf_counter()
 hf_to_megatron(source, destination) if what == "in" else megatron_to_hf(source, destination, like, max_shard_bytes=shard)
-print(time.perf_counter() - began, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(time.perf_counter() - began, memory("VmHWM") - before)
 """
 
 
