@@ -27,18 +27,15 @@ def load_image(path: Path, image_size: int, expected_size: tuple[int, int] | Non
 
     Raises DataError, naming the file, when it is missing, no image, truncated or corrupt, of another size than claimed, or too thin to be scaled.
     """
-    picture = _open(path)
-    _check_size(picture, path, expected_size)
-    return fit(picture, image_size, str(path))
+    return fit(_open(path, expected_size), image_size, str(path))
 
 
 def load_tiles(path: Path, config: DataConfig, expected_size: tuple[int, int] | None = None) -> tuple[np.ndarray, ...]:
     """The tiles of a file, as `config.image_processing` says. Raises DataError like `load_image`."""
     if config.image_processing == "fit":
         return (load_image(path, config.image_size, expected_size),)
-    picture = _open(path)
-    _check_size(picture, path, expected_size)
-    made = _tiler(config.image_size, config.max_tiles)(images=[ImageOps.exif_transpose(picture).convert("RGB")])
+    picture = ImageOps.exif_transpose(_open(path, expected_size)).convert("RGB")
+    made = _tiler(config.image_size, config.max_tiles)(images=[picture])
     return tuple(np.asarray(tile).transpose(1, 2, 0).astype(np.uint8) for tile in made["pixel_values"])
 
 
@@ -68,13 +65,8 @@ def fit(picture: Image.Image, image_size: int, where: str) -> np.ndarray:
     return np.asarray(tile)
 
 
-def _check_size(picture: Image.Image, path: Path, expected: tuple[int, int] | None) -> None:
-    if expected is not None and picture.size != expected:
-        raise DataError(str(path), f"is {_size(picture.size)}, but its line says {_size(expected)}", "mend the line or the file")
-
-
-def _open(path: Path) -> Image.Image:
-    """A fully decoded picture: `verify` finds broken files that still open, `load` finds those whose pixels end early."""
+def _open(path: Path, expected_size: tuple[int, int] | None) -> Image.Image:
+    """A fully decoded picture of the size that its line claims: `verify` finds broken files that still open, `load` finds those whose pixels end early."""
     if not path.is_file():
         raise DataError(str(path), "there is no such image", "images are relative to the folder of the JSONL file")
     try:
@@ -82,11 +74,13 @@ def _open(path: Path) -> Image.Image:
             picture.verify()
         with Image.open(path) as picture:
             picture.load()
-            return picture
     except Image.DecompressionBombError as error:
         raise DataError(str(path), f"has too many pixels ({error})", "scale it down first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises SyntaxError for a broken PNG
         raise DataError(str(path), f"is not a readable image: truncated, corrupt, or of an unknown format ({error})", "replace the file") from error
+    if expected_size is not None and picture.size != expected_size:
+        raise DataError(str(path), f"is {_size(picture.size)}, but its line says {_size(expected_size)}", "mend the line or the file")
+    return picture
 
 
 def _size(size: tuple[int, int]) -> str:

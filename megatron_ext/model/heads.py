@@ -31,8 +31,13 @@ def policy_logits(logits: torch.Tensor, temperature: float, banned_V: torch.Tens
     return (logits.float() / (temperature or 1.0)).masked_fill(banned_V, float("-inf"))
 
 
+def decided(x_BS: torch.Tensor) -> torch.Tensor:
+    """What stands at a token moves to the position that decides it; the last position decides nothing and holds 0."""
+    return F.pad(x_BS[:, 1:], (0, 1))
+
+
 def token_logprobs(logits_SBV: torch.Tensor, targets_BS: torch.Tensor, tp_group: Any) -> torch.Tensor:
-    """log softmax of the vocabulary-parallel logits at the targets, float32 [B, S]. The caller shifts: `targets[:, s]` is what position s predicts.
+    """log softmax of the vocabulary-parallel logits at the targets, float32 [B, S]. The caller shifts (`decided`): `targets[:, s]` is what position s predicts.
 
     With tensor parallelism Megatron's cross entropy works in place: float32 logits are overwritten, so read them before, not after. Without it, large
     vocabularies go in chunks of positions: no float32 copy of all logits, nor their log-softmax, is ever held.

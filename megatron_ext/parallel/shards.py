@@ -20,7 +20,6 @@ import torch
 from megatron_ext.parallel.groups import ParallelContext
 
 EMBEDDING = "embedding.word_embeddings.weight"
-_LOCAL_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,22 @@ class Shard:
 
 def expert_of(name: str) -> tuple[str, int, str] | None:
     """("...local_experts.", number, ".linear_fc1.weight") of an expert's parameter; None of any other."""
-    match = _LOCAL_EXPERT.fullmatch(name)
+    match = re.fullmatch(r"(.*\.local_experts\.)(\d+)(\..*)", name)
     return None if match is None else (match[1], int(match[2]), match[3])
 
 
 def names_over_ranks(name: str, experts_per_rank: int, context: ParallelContext) -> list[str]:
     """The full model's tensors that the parameter called `name` is on each expert-parallel rank, in rank order; just `name` unless it is an expert's."""
-    match = _LOCAL_EXPERT.fullmatch(name)
-    if match is None:
+    found = expert_of(name)
+    if found is None:
         return [name]
-    return [f"{match[1]}{int(match[2]) + rank * experts_per_rank}{match[3]}" for rank in range(context.pgs.ep.size())]
+    head, expert, tail = found
+    return [f"{head}{expert + rank * experts_per_rank}{tail}" for rank in range(context.pgs.ep.size())]
 
 
 def shard_of(name: str, parameter: Any, experts_per_rank: int, context: ParallelContext) -> Shard:
     """The shard that `parameter`, with Megatron's marks, called `name` in this rank's model, is of the full model's tensor."""
-    is_expert = _LOCAL_EXPERT.fullmatch(name) is not None
+    is_expert = expert_of(name) is not None
     if getattr(parameter, "shared_embedding", False):
         name = EMBEDDING
     if is_expert:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_ext.batch import route_digest
@@ -24,7 +23,7 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.frame import Frame
-from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
+from megatron_ext.model.heads import banned_tokens, decided, policy_logits, token_logprobs
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
@@ -76,7 +75,7 @@ class Policy:
 
     def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
         frame = model.module.frame(batch.inputs)
-        mask_BS, rollout_BS = (frame.take(_decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        mask_BS, rollout_BS = (frame.take(decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
         logits_SBV = self._policy_logits(logits_SBV)
         entropy_BS = self._entropy(logits_SBV, mask_BS)  # before the log-probs: Megatron's cross entropy overwrites the logits
         logprobs_BS = self._logprobs(logits_SBV, batch, frame)
@@ -93,7 +92,7 @@ class Policy:
             entropy_BS=entropy_BS,
             num_rows=int(batch.mask_BS.any(1).sum()) if self._context.cp_rank == 0 else 0,
         )
-        return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch, frame)}
+        return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch, frame, mask_BS)}
 
     @torch.no_grad()
     def prepared(self, batches: Sequence[PolicyBatch], with_old: bool) -> list[PolicyBatch]:
@@ -127,7 +126,7 @@ class Policy:
 
     def _logprobs(self, logits_SBV: torch.Tensor, batch: PolicyBatch, frame: Frame) -> torch.Tensor:
         """[B, S] at this rank's positions; meaningless where a row ends."""
-        return token_logprobs(logits_SBV, frame.take(_decided(batch.inputs.tokens_BS)), self._context.pgs.tp)
+        return token_logprobs(logits_SBV, frame.take(decided(batch.inputs.tokens_BS)), self._context.pgs.tp)
 
     @torch.no_grad()
     def _entropy(self, logits_SBV: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,7 @@ class Policy:
 
     def _require_agreement(self, logprobs_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
         """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
-        mask_BS, rollout_BS = (frame.take(_decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        mask_BS, rollout_BS = (frame.take(decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
         diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
         limit = self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):
@@ -153,14 +152,13 @@ class Policy:
             "keep rl.replay_routes on and both in fp32, or raise the limit if the precision explains it",
         )
 
-    def _coverage(self, batch: PolicyBatch, frame: Frame) -> dict[str, Metric]:
+    def _coverage(self, batch: PolicyBatch, frame: Frame, mask_BS: torch.Tensor) -> dict[str, Metric]:
         """The share of response tokens whose deciding position was replayed; `digest_ok` is 1, or the run has stopped."""
         if not self._config.rl.replay_routes:
             return {}
-        decided_BS = frame.take(_decided(batch.mask_BS))
         covered_BS = (frame.take(batch.experts_BSLK) >= 0).flatten(2).all(-1)
-        tokens = float(decided_BS.sum())
-        return {"route/coverage": Metric(float((covered_BS & decided_BS).sum()), tokens), "route/digest_ok": Metric(tokens, tokens)}
+        tokens = float(mask_BS.sum())
+        return {"route/coverage": Metric(float((covered_BS & mask_BS).sum()), tokens), "route/digest_ok": Metric(tokens, tokens)}
 
 
 class _Scorer:
@@ -195,8 +193,3 @@ def require_replayed(routes: Routes, experts_BSLK: torch.Tensor, shard: Shard) -
         arrived = route_digest(shard.batch.experts_BSLK[row, : shard.lengths_B[row] - 1])
         if arrived != shard.digests_B[row] or not bool(same_B[row]):
             raise RouteMismatch(f"the learner did not replay the routes that rollout {key} recorded")
-
-
-def _decided(x_BS: torch.Tensor) -> torch.Tensor:
-    """What stands at a token moves to the position that decides it; the last position decides nothing and holds 0."""
-    return F.pad(x_BS[:, 1:], (0, 1))

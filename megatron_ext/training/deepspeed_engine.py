@@ -10,7 +10,7 @@ the update divide by it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.clvr_metrics import RefinementSize
+from megatron_ext.training.engine import Scheduled
 from megatron_ext.training.megatron_engine import build_schedule, freeze
 from megatron_ext.training.moe_metrics import ExpertLoad
 from megatron_ext.training.zero import expert_group, is_expert, open_zero
@@ -39,27 +40,15 @@ class ZeroChunk:
 
 
 @dataclass(frozen=True)
-class DeepSpeedEngine:
-    """See `engine.Engine`. `scheduler.num_steps` counts the updates made so far."""
+class DeepSpeedEngine(Scheduled):
+    """See `engine.Engine`."""
 
     wrapped: list[ZeroChunk]
-    chunks: list[VisionLanguageModel]
     zero: Any
-    scheduler: Any
-    load: ExpertLoad = field(repr=False)
-    refinement: RefinementSize = field(repr=False)
 
     @property
     def optimizer_state(self) -> DeepSpeedOptimizerState:
         return DeepSpeedOptimizerState(self.zero, self.scheduler)
-
-    @property
-    def step(self) -> int:
-        return int(self.scheduler.num_steps)
-
-    @property
-    def lr(self) -> float:
-        return float(self.scheduler.get_lr({}))
 
     def begin(self) -> None:
         release_weights(self.zero)
@@ -92,16 +81,14 @@ def build_deepspeed_engine(
     (model,) = chunks
     assert context.parallel.deepspeed is not None, "the rules ask for the file"
     settings = fill_deepspeed(read_deepspeed(context.parallel.deepspeed), config, model.model_config.dtype)
-    freeze([model], frozen, context)
     routers = model.decoder.routers()
-    if router_lr_scale == 0:
-        for router in routers:
-            router.requires_grad_(False)
+    freeze([model], frozen, context, () if router_lr_scale else routers)
     _sum_over_sequence_slices(model, context)
     zero = open_zero(model, _parameter_groups(model, config, context, router_lr_scale), settings, context)
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = partial(_reduce, zero, context)
-    return DeepSpeedEngine([ZeroChunk(zero)], [model], zero, build_schedule(zero.optimizer, config, num_steps), ExpertLoad(routers), RefinementSize([model]))
+    schedule = build_schedule(zero.optimizer, config, num_steps)
+    return DeepSpeedEngine([model], schedule, ExpertLoad(routers), RefinementSize([model]), [ZeroChunk(zero)], zero)
 
 
 def _reduce(zero: Any, context: ParallelContext, _model: Any, num_tokens: torch.Tensor, **_: Any) -> None:

@@ -1,9 +1,13 @@
-"""What the training step needs of an engine: model chunks that the schedule runs, and an update of their weights. Megatron's own is `megatron_engine.py`."""
+"""What the training step needs of an engine: model chunks that the schedule runs, and an update of their weights. Megatron's own is `megatron_engine.py`;
+`Scheduled` is what both engines have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ext.checkpoint.optimizer_state import OptimizerState
 from megatron_ext.model.assembly import VisionLanguageModel
@@ -51,3 +55,21 @@ class Engine(Protocol):
 
     def settle(self) -> None:
         """Weights are whole on every rank that holds them: called before anyone but the schedule reads them."""
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """Of either engine: the chunks, Megatron's schedule, whose `num_steps` counts the updates made so far, and what is measured beside the loss."""
+
+    chunks: list[VisionLanguageModel]
+    scheduler: OptimizerParamScheduler
+    load: ExpertLoad = field(repr=False)
+    refinement: RefinementSize = field(repr=False)
+
+    @property
+    def step(self) -> int:
+        return int(self.scheduler.num_steps)
+
+    @property
+    def lr(self) -> float:
+        return float(self.scheduler.get_lr({}))

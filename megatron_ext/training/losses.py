@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ext.batch.metric import Metric
-from megatron_ext.model.heads import token_logprobs
+from megatron_ext.model.heads import decided, token_logprobs
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.shapes import check_shape
 
@@ -53,7 +52,7 @@ class NextToken:
         bare = model.module
         frame = bare.frame(batch.inputs)
         # The last position predicts nothing. Its logits stay, masked: cutting them off would copy the rest. A packed sample's first token is never a target.
-        targets_BS, mask_BS = (frame.take(F.pad(x_BS[:, 1:], (0, 1))) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
+        targets_BS, mask_BS = (frame.take(decided(x_BS)) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
         loss, num_tokens = masked_nll(token_logprobs(logits_SBV, targets_BS, bare.tp_group), mask_BS)
         counted = frame.local_S is None or bare.cp_group.rank() == 0
         return loss, num_tokens, {TOKENS_PER_ROW: Metric(batch.num_tokens if counted else 0, batch.num_samples if counted else 0)}

@@ -8,7 +8,7 @@ Supervised training and the reinforcement-learning learner both start here; `tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -23,34 +23,23 @@ from megatron_ext.device import backend
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.clvr_metrics import RefinementSize
+from megatron_ext.training.engine import Scheduled
 from megatron_ext.training.moe_metrics import ExpertLoad
 
 
 @dataclass(frozen=True)
-class MegatronEngine:
-    """See `engine.Engine`. `scheduler.num_steps` counts the updates made so far."""
+class MegatronEngine(Scheduled):
+    """See `engine.Engine`."""
 
     wrapped: list[DistributedDataParallel]
-    chunks: list[VisionLanguageModel]
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
     clip_grad: float
     gathers_late: bool
     """Updated weights are gathered while the next forward pass runs."""
-    load: ExpertLoad = field(repr=False)
-    refinement: RefinementSize = field(repr=False)
 
     @property
     def optimizer_state(self) -> MegatronOptimizerState:
         return MegatronOptimizerState(self.optimizer, self.scheduler)
-
-    @property
-    def step(self) -> int:
-        return int(self.scheduler.num_steps)
-
-    @property
-    def lr(self) -> float:
-        return float(self.scheduler.get_lr({}))
 
     def begin(self) -> None:
         for chunk in self.wrapped:
@@ -88,23 +77,23 @@ def build_engine(
     """Wraps a model, all chunks of it that this rank holds, for `num_steps` updates.
 
     Matrices decay, vectors (norms, biases, gates) do not. Routers learn `router_lr_scale` times slower, or not at all at 0. Parameters whose name starts with
-    one of `frozen` are not trained; a prefix that matches nothing raises ValueError.
+    one of `frozen` are not trained; see `freeze`.
     """
     chunks = list(chunks)
-    freeze(chunks, frozen, context)
     routers = [router for chunk in chunks for router in chunk.decoder.routers()]
-    if router_lr_scale == 0:
-        for router in routers:
-            router.requires_grad_(False)
-    gathers_late = context.parallel.overlap_param_gather
+    freeze(chunks, frozen, context, () if router_lr_scale else routers)
     wrapped = _wrap(chunks, context)
     optimizer = _adam(wrapped, config, context, router_lr_scale)
     schedule = build_schedule(optimizer, config, num_steps)
-    return MegatronEngine(wrapped, chunks, optimizer, schedule, config.clip_grad, gathers_late, ExpertLoad(routers), RefinementSize(chunks))
+    gathers_late = context.parallel.overlap_param_gather
+    return MegatronEngine(chunks, schedule, ExpertLoad(routers), RefinementSize(chunks), wrapped, optimizer, config.clip_grad, gathers_late)
 
 
-def freeze(chunks: Sequence[torch.nn.Module], prefixes: tuple[str, ...], context: ParallelContext) -> None:
-    """On whatever pipeline stage a parameter lives. Raises ValueError for a prefix that matches none on any."""
+def freeze(chunks: Sequence[torch.nn.Module], prefixes: tuple[str, ...], context: ParallelContext, modules: Sequence[torch.nn.Module] = ()) -> None:
+    """Parameters by the start of their names, and whole modules. Raises ValueError for a prefix that matches nothing; not under pipeline parallelism, where
+    another stage may hold what it names."""
+    for module in modules:
+        module.requires_grad_(False)
     for prefix in prefixes:
         matched = [parameter for chunk in chunks for name, parameter in chunk.named_parameters() if name.startswith(prefix)]
         if not matched and context.layout.pp == 1:

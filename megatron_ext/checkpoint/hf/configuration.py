@@ -25,6 +25,7 @@ _SILENT = {
     "use_backbone_lora", "use_llm_lora", "hidden_act_vision", "intermediate_size", "layer_scale_init_value", "image_seq_length", "output_dim",
 }  # fmt: skip
 """Keys that do not change what the model computes at inference, or that follow from others."""
+_NORMS: dict[str, Literal["layernorm", "rmsnorm"]] = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}
 
 
 @dataclass(frozen=True)
@@ -34,48 +35,55 @@ class Described:
     model: ModelConfig
     image_token: int
     spelling: Spelling
+    config: Mapping[str, Any]
+    """All of it, as it stands there."""
 
 
 class Keys:
     """A section of `config.json` that remembers what has been asked of it."""
 
     def __init__(self, where: str, values: Mapping[str, Any]) -> None:
-        self._where, self._values, self._left = where, values, set(values) - _SILENT
+        self.where, self.values, self._left = where, values, set(values) - _SILENT
 
     def get(self, *names: str, default: Any = ...) -> Any:
         """The value of the first of these names that is there. Raises CheckpointError when there is neither one nor a default."""
         for name in names:
             self._left.discard(name)
         for name in names:
-            if name in self._values:
-                return self._values[name]
+            if name in self.values:
+                return self.values[name]
         if default is ...:
-            raise CheckpointError(f"{self._where}.{names[0]}", "is missing", "the checkpoint's config.json is incomplete")
+            raise CheckpointError(f"{self.where}.{names[0]}", "is missing", "the checkpoint's config.json is incomplete")
         return default
 
     def must_be(self, name: str, *allowed: Any) -> None:
         """The key is absent or has one of the values that this project computes."""
         value = self.get(name, default=allowed[0])
         if value not in allowed:
-            raise CheckpointError(f"{self._where}.{name}", f"is {value!r}, which is not supported", f"supported: {', '.join(map(repr, allowed))}")
+            raise CheckpointError(f"{self.where}.{name}", f"is {value!r}, which is not supported", f"supported: {', '.join(map(repr, allowed))}")
 
     def section(self, *names: str) -> Keys:
-        return Keys(f"{self._where}.{names[0]}", self.get(*names))
+        return Keys(f"{self.where}.{names[0]}", self.get(*names))
 
     def finish(self) -> None:
         """Raises CheckpointError for a key nobody asked for: it may change the model."""
         if self._left:
-            raise CheckpointError(f"{self._where}.{min(self._left)}", "is not a key this version understands", "it may change what the model computes")
+            raise CheckpointError(f"{self.where}.{min(self._left)}", "is not a key this version understands", "it may change what the model computes")
 
 
 def read_config(folder: Path) -> Described:
-    """The model that `folder/config.json` describes. Raises CheckpointError naming the key that is missing, unknown or unsupported."""
+    """The model that the folder's files describe, pixels included. Raises CheckpointError naming the key that is missing, unknown or unsupported."""
+    return _with_normalisation(read_architecture(folder), folder)
+
+
+def read_architecture(folder: Path) -> Described:
+    """The same from `config.json` alone, which says nothing of pixels."""
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(path), f"cannot be read ({error})", "give the folder of a Hugging Face checkpoint") from error
-    return _with_normalisation(describe(values, "config.json"), folder)
+    return describe(values, str(path))
 
 
 def _with_normalisation(described: Described, folder: Path) -> Described:
@@ -112,7 +120,7 @@ def _transformers_form(keys: Keys) -> Described:
     vision = _vision(keys.section("vision_config"), downsample)
     text = _text(keys.section("text_config"))
     keys.finish()
-    return Described(_assemble(text, vision, tied), int(image_token), "transformers")
+    return Described(_assemble(text, vision, tied), int(image_token), "transformers", keys.values)
 
 
 def _original_form(keys: Keys) -> Described:
@@ -128,7 +136,7 @@ def _original_form(keys: Keys) -> Described:
     vision = _vision(vision_keys, downsample, size)
     text = _text(text_keys)
     keys.finish()
-    return Described(_assemble(text, vision, tied), int(image_token), "original")
+    return Described(_assemble(text, vision, tied), int(image_token), "original", keys.values)
 
 
 def _assemble(text: dict[str, Any], vision: VisionConfig, tied: bool) -> ModelConfig:
@@ -139,7 +147,7 @@ def _assemble(text: dict[str, Any], vision: VisionConfig, tied: bool) -> ModelCo
 def _text(keys: Keys) -> dict[str, Any]:
     kind = keys.get("model_type")
     if kind != "qwen3_moe":
-        raise CheckpointError(f"{keys._where}.model_type", f"{kind!r} is not converted yet", "Qwen3-MoE is (model_type qwen3_moe)")
+        raise CheckpointError(f"{keys.where}.model_type", f"{kind!r} is not converted yet", "Qwen3-MoE is (model_type qwen3_moe)")
     keys.must_be("attention_bias", False)
     keys.must_be("hidden_act", "silu")
     keys.must_be("sliding_window", None)
@@ -150,7 +158,7 @@ def _text(keys: Keys) -> dict[str, Any]:
     keys.get("tie_word_embeddings", default=None)  # the top level decides (InternVL ignores this one)
     rope = keys.get("rope_parameters", default=None) or {}
     if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{keys._where}.rope_parameters.rope_type", f"is {rope['rope_type']!r}, which is not supported", "supported: 'default'")
+        raise CheckpointError(f"{keys.where}.rope_parameters.rope_type", f"is {rope['rope_type']!r}, which is not supported", "supported: 'default'")
     theta = keys.get("rope_theta", default=None)
     settings = {
         "vocab_size": keys.get("vocab_size"),
@@ -173,12 +181,11 @@ def _text(keys: Keys) -> dict[str, Any]:
 
 def _vision(keys: Keys, downsample: int, image_size: int | None = None) -> VisionConfig:
     """Of either form: they differ in the names of three keys. `image_size` is what the original form says at its top."""
-    width = keys._values.get("intermediate_size")
     keys.must_be("model_type", "internvl_vision", "intern_vit_6b")
     keys.must_be("hidden_act", "gelu")
     keys.must_be("num_channels", 3)
     keys.must_be("use_absolute_position_embeddings", True)
-    norm = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}[keys.get("norm_type")]
+    keys.must_be("norm_type", *_NORMS)
     stored = _square(keys, "image_size")
     vision = VisionConfig(
         image_size=image_size or stored,
@@ -186,9 +193,9 @@ def _vision(keys: Keys, downsample: int, image_size: int | None = None) -> Visio
         num_layers=keys.get("num_hidden_layers"),
         hidden_size=keys.get("hidden_size"),
         num_attention_heads=keys.get("num_attention_heads"),
-        ffn_hidden_size=int(width or 0),
+        ffn_hidden_size=keys.get("intermediate_size"),
         qk_norm=keys.get("use_qk_norm", "qk_normalization", default=False),
-        norm=norm,
+        norm=_NORMS[keys.get("norm_type")],
         qkv_bias=keys.get("attention_bias", "qkv_bias"),
         norm_eps=keys.get("layer_norm_eps"),
         downsample=downsample,
@@ -201,7 +208,7 @@ def _square(keys: Keys, name: str) -> int:
     value = keys.get(name)
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2 or sides[0] != sides[1]:
-        raise CheckpointError(f"{keys._where}.{name}", f"is {value}, and only squares are supported", "resize the images of training instead")
+        raise CheckpointError(f"{keys.where}.{name}", f"is {value}, and only squares are supported", "resize the images of training instead")
     return int(sides[0])
 
 

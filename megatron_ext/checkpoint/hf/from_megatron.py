@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.dist import model_differences, read_state
-from megatron_ext.checkpoint.hf.configuration import Described, Spelling, describe
+from megatron_ext.checkpoint.hf.configuration import Described, Spelling, describe, read_architecture
 from megatron_ext.checkpoint.hf.names import Entry, entries, in_memory
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.source import INDEX, SINGLE
@@ -73,7 +73,7 @@ def megatron_to_hf(
     trained = ModelConfig(**record["model"])
     clvr = trained.clvr if trained.clvr.enabled and not without_clvr else None
     model = trained.model_copy(update={"clvr": ClvrConfig(enabled=False, taps=())})
-    described, config = _configuration(record, like, step)
+    described = _described(record, trained, like, step)
     differing = list(model_differences(described.model.model_dump(mode="json"), model.model_dump(mode="json")))
     if differing:
         raise CheckpointError(str(step), f"is of another model than {like or 'its config.json'}: {differing[0]}", "name the folder it was converted from")
@@ -87,10 +87,10 @@ def megatron_to_hf(
                 str(step), f"has {len(clvr.taps)} CLVR adapters, for which the original InternVL code has no place", "leave them out with --without-clvr"
             )
         tensors = {**_fused(tensors, model), **dict(_adapters(clvr, reader))}
-        config = _with_clvr(config, clvr)
     draft = destination.with_name(f"{destination.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    config = described.config if clvr is None else _with_clvr(described.config, clvr)
     _write_weights(tensors, draft, max_shard_bytes, progress)
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if clvr is not None:
@@ -153,21 +153,17 @@ class Reader:
         return entry
 
 
-def _configuration(record: dict[str, Any], like: Path | None, step: Path) -> tuple[Described, dict[str, Any]]:
+def _described(record: dict[str, Any], trained: ModelConfig, like: Path | None, step: Path) -> Described:
+    """What the result's config.json says, completed by what only the checkpoint knows: tying and the treatment of pixels."""
     if like is not None:
-        try:
-            config = json.loads((like / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(str(like / "config.json"), f"cannot be read ({error})", "give the folder of a Hugging Face checkpoint") from error
+        described = read_architecture(like)
     elif "hf" in record["state"]:
-        config = record["state"]["hf"]["config"]
+        described = describe(record["state"]["hf"]["config"])
     else:
         raise CheckpointError(str(step), "was not converted from a Hugging Face checkpoint", "name one of the same architecture with --like")
-    described = describe(config, str(like / "config.json") if like else "config.json")
-    trained = ModelConfig(**record["model"])
-    pixels = {"image_mean": trained.vision.image_mean, "image_std": trained.vision.image_std}  # not in config.json
+    pixels = {"image_mean": trained.vision.image_mean, "image_std": trained.vision.image_std}
     settled = {"tie_embeddings": trained.tie_embeddings, "vision": described.model.vision.model_copy(update=pixels)}
-    return replace(described, model=described.model.model_copy(update=settled)), config
+    return replace(described, model=described.model.model_copy(update=settled))
 
 
 def _plain(model: ModelConfig, spelling: Spelling, reader: Reader) -> Iterator[tuple[str, _Tensor]]:
@@ -210,7 +206,7 @@ def _adapters(clvr: ClvrConfig, reader: Reader) -> Iterator[tuple[str, _Tensor]]
             yield f"clvr.{tap}.{name.removeprefix(f'decoder.taps.{tap}.')}", _Tensor(num_bytes, partial(reader.copy, name))
 
 
-def _with_clvr(config: dict[str, Any], clvr: ClvrConfig) -> dict[str, Any]:
+def _with_clvr(config: Mapping[str, Any], clvr: ClvrConfig) -> dict[str, Any]:
     """`config.json` of a model whose code lies beside it."""
     name = "InternVLClvrForConditionalGeneration"
     classes = {"AutoConfig": f"{MODELING}.InternVLClvrConfig", "AutoModelForImageTextToText": f"{MODELING}.{name}"}

@@ -215,8 +215,7 @@ def _publish(destination: Path, draft: Path, table: Sequence[Entry], source: Sou
     """Metadata, state and manifest; then the rename that makes the checkpoint exist."""
     _write_metadata(draft, table, source, described, done)
     write_common({}, draft)
-    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    origin = {"hf": {"image_token": described.image_token, "spelling": described.spelling, "config": config}}
+    origin = {"hf": {"image_token": described.image_token, "spelling": described.spelling, "config": described.config}}
     files.write_synced(draft / STATE, json.dumps(weights_record(STEP, origin, described.model), indent=1))
     (draft / _UNITS).unlink()
     known = {entry["file"]: {"bytes": entry["bytes"], "sha256": entry["sha256"]} for entry in done.values()}
