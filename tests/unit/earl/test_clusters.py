@@ -1,7 +1,5 @@
 """Discovery finds what is there, finds nothing where there is nothing, and does not depend on what does not matter."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -157,9 +155,8 @@ def test_malformed_masses_are_refused():
         discover(np.full((4, 1, 4), np.nan), ["a", "b"] * 2, ["t"] * 4, QUICK, seed=0)
 
 
-def test_a_large_model_takes_seconds():
+def test_a_large_model_without_structure_has_no_clusters():
     rng = np.random.default_rng(0)
     mass = rng.dirichlet(np.ones(128), size=(600, 48)).astype(np.float32)
-    start = time.process_time()
-    discover(mass, ["a", "b", "c", "d", "e"] * 120, ["t"] * 600, DiscoverConfig(bootstraps=20), seed=0)
-    assert time.process_time() - start < 15
+    clusters = discover(mass, ["a", "b", "c", "d", "e"] * 120, ["t"] * 600, DiscoverConfig(bootstraps=20), seed=0)
+    assert [found.status for found in clusters.skills] == ["empty"] * 5
