@@ -1,4 +1,4 @@
-"""`convert --from hf --to megatron SRC DST`, and back: checkpoints of InternVL with a Qwen3-MoE language model, streamed."""
+"""`convert --from hf --to megatron SRC DST`, and back: checkpoints of InternVL with Qwen3 or Qwen3-MoE, and of these alone, streamed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _to_megatron(args: argparse.Namespace) -> None:
         described = hf_to_megatron(args.source, args.destination, progress)
     recipe = args.destination / "model.yaml"
     recipe.write_text(f"{_RECIPE}\n{yaml.safe_dump(_recipe(described.model, args.source))}", encoding="utf-8")
-    print(f"written: {args.destination}, image token {described.image_token}")
+    print(f"written: {args.destination}, {f'image token {described.image_token}' if described.model.vision.enabled else 'a language model alone'}")
     print(f"its model as a configuration: {recipe}")
     print(f"to start from it: sft.init_from={args.destination}")
 
@@ -78,16 +78,14 @@ def _recipe(model: ModelConfig, source: Path) -> dict[str, Any]:
     """What a configuration needs to be of this model."""
     settings = model.model_dump(mode="json")
     del settings["preset"]
-    return {
-        "model": settings,
-        "data": {
-            "image_size": model.vision.image_size,
-            "image_processing": "internvl",
-            "max_length": min(8192, model.max_positions),
-            **({"tokenizer": str(source.resolve())} if (source / "tokenizer_config.json").is_file() else {"vocab_size": min(256, model.vocab_size)}),
-        },
-        "discover": {"committee_top": model.experts_per_token, "experts_per_layer": min(2, model.num_experts - 1)},
-    }
+    images = {"image_size": model.vision.image_size, "image_processing": "internvl"} if model.vision.enabled else {"kind": "jsonl"}
+    has_tokenizer = (source / "tokenizer_config.json").is_file()
+    tokenizer = {"tokenizer": str(source.resolve())} if has_tokenizer else {"vocab_size": min(256, model.vocab_size)}
+    if model.num_experts:
+        experts = {"discover": {"committee_top": model.experts_per_token, "experts_per_layer": min(2, model.num_experts - 1)}}
+    else:
+        experts = {"earl": {"enabled": False}}
+    return {"model": settings, "data": {**images, **tokenizer, "max_length": min(8192, model.max_positions)}, **experts}
 
 
 def _to_hf(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_ext.config.schema import ParallelConfig, RunConfig, TrainConfig
+from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import count_parameters, patches_per_side, tokens_per_tile, vision_tokens
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.parallel.plan import Layout
@@ -49,32 +49,41 @@ def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
 def _model(config: RunConfig) -> list[tuple[str, str]]:
     model, vision = config.model, config.model.vision
     parameters = count_parameters(model)
-    parts = ("vision", "projector", "embeddings", "attention", "router", "experts", "norms", "clvr")
+    parts = ("vision", "projector", "embeddings", "attention", "router", "experts", "dense", "norms", "clvr")
     side = patches_per_side(vision)
     small = side // vision.downsample
     pixels = f"{vision.image_size} x {vision.image_size} pixels"
+    tokens = f"{side} x {side} = {vision_tokens(vision)} ViT tokens -> {small} x {small} = {tokens_per_tile(vision)} image tokens"
     taps = ", ".join(f"{source} -> {target}" for source, target in model.clvr.taps) if model.clvr.enabled else "off"
     return [
         ("parameters", f"{parameters.total:,} ({parameters.active:,} active per token)"),
-        *((f"  {part}", f"{getattr(parameters, part):,}") for part in parts),
-        ("image", f"{pixels} -> {side} x {side} = {vision_tokens(vision)} ViT tokens -> {small} x {small} = {tokens_per_tile(vision)} image tokens"),
-        ("decoder", f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_experts} experts, {model.experts_per_token} per token"),
+        *((f"  {part}", f"{getattr(parameters, part):,}") for part in parts if getattr(parameters, part)),
+        ("image", f"{pixels} -> {tokens}" if vision.enabled else "none: a language model alone"),
+        ("decoder", f"{model.num_layers} layers, hidden {model.hidden_size}, {_feed_forward(model)}"),
         ("CLVR taps", taps),
     ]
 
 
+def _feed_forward(model: ModelConfig) -> str:
+    if not model.num_experts:
+        return f"dense, {model.ffn_hidden_size} wide"
+    dense = f"; {len(model.dense_layers)} of the layers dense" if model.dense_layers else ""
+    return f"{model.num_experts} experts, {model.experts_per_token} per token{dense}"
+
+
 def _layouts(config: RunConfig) -> list[tuple[str, str]]:
-    rollouts = f"{config.rollout.replicas} replicas, each {_layout(config.rollout.parallel)}"
-    return [("learner ranks", _layout(config.parallel)), *_stages(config), ("rollout ranks", rollouts)]
+    rollouts = f"{config.rollout.replicas} replicas, each {_layout(config.rollout.parallel, config.model)}"
+    return [("learner ranks", _layout(config.parallel, config.model)), *_stages(config), ("rollout ranks", rollouts)]
 
 
-def _layout(parallel: ParallelConfig) -> str:
+def _layout(parallel: ParallelConfig, model: ModelConfig) -> str:
     layout = Layout.of(parallel)
     dense = f"tp {layout.tp} x cp {layout.cp} x dp {layout.dp} x pp {layout.pp}"
     interleaved = f", {layout.vpp} chunks a rank" if layout.vpp > 1 else ""
     recompute = "" if parallel.recompute == "none" else f"; recompute {parallel.recompute}"
     engine = "" if parallel.deepspeed is None else f"; DeepSpeed by {parallel.deepspeed}"
-    return f"{layout.num_ranks} = {dense}{interleaved}; experts: ep {layout.ep} x etp {layout.etp} x edp {layout.edp}{recompute}{engine}"
+    experts = f"; experts: ep {layout.ep} x etp {layout.etp} x edp {layout.edp}" if model.num_experts else ""
+    return f"{layout.num_ranks} = {dense}{interleaved}{experts}{recompute}{engine}"
 
 
 def _stages(config: RunConfig) -> list[tuple[str, str]]:

@@ -53,6 +53,8 @@ def _sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
 
 
 def _discover(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+    if not config.model.num_experts:
+        raise UserError("discover", "finds clusters of experts, and the model has none (model.num_experts = 0)", "leave this stage out")
     import numpy as np
 
     from megatron_ext.earl.clusters import discover
@@ -83,11 +85,11 @@ def _rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
 
 
 def _evaluate_sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
-    return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters)
+    return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters if config.model.num_experts else None)
 
 
 def _evaluate_rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
-    return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters)
+    return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters if config.model.num_experts else None)
 
 
 def evaluate(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None) -> dict[str, Any]:
@@ -113,12 +115,14 @@ STAGES = {
 
 
 def needs(stage: Stage, config: RunConfig) -> tuple[str, ...]:
-    """The stages whose results this one reads. A stage that starts from a given checkpoint does not need the stages that would have made it."""
+    """The stages whose results this one reads. A stage that starts from a given checkpoint does not need the stages that would have made it, and a model
+    without experts has no clusters."""
     if stage.name == "sft" and config.sft.init_from is not None:
         return ("tokenizer",)
-    if config.rl.init_from is not None and "sft" in stage.needs:
-        return tuple("tokenizer" if name == "sft" else name for name in stage.needs)
-    return stage.needs
+    names = stage.needs if config.model.num_experts else tuple(name for name in stage.needs if name != "discover")
+    if config.rl.init_from is not None:
+        names = tuple("tokenizer" if name == "sft" else name for name in names)
+    return names
 
 
 def sections(stage: Stage, config: RunConfig) -> tuple[str, ...]:

@@ -29,6 +29,9 @@ def _run(config: RunConfig) -> Problems:
 
 def _vision(config: RunConfig) -> Problems:
     vision, data = config.model.vision, config.data
+    if not vision.enabled:
+        yield from _text_only(config)
+        return
     if data.image_size != vision.image_size:
         yield UserError(
             "data.image_size",
@@ -45,15 +48,31 @@ def _vision(config: RunConfig) -> Problems:
         yield _must_divide("model.vision.num_attention_heads", vision.num_attention_heads, "model.vision.hidden_size", vision.hidden_size)
 
 
+def _text_only(config: RunConfig) -> Problems:
+    without = "needs images, and the model has no vision (model.vision.enabled = false)"
+    if config.data.kind == "suite":
+        yield UserError("data.kind", f"suite {without}", "use jsonl with conversations of text")
+    if config.model.clvr.enabled:
+        yield UserError("model.clvr.enabled", f"true {without}", "set it to false")
+
+
 def _decoder(config: RunConfig) -> Problems:
     model = config.model
     if model.num_attention_heads % model.num_query_groups:
         yield _must_divide("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         yield UserError("model.head_dim", f"{model.head_dim} is odd", "rotary positions turn pairs: use an even number")
-    if model.experts_per_token > model.num_experts:
+    if model.num_experts == 1:
+        yield UserError("model.num_experts", "1 expert has nothing to route to", "use 0 for a dense model, or at least 2")
+    for layer in model.dense_layers:
+        if not 0 <= layer < model.num_layers or not model.num_experts:
+            where = f"among model.num_layers = {model.num_layers}" if model.num_experts else "that could be dense: with model.num_experts = 0 all are"
+            yield UserError("model.dense_layers", f"{layer} is no layer {where}", "layers count from 0; leave the list empty where all layers are alike")
+    if model.num_experts and set(model.dense_layers) >= set(range(model.num_layers)):
+        yield UserError("model.dense_layers", f"names all {model.num_layers} layers, so that no layer has experts", "set model.num_experts=0 instead")
+    if 0 < model.num_experts < model.experts_per_token:
         yield UserError("model.experts_per_token", f"{model.experts_per_token} is more than model.num_experts = {model.num_experts}", "choose fewer")
-    if model.experts_per_token == 1 and model.norm_topk_prob:
+    if model.num_experts and model.experts_per_token == 1 and model.norm_topk_prob:
         yield UserError(
             "model.norm_topk_prob",
             "true with model.experts_per_token = 1 makes every gate 1, so the router never learns",
@@ -71,6 +90,9 @@ def _decoder(config: RunConfig) -> Problems:
 
 def _moe(config: RunConfig) -> Problems:
     model = config.model
+    if not model.num_experts:
+        yield from _dense(config)
+        return
     if model.moe_expert_bias and model.moe_score_function != "sigmoid":
         yield UserError(
             "model.moe_expert_bias",
@@ -102,6 +124,17 @@ def _moe(config: RunConfig) -> Problems:
             f"true with parallel.ep = {ep}: the {dp} data-parallel ranks bring micro-batches of different lengths, and padded experts exchange equal ones",
             "set it to false, or use ep = 1",
         )
+
+
+def _dense(config: RunConfig) -> Problems:
+    """What a model without experts cannot have."""
+    model = config.model
+    without = "needs experts, and the model has none (model.num_experts = 0)"
+    if config.earl.enabled:
+        yield UserError("earl.enabled", f"true {without}", "set it to false: RL works without the bonus")
+    for field, on in (("moe_expert_bias", model.moe_expert_bias), ("moe_capacity_factor", model.moe_capacity_factor is not None)):
+        if on:
+            yield UserError(f"model.{field}", f"{getattr(model, field)} {without}".replace("True", "true"), "remove it")
 
 
 def _clvr(config: RunConfig) -> Problems:
@@ -219,6 +252,8 @@ def _rollout(config: RunConfig) -> Problems:
 
 def _discover(config: RunConfig) -> Problems:
     discover, experts = config.discover, config.model.num_experts
+    if not experts:
+        return
     if discover.committee_top >= experts:
         yield UserError(
             "discover.committee_top",

@@ -28,6 +28,8 @@ class Section(BaseModel):
 
 
 class VisionConfig(Section):
+    enabled: bool = True
+    """False: a language model alone, without vision encoder and projector."""
     image_size: int = Field(32, gt=0)
     """Height and width of a tile in pixels."""
     patch_size: int = Field(4, gt=0)
@@ -66,7 +68,7 @@ class ClvrConfig(Section):
 
 
 class ModelConfig(Section):
-    """A Qwen3-MoE-style decoder behind an InternViT encoder. `preset` names the defaults; every other field overrides it."""
+    """A Qwen3-style decoder, of experts or dense, behind an InternViT encoder. `preset` names the defaults; every other field overrides it."""
 
     preset: str = "tiny"
     vocab_size: int = Field(256, gt=0)
@@ -77,9 +79,14 @@ class ModelConfig(Section):
     num_query_groups: int = Field(2, gt=0)
     """KV heads."""
     head_dim: int = Field(16, gt=0)
-    num_experts: int = Field(8, gt=1)
+    num_experts: int = Field(8, ge=0)
+    """Experts of a layer. 0: a dense model, each of whose layers has one SwiGLU of `ffn_hidden_size` instead."""
     experts_per_token: int = Field(2, gt=0)
     expert_ffn_hidden_size: int = Field(64, gt=0)
+    dense_layers: tuple[int, ...] = ()
+    """Layers, from 0, with one SwiGLU of `ffn_hidden_size` in place of experts."""
+    ffn_hidden_size: int = Field(128, gt=0)
+    """Of layers without experts."""
     norm_topk_prob: bool = True
     """Softmax over the chosen logits (true: gates sum to 1) or over all of them (false)."""
     rope_theta: float = 1e4

@@ -17,17 +17,36 @@ def vision_tokens(vision: VisionConfig) -> int:
 
 
 def tokens_per_tile(vision: VisionConfig) -> int:
-    """Image tokens of a tile in the language model, after pixel unshuffle.
+    """Image tokens of a tile in the language model, after pixel unshuffle; 0 without vision.
 
     >>> tokens_per_tile(VisionConfig(image_size=32, patch_size=4, downsample=2))
     16
     """
-    return vision_tokens(vision) // vision.downsample**2
+    return vision_tokens(vision) // vision.downsample**2 if vision.enabled else 0
 
 
 def data_parallel(parallel: ParallelConfig) -> int:
     """dp = num_ranks / (tp * pp * cp), rounded down; whether it divides is a rule of the layout."""
     return parallel.num_ranks // (parallel.tp * parallel.pp * parallel.cp)
+
+
+def expert_layers(model: ModelConfig) -> tuple[int, ...]:
+    """The layers that have experts, in order. Routes and loads know these layers alone.
+
+    >>> expert_layers(ModelConfig(num_layers=4, dense_layers=(0,)))
+    (1, 2, 3)
+    """
+    return tuple(layer for layer in range(model.num_layers) if layer not in model.dense_layers) if model.num_experts else ()
+
+
+def expert_layers_among(model: ModelConfig, layers: range) -> slice:
+    """Which of `expert_layers` are among consecutive layers.
+
+    >>> expert_layers_among(ModelConfig(num_layers=4, dense_layers=(0,)), range(2, 4))
+    slice(1, 3, None)
+    """
+    experts = expert_layers(model)
+    return slice(sum(layer < layers.start for layer in experts), sum(layer < layers.stop for layer in experts))
 
 
 @dataclass(frozen=True)
@@ -40,13 +59,14 @@ class Parameters:
     attention: int
     router: int
     experts: int
+    dense: int
     norms: int
     clvr: int
     experts_active: int
 
     @property
     def total(self) -> int:
-        return self.vision + self.projector + self.embeddings + self.attention + self.router + self.experts + self.norms + self.clvr
+        return self.vision + self.projector + self.embeddings + self.attention + self.router + self.experts + self.dense + self.norms + self.clvr
 
     @property
     def active(self) -> int:
@@ -55,19 +75,20 @@ class Parameters:
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """The parameters of the whole model, before it is split over ranks."""
-    hidden, layers = model.hidden_size, model.num_layers
+    hidden, layers, sparse = model.hidden_size, model.num_layers, len(expert_layers(model))
     query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     expert = 3 * hidden * model.expert_ffn_hidden_size
     return Parameters(
-        vision=_vision(model.vision),
-        projector=_projector(model.vision, hidden),
+        vision=_vision(model.vision) if model.vision.enabled else 0,
+        projector=_projector(model.vision, hidden) if model.vision.enabled else 0,
         embeddings=model.vocab_size * hidden * (1 if model.tie_embeddings else 2),
         attention=layers * (hidden * (query + 2 * key_value) + query * hidden),
-        router=layers * model.num_experts * hidden,
-        experts=layers * model.num_experts * expert,
+        router=sparse * model.num_experts * hidden,
+        experts=sparse * model.num_experts * expert,
+        dense=(layers - sparse) * 3 * hidden * model.ffn_hidden_size,
         norms=layers * (2 * hidden + 2 * model.head_dim) + hidden,
         clvr=len(model.clvr.taps) * _tap(model.clvr, hidden, model.vision.hidden_size) if model.clvr.enabled else 0,
-        experts_active=layers * model.experts_per_token * expert,
+        experts_active=sparse * model.experts_per_token * expert,
     )
 
 

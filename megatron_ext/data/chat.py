@@ -91,6 +91,8 @@ def _question(question: str, tokenizer: Tokenizer, tokens_per_tile: int, tiles: 
     first, *rest = question.split(IMAGE)
     texts = [f"{TURN_START}user\n{first}", *rest]
     texts[-1] += f"{TURN_END}\n{TURN_START}assistant\n"
+    if rest and tokenizer.image_id < 0:
+        raise DataError("the tokenizer", f"has no {IMAGE_CONTEXT}, which stands for images", "use the tokenizer of a checkpoint with vision")
     tokens = tokenizer.encode(texts[0])
     for text in texts[1:]:
         context = [tokenizer.image_id] * (tokens_per_tile * next(tiles))

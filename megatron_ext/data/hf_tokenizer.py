@@ -29,12 +29,14 @@ class HfTokenizer(Tokenizer):
         except Exception as error:  # transformers raises whatever its parts raise
             raise DataError(str(folder), f"holds no tokenizer that transformers can load ({error})", "give the folder of a Hugging Face checkpoint") from error
         known = self._tokenizer.get_vocab()
-        missing = [piece for piece in (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT) if piece not in known]
+        images = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+        sees = any(piece in known for piece in images)
+        missing = [piece for piece in (TURN_START, TURN_END, *(images if sees else ())) if piece not in known]
         if missing:
-            raise DataError(str(folder), f"its vocabulary lacks {', '.join(missing)}", "it must be that of an InternVL checkpoint with a ChatML template")
+            raise DataError(str(folder), f"its vocabulary lacks {', '.join(missing)}", "it must be that of an InternVL or Qwen3 checkpoint, with ChatML turns")
         self.vocab_size = len(self._tokenizer)
-        self.eos_id, self.image_id = known[TURN_END], known[IMAGE_CONTEXT]
-        self.pad_id = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else known[IMAGE_START]
+        self.eos_id, self.image_id = known[TURN_END], known.get(IMAGE_CONTEXT, -1)
+        self.pad_id = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else known[TURN_START]
         self.tag_ids = {}
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)
 

@@ -38,8 +38,10 @@ class Record:
     turns: tuple[Turn, ...]
     split: Split
 
-    def load(self, config: DataConfig) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Each image as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file."""
+    def load(self, config: DataConfig, vision: VisionConfig) -> tuple[tuple[np.ndarray, ...], ...]:
+        """Each image as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file, also where the model sees no images."""
+        if self.images and not vision.enabled:
+            raise DataError(self.where, f"shows {self.images[0].name} to a model without vision (model.vision.enabled = false)", "use conversations of text")
         try:
             return tuple(load_tiles(path, config, size) for path, size in zip(self.images, self.sizes, strict=True))
         except DataError as error:
@@ -80,7 +82,7 @@ def draw_jsonl_prompts(split: Split, count: int, seed: int, config: DataConfig, 
     for index in range(start, start + count):
         record = records[shuffled(index, len(records), seed)]
         (*history, (question, answer)) = record.turns
-        images = record.load(config)
+        images = record.load(config, vision)
         tokens_S = encode_prompt(question, tokenizer, tokens_per_tile(vision), history, [len(tiles) for tiles in images])
         meta = {"skill": record.skill, "template": "jsonl", "where": record.where, "answer": answer}
         prompts.append(Prompt(f"jsonl/{split}/{seed}/{index}", record.skill, tokens_S, tuple(chain.from_iterable(images)), answer, meta))

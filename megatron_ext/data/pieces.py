@@ -20,7 +20,7 @@ class Tokenizer(ABC):
     eos_id: int
     """Ends an answer."""
     image_id: int
-    """Stands for one image token."""
+    """Stands for one image token; negative in the vocabulary of a language model alone."""
     tag_ids: dict[str, tuple[int, int]]
     """The ids of the opening and closing mark of every tag; empty where tags are ordinary text."""
 

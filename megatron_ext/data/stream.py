@@ -45,7 +45,7 @@ class TrainingStream:
         dp_size: int = 1,
         multiple_of: int = 8,
     ) -> None:
-        self._data, self._tokenizer, self._split, self._seed = data, tokenizer, split, seed
+        self._data, self._vision, self._tokenizer, self._split, self._seed = data, vision, tokenizer, split, seed
         self._dp_rank, self._dp_size, self._multiple_of = dp_rank, dp_size, multiple_of
         self._tile_tokens = tokens_per_tile(vision)
         self._kinds, self._weights = _checked_mix(mix)
@@ -80,7 +80,7 @@ class TrainingStream:
     def _draw_jsonl(self, numbers: range) -> Drawn:
         records = read_split(self._data.path, self._split)
         chosen = [records[shuffled(number, len(records), self._seed)] for number in numbers]
-        images = [record.load(self._data) for record in chosen]
+        images = [record.load(self._data, self._vision) for record in chosen]
         tiles = [tile for of_record in images for of_image in of_record for tile in of_image]
         size = self._data.image_size
         tiles_IHWC = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)

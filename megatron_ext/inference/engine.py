@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 
 from megatron_ext.batch import Prompt, Rollout, RouteTrace, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.generation import Memory, decode, prefill
@@ -99,12 +100,12 @@ class Engine:
     def _decode_all(self, logits_RV: torch.Tensor, memory: Memory, seeds_R: np.ndarray, greedy: bool, idle: bool) -> _Decoded:
         """Steps until every row of every rank of the expert group has stopped."""
         limit, num_rows = self.config.max_new_tokens, len(seeds_R)
-        layers, topk = self.model.config.num_layers, self.model.config.moe_router_topk
-        trace = (num_rows, limit, layers, topk)
+        model = self.model.model_config
+        trace = (num_rows, limit, len(expert_layers(model)), model.experts_per_token)
         out = _Decoded(
             np.zeros((num_rows, limit), np.int32),
             np.zeros((num_rows, limit), np.float32),
-            np.zeros(trace, expert_dtype(self.model.config.num_moe_experts)),
+            np.zeros(trace, expert_dtype(model.num_experts)),
             np.zeros(trace, np.float16),
             np.zeros(num_rows, np.int64),
             np.zeros(num_rows, bool),
@@ -128,7 +129,7 @@ class Engine:
                 alive, active = alive[active], np.ones(len(keep), bool)
             with self.model.router_tap.record() as routes:
                 logits_RV = decode(self.model, tokens_B, memory)
-            experts, gates = routes.experts()[: len(alive)].cpu().numpy(), routes.gates()[: len(alive)].cpu().numpy()
+            experts, gates = routes.experts(len(alive)).cpu().numpy(), routes.gates(len(alive)).cpu().numpy()
             out.experts_RTLK[alive[active], step], out.gates_RTLK[alive[active], step] = experts[active], gates[active]
         return out
 
@@ -175,7 +176,8 @@ def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device:
 
 def _by_row(routes: Routes, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Experts and gates as [rows, length, L, K] numpy."""
-    experts, gates = (x.unflatten(0, (length, rows)).transpose(0, 1).cpu().numpy() for x in (routes.experts(), routes.gates()))
+    flat = (routes.experts(length * rows), routes.gates(length * rows))
+    experts, gates = (x.unflatten(0, (length, rows)).transpose(0, 1).cpu().numpy() for x in flat)
     return experts, gates
 
 

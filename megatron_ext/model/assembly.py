@@ -21,7 +21,7 @@ from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call, ClvrBlock
-from megatron_ext.model.decoder import layer_spec, transformer_config
+from megatron_ext.model.decoder import layer_specs, transformer_config
 from megatron_ext.model.frame import Frame, frame_of
 from megatron_ext.model.initialise import initialise
 from megatron_ext.model.inputs import ModelInputs
@@ -37,7 +37,10 @@ from megatron_ext.parallel.stages import Stage, pipeline_stages
 
 
 class VisionLanguageModel(MegatronModule):
-    """InternVL3.5-style model with CLVR. Logits are split over the tensor-parallel group: [S, B, vocab / tp]."""
+    """InternVL3.5-style model with CLVR, or its language model alone. Logits are split over the tensor-parallel group: [S, B, vocab / tp].
+
+    `image_token`: the id of image positions; any negative number for a model without vision.
+    """
 
     def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage) -> None:
         config = transformer_config(model, context.layout)
@@ -46,9 +49,9 @@ class VisionLanguageModel(MegatronModule):
         self.tp_group, self.cp_group = context.pgs.tp, context.pgs.cp
         self.pre_process, self.post_process, self.share_embeddings_and_output_weights = stage.first, stage.last, model.tie_embeddings  # Megatron asks for these
         self.vision = InternViT(model.vision) if stage.runs_vision else None
-        self.projector = Projector(model.vision, model.hidden_size) if stage.first else None
+        self.projector = Projector(model.vision, model.hidden_size) if stage.first and model.vision.enabled else None
         self.embedding = self._embedding(config) if stage.first else None
-        self.decoder = ClvrBlock(config, layer_spec(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
+        self.decoder = ClvrBlock(config, layer_specs(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
         self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
         self._received: torch.Tensor | None = None
@@ -80,8 +83,9 @@ class VisionLanguageModel(MegatronModule):
 
     def embed(self, inputs: ModelInputs, frame: Frame) -> Payload:
         """Embeds text, encodes images, splices. Batches without images still run the encoder, on zeros times zero: every rank must touch every parameter."""
-        assert self.projector is not None
         hidden_BSH = self.embed_tokens(frame.take(inputs.tokens_BS)).transpose(0, 1)
+        if self.projector is None:
+            return Payload(self.scatter(hidden_BSH.transpose(0, 1)), {}, None)
         features = self._features(inputs, hidden_BSH)
         images = self.projector(features)
         if len(inputs.tiles_ICHW) == 0:

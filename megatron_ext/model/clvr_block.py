@@ -20,6 +20,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import ModuleSpec, TransformerConfig, build_module
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
@@ -85,7 +86,7 @@ class ClvrBlock(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        layer_spec: ModuleSpec,
+        layer_specs: Sequence[ModuleSpec],
         clvr: ClvrConfig,
         vision_hidden: int,
         pgs: ProcessGroupCollection,
@@ -98,13 +99,15 @@ class ClvrBlock(MegatronModule):
         numbered.virtual_pipeline_model_parallel_size = None
         self.stage, self.ends = stage, clvr.taps if clvr.enabled else ()
         self._recompute_layers = parallel.recompute_layers if parallel.recompute == "full" else 0
-        self.layers = Numbered({number: build_module(layer_spec, config=numbered, layer_number=number + 1, pg_collection=pgs) for number in stage.layers})
+        self.layers = Numbered(
+            {number: build_module(layer_specs[number], config=numbered, layer_number=number + 1, pg_collection=pgs) for number in stage.layers}
+        )
         self.taps = Numbered({tap: ClvrTap(config, clvr, vision_hidden, pgs) for tap in stage.asks})
         self.injections = Numbered({tap: Injection(tap) for tap, (_, target) in enumerate(self.ends) if target in stage.layers})
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if stage.last else None
         for layer in self.layers:
             layer.self_attention.recompute = parallel.recompute == "selective"
-            if config.moe_pad_expert_input_to_capacity:
+            if config.moe_pad_expert_input_to_capacity and isinstance(layer.mlp, MoELayer):
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
     def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor) -> VisionMemory:
@@ -128,8 +131,9 @@ class ClvrBlock(MegatronModule):
         return hidden_SBH if self.final_layernorm is None else self.final_layernorm(hidden_SBH), waiting
 
     def routers(self, layers: Sequence[int] | None = None) -> list[Router]:
-        """The routers of the given layers, of all layers here by default, in order."""
-        return [self.layers[number].mlp.router for number in (self.stage.layers if layers is None else layers)]
+        """The routers of those of the given layers (by default of all layers here) that have experts, in order."""
+        blocks = [self.layers[number].mlp for number in (self.stage.layers if layers is None else layers)]
+        return [block.router for block in blocks if isinstance(block, MoELayer)]
 
     def _run(
         self, layers: Sequence[int], hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call

@@ -1,4 +1,4 @@
-"""The Qwen3-MoE-style decoder as Megatron describes it: a `TransformerConfig` and a layer specification of our own."""
+"""The Qwen3-style decoder as Megatron describes it: a `TransformerConfig` and layer specifications of our own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.device import kernels
 from megatron_ext.model.attention import CausalSelfAttention, SdpaCore
 from megatron_ext.model.experts import GroupedExperts
@@ -34,9 +35,9 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
-        ffn_hidden_size=model.expert_ffn_hidden_size,
-        moe_ffn_hidden_size=model.expert_ffn_hidden_size,
-        num_moe_experts=model.num_experts,
+        ffn_hidden_size=model.ffn_hidden_size,
+        moe_ffn_hidden_size=model.expert_ffn_hidden_size if model.num_experts else None,
+        num_moe_experts=model.num_experts or None,
         moe_router_topk=model.experts_per_token,
         moe_router_pre_softmax=not model.norm_topk_prob,
         moe_router_dtype="fp32",
@@ -82,16 +83,29 @@ def transformer_config(model: ModelConfig, layout: Layout) -> TransformerConfig:
     )
 
 
-def layer_spec(model: ModelConfig, layout: Layout) -> ModuleSpec:
-    """Pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts."""
+def layer_specs(model: ModelConfig, layout: Layout) -> tuple[ModuleSpec, ...]:
+    """Of every layer: pre-norm attention with per-head query and key norms, then a mixture of SwiGLU experts, or one SwiGLU."""
+    dense = _layer(ModuleSpec(module=MLP, submodules=_MATRICES))
+    sparse = _layer(_experts(model, layout)) if model.num_experts else dense
+    with_experts = expert_layers(model)
+    return tuple(sparse if layer in with_experts else dense for layer in range(model.num_layers))
+
+
+_MATRICES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+def _experts(model: ModelConfig, layout: Layout) -> ModuleSpec:
     router = partial(Router, expert_bias_rate=model.moe_expert_bias_rate if model.moe_expert_bias else None)
-    matrices = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     expert_numel = 3 * model.hidden_size * model.expert_ffn_hidden_size // layout.etp
     kernel, _ = kernels.experts(model.experts_kernel, torch.cuda.is_available(), model.dtype == "bf16", expert_numel)
     if kernel == "sequential":
-        experts = ModuleSpec(module=SequentialMLP, submodules=matrices)
+        experts = ModuleSpec(module=SequentialMLP, submodules=_MATRICES)
     else:
-        experts = ModuleSpec(module=GroupedExperts, submodules=matrices, params={"grouped": kernel == "grouped_mm"})
+        experts = ModuleSpec(module=GroupedExperts, submodules=_MATRICES, params={"grouped": kernel == "grouped_mm"})
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=router, experts=experts))
+
+
+def _layer(feed_forward: ModuleSpec) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -105,7 +119,7 @@ def layer_spec(model: ModelConfig, layout: Layout) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=router, experts=experts)),
+            mlp=feed_forward,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -6,7 +6,7 @@ list per process, in which policy, reference and rollout would collide; ours bel
 
     with model.router_tap.record() as routes:          with model.router_tap.replay(experts_BSLK) as routes:
         model(inputs)                                      model(inputs)
-    routes.experts()  # what was used                  routes.experts()  # what was used: the given ids, live where -1
+    routes.experts(tokens)  # what was used            routes.experts(tokens)  # what was used: the given ids, live where -1
 
 Only ids are replayed, in their top-k order; gates come from the live logits, so gradients reach the router. Read on: `batch/routing.py`.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.model.router import Router
 
@@ -66,33 +66,35 @@ class LayerTap:
 
 
 class Routes:
-    """What the routers of one model (of one pipeline stage's layers) did during one forward pass (or several, in order)."""
+    """What the routers of one model (of one pipeline stage's layers) did during one forward pass (or several, in order). L counts layers with experts."""
 
-    def __init__(self, taps: list[LayerTap], tp_group: Any) -> None:
-        self._taps, self._tp_group = taps, tp_group
+    def __init__(self, taps: list[LayerTap], topk: int, tp_group: Any) -> None:
+        self._taps, self._topk, self._tp_group = taps, topk, tp_group
 
-    def experts(self) -> torch.Tensor:
-        """Int64 [tokens, L, K], tokens in (sequence, row) order of the whole tensor-parallel group. Collective when TP > 1."""
-        return self._gather([torch.cat(tap.experts) for tap in self._taps])
+    def experts(self, tokens: int) -> torch.Tensor:
+        """Int64 [tokens, L, K]: the first `tokens` in (sequence, row) order of the whole tensor-parallel group. Collective when TP > 1."""
+        return self._gather([torch.cat(tap.experts) for tap in self._taps], tokens, torch.int64)
 
-    def gates(self) -> torch.Tensor:
+    def gates(self, tokens: int) -> torch.Tensor:
         """Float32 [tokens, L, K], summing to 1 over K; aligned with `experts`."""
-        return self._gather([torch.cat(tap.gates) for tap in self._taps])
+        return self._gather([torch.cat(tap.gates) for tap in self._taps], tokens, torch.float32)
 
-    def _gather(self, layers: list[torch.Tensor]) -> torch.Tensor:
+    def _gather(self, layers: list[torch.Tensor], tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        if not layers:
+            return torch.zeros(tokens, 0, self._topk, dtype=dtype)
         local = torch.stack(layers, dim=1).contiguous()
         if self._tp_group.size() == 1:
-            return local
+            return local[:tokens]
         parts = [torch.empty_like(local) for _ in range(self._tp_group.size())]
         torch.distributed.all_gather(parts, local, group=self._tp_group)
-        return torch.cat(parts)
+        return torch.cat(parts)[:tokens]
 
 
 class RouterTap:
     """The taps of one model's MoE layers, or of those that a pipeline stage holds."""
 
-    def __init__(self, model: nn.Module, tp_group: Any) -> None:
-        self._tp_group = tp_group
+    def __init__(self, model: MegatronModule, tp_group: Any) -> None:
+        self._topk, self._tp_group = model.config.moe_router_topk, tp_group
         self._taps: list[LayerTap] = []
         for module in model.modules():
             if isinstance(module, Router):
@@ -131,7 +133,7 @@ class RouterTap:
                 raise RuntimeError("this model's routes are already being recorded or replayed")
             tap.listening, tap.experts, tap.gates = True, [], []
         try:
-            yield Routes(self._taps, self._tp_group)
+            yield Routes(self._taps, self._topk, self._tp_group)
         finally:
             for tap in self._taps:
                 tap.listening, tap.targets = False, None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.deepspeed import read_deepspeed, stage_of
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import ConfigError, UserError
 
 
@@ -50,6 +51,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "par
     layout = Layout.of(parallel)
     return [
         *_check_grid(parallel, layout, where),
+        *_check_experts(model, parallel, where),
         *_check_tensors(model, layout, where),
         *_check_pipeline(model, parallel, where),
         *_check_engine(parallel, layout, where),
@@ -84,6 +86,16 @@ def _check_grid(parallel: ParallelConfig, layout: Layout, where: str) -> list[Us
         what = f"{ranks} ranks" if parallel.pp == 1 else f"the {stage} ranks of a pipeline stage"
         problems.append(UserError(f"{where}.ep", f"{what} do not divide by etp * ep = {layout.etp} * {layout.ep}", remedy))
     return problems
+
+
+def _check_experts(model: ModelConfig, parallel: ParallelConfig, where: str) -> list[UserError]:
+    """A dense model has nothing to spread."""
+    asked = {"ep": parallel.ep, "etp": parallel.etp or 1}
+    return [
+        UserError(f"{where}.{field}", f"{ranks} ranks for the experts of a model that has none (model.num_experts = 0)", "remove it")
+        for field, ranks in asked.items()
+        if ranks > 1 and not model.num_experts
+    ]
 
 
 def _check_pipeline(model: ModelConfig, parallel: ParallelConfig, where: str) -> list[UserError]:
@@ -142,9 +154,14 @@ def _check_tensors(model: ModelConfig, layout: Layout, where: str) -> list[UserE
         ("tp", layout.tp, "model.num_attention_heads", model.num_attention_heads),
         ("tp", layout.tp, "model.num_query_groups", model.num_query_groups),
         ("tp", layout.tp, "model.vocab_size", model.vocab_size),
-        ("ep", layout.ep, "model.num_experts", model.num_experts),
-        ("etp", layout.etp, "model.expert_ffn_hidden_size", model.expert_ffn_hidden_size),
     ]
+    if model.num_experts:
+        splits += [
+            ("ep", layout.ep, "model.num_experts", model.num_experts),
+            ("etp", layout.etp, "model.expert_ffn_hidden_size", model.expert_ffn_hidden_size),
+        ]
+    if len(expert_layers(model)) < model.num_layers:
+        splits.append(("tp", layout.tp, "model.ffn_hidden_size", model.ffn_hidden_size))
     if model.clvr.enabled:
         splits.append(("tp", layout.tp, "model.clvr.num_heads", model.clvr.num_heads))
         splits.append(("tp", layout.tp, "model.clvr.num_kv_heads", model.clvr.num_kv_heads))

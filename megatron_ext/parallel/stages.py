@@ -69,7 +69,7 @@ def pipeline_stages(model: ModelConfig, pp: int, vpp: int = 1, vision_trains: bo
             asks[number],
             receives=crosses[number],
             sends=crosses[number + 1] if number + 1 < count else (),
-            runs_vision=number == 0 or (not vision_trains and bool(asks[number])),
+            runs_vision=model.vision.enabled and (number == 0 or (not vision_trains and bool(asks[number]))),
             receives_features=riding and number > 0,
             sends_features=riding and number < last_asking,
         )

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron_ext.batch import route_digest
 from megatron_ext.batch.metric import Metric
 from megatron_ext.config.schema import RunConfig
+from megatron_ext.config.sizes import expert_layers_among
 from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.frame import Frame
@@ -118,8 +119,8 @@ class Policy:
         if not self._config.rl.replay_routes:
             yield
             return
-        frame, layers = bare.frame(batch.inputs), bare.stage.layers
-        experts_BSLK = frame.take(batch.experts_BSLK)[:, :, layers.start : layers.stop]
+        here = expert_layers_among(bare.model_config, bare.stage.layers)
+        experts_BSLK = bare.frame(batch.inputs).take(batch.experts_BSLK)[:, :, here]
         with bare.router_tap.replay(experts_BSLK) as routes:
             yield
             require_replayed(routes, experts_BSLK, batch.shard)
@@ -185,7 +186,7 @@ def require_replayed(routes: Routes, experts_BSLK: torch.Tensor, shard: Shard) -
     """Raises RouteMismatch unless the routes that arrived are, row by row, what the rollouts recorded, and those of this rank's positions and layers
     (`experts_BSLK`, -1 where there is none) are what its routers used. Collective over the tensor-parallel group."""
     rows, length = experts_BSLK.shape[:2]
-    used_BSLK = routes.experts().unflatten(0, (length, rows)).transpose(0, 1)
+    used_BSLK = routes.experts(length * rows).unflatten(0, (length, rows)).transpose(0, 1)
     same_B = ((used_BSLK == experts_BSLK) | (experts_BSLK < 0)).flatten(1).all(1)
     for row, key in enumerate(shard.keys_B):
         if key == FILLER_KEY:

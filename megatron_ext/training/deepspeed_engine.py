@@ -88,7 +88,7 @@ def build_deepspeed_engine(
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = partial(_reduce, zero, context)
     schedule = build_schedule(zero.optimizer, config, num_steps)
-    return DeepSpeedEngine([model], schedule, ExpertLoad(routers), RefinementSize([model]), [ZeroChunk(zero)], zero)
+    return DeepSpeedEngine([model], schedule, ExpertLoad(routers, model.model_config), RefinementSize([model]), [ZeroChunk(zero)], zero)
 
 
 def _reduce(zero: Any, context: ParallelContext, _model: Any, num_tokens: torch.Tensor, **_: Any) -> None:

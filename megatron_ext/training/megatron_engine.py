@@ -86,7 +86,9 @@ def build_engine(
     optimizer = _adam(wrapped, config, context, router_lr_scale)
     schedule = build_schedule(optimizer, config, num_steps)
     gathers_late = context.parallel.overlap_param_gather
-    return MegatronEngine(chunks, schedule, ExpertLoad(routers), RefinementSize(chunks), wrapped, optimizer, config.clip_grad, gathers_late)
+    return MegatronEngine(
+        chunks, schedule, ExpertLoad(routers, chunks[0].model_config), RefinementSize(chunks), wrapped, optimizer, config.clip_grad, gathers_late
+    )
 
 
 def freeze(chunks: Sequence[torch.nn.Module], prefixes: tuple[str, ...], context: ParallelContext, modules: Sequence[torch.nn.Module] = ()) -> None:

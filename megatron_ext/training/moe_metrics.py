@@ -15,15 +15,21 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.model.router import Router
 from megatron_ext.parallel.groups import ParallelContext
 
 
 class ExpertLoad:
-    """The tallies of one model's routers (of those that a pipeline stage holds), kept while it trains; generation and evaluation are not counted."""
+    """The tallies of one model's routers (of those that a pipeline stage holds), kept while it trains; generation and evaluation are not counted.
 
-    def __init__(self, routers: Sequence[Router]) -> None:
-        self.routers = tuple(routers)
+    L counts the layers of the whole model that have experts; without any there are no metrics.
+    """
+
+    def __init__(self, routers: Sequence[Router], model: ModelConfig) -> None:
+        self.routers, self._model = tuple(routers), model
+        self._row = {layer: row for row, layer in enumerate(expert_layers(model))}
 
     def reset(self) -> None:
         for router in self.routers:
@@ -36,35 +42,45 @@ class ExpertLoad:
         `moe/load_entropy`, `moe/dropped_frac` (of the assignments of tokens to experts), `moe/expert_bias_max` (the largest absolute bias of this step).
         What is switched off is absent. Routers see sequence slices under tensor and context parallelism, and layers live on stages: all is summed.
         """
-        config = self.routers[0].config
-        names = sorted(self.routers[0].tally.keys() - {"chosen"})
-        biased = self.routers[0].expert_bias is not None
+        if not self._row:
+            return {}, np.zeros((0, 0))
+        names, biased = self._tallied(), self._model.moe_expert_bias
         replicas = context.layout.tp * context.layout.cp * context.layout.dp
-        table = torch.zeros(config.num_layers, config.num_moe_experts + len(names) + biased, dtype=torch.float64, device=context.device)
+        table = torch.zeros(len(self._row), self._model.num_experts + len(names) + biased, dtype=torch.float64, device=context.device)
         for router in self.routers:
             tally = router.tally
             bias = [] if router.expert_bias is None else [router.expert_bias.abs().max()[None] / replicas]
-            table[router.layer_number - 1] = torch.cat([tally["chosen"], *(tally[name][None] for name in names), *bias])
+            table[self._row[router.layer_number - 1]] = torch.cat([tally["chosen"], *(tally[name][None] for name in names), *bias])
         for group in (context.pgs.tp, context.pgs.dp_cp, context.pgs.pp):
             if group.size() > 1:
                 torch.distributed.all_reduce(table, group=group)
-        counts_LE, more = np.split(table.cpu().numpy(), [config.num_moe_experts], axis=1)
+        counts_LE, more = np.split(table.cpu().numpy(), [self._model.num_experts], axis=1)
         metrics = load_metrics(counts_LE)
         for column, name in enumerate(names):
             if name == "kept":
                 metrics["moe/dropped_frac"] = float(1.0 - more[:, column].sum() / counts_LE.sum())
             else:
-                per_sample = name == "aux_loss" and config.moe_router_load_balancing_type == "seq_aux_loss"
+                per_sample = name == "aux_loss" and self._model.moe_balancing == "seq_aux_loss"
                 metrics["moe/seq_aux_loss" if per_sample else f"moe/{name}"] = float(more[:, column].mean() / (num_microbatches * context.layout.dp))
         if biased:
             metrics["moe/expert_bias_max"] = float(more[:, -1].max())
         return metrics, counts_LE
 
+    def _tallied(self) -> list[str]:
+        """What routers count besides `chosen`, in every stage the same whether it has routers or not."""
+        model = self._model
+        counted = {
+            "aux_loss": model.moe_balancing != "none" and model.moe_aux_loss_coeff > 0,
+            "kept": model.moe_capacity_factor is not None,
+            "z_loss": model.moe_z_loss_coeff > 0,
+        }
+        return [name for name, on in counted.items() if on]
+
     def balance(self, counts_LE: np.ndarray) -> None:
         """Moves the expert biases by a step, in the same way on every rank."""
         for router in self.routers:
             if router.expert_bias is not None and router.expert_bias_rate:
-                counts_E = torch.from_numpy(counts_LE[router.layer_number - 1]).to(router.expert_bias.device)
+                counts_E = torch.from_numpy(counts_LE[self._row[router.layer_number - 1]]).to(router.expert_bias.device)
                 router.expert_bias.add_(moved(counts_E).to(router.expert_bias), alpha=router.expert_bias_rate)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,34 +18,45 @@ from megatron_ext.parallel.local import run_ranks
 from tests.support import hf
 from tests.support.converted import logits_of
 
-LAYOUTS = {
-    "TP2": ParallelConfig(num_ranks=2, tp=2),
-    "EP2": ParallelConfig(num_ranks=2, ep=2),
-    "TP2 EP2": ParallelConfig(num_ranks=2, tp=2, ep=2),
-    "PP2": ParallelConfig(num_ranks=2, pp=2),
-    "PP2 VPP2": ParallelConfig(num_ranks=2, pp=2, vpp=2),
+TP2, EP2, PP2 = ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, pp=2)
+TP2_EP2, VPP2 = ParallelConfig(num_ranks=2, tp=2, ep=2), ParallelConfig(num_ranks=2, pp=2, vpp=2)
+CHECKPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, ParallelConfig]]] = {
+    "experts": (hf.build, {}, {"TP2": TP2, "EP2": EP2, "TP2 EP2": TP2_EP2, "PP2": PP2, "PP2 VPP2": VPP2}),
+    "dense": (hf.build, {"model_type": "qwen3"}, {"TP2": TP2, "PP2": PP2}),
+    "experts alone": (hf.build_text, {}, {"TP2 EP2": TP2_EP2}),
+    "dense alone": (hf.build_text, {"model_type": "qwen3"}, {"PP2": PP2}),
 }
 
 
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Described, ModelInputs, torch.Tensor]:
-    """The checkpoint, its description, a batch, and the logits that transformers computes for it."""
-    folder = tmp_path_factory.mktemp("converted")
-    theirs = hf.build(num_hidden_layers=4)
+@cache
+def converted(kind: str, folder: Path) -> tuple[Described, ModelInputs, torch.Tensor]:
+    """What the checkpoint in `folder / "ours"` is, a batch, and the logits that transformers computes for it."""
+    build, options, _ = CHECKPOINTS[kind]
+    theirs = build(num_hidden_layers=4, **options)
     theirs.save_pretrained(folder / "hf")
+    described = hf_to_megatron(folder / "hf", folder / "ours")
     tokens = torch.randint(8, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    if not described.model.vision.enabled:
+        with torch.no_grad():
+            return described, ModelInputs(tokens, torch.zeros(0, 3, 16, 16), torch.full((2, 1), -1)), theirs(input_ids=tokens).logits
     tokens[:, 2:6] = hf.IMAGE_TOKEN
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        expected = theirs(input_ids=tokens, pixel_values=pixels).logits
-    described = hf_to_megatron(folder / "hf", folder / "ours")
-    return folder / "ours", described, ModelInputs(tokens, pixels, torch.tensor([[0], [1]])), expected
+        return described, ModelInputs(tokens, pixels, torch.tensor([[0], [1]])), theirs(input_ids=tokens, pixel_values=pixels).logits
 
 
-@pytest.mark.parametrize("parallel", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_every_layout_computes_the_logits_of_transformers(converted: tuple[Path, Described, ModelInputs, torch.Tensor], parallel: ParallelConfig) -> None:
-    checkpoint, described, inputs, expected = converted
-    found = run_ranks(logits_of, parallel.num_ranks, parallel, checkpoint, described.model, described.image_token, inputs, timeout_s=100)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: tmp_path_factory.mktemp("converted") for kind in CHECKPOINTS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [pytest.param(kind, parallel, id=f"{kind}, {name}") for kind, (_, _, layouts) in CHECKPOINTS.items() for name, parallel in layouts.items()],
+)
+def test_every_layout_computes_the_logits_of_transformers(folders: dict[str, Path], kind: str, parallel: ParallelConfig) -> None:
+    described, inputs, expected = converted(kind, folders[kind])
+    found = run_ranks(logits_of, parallel.num_ranks, parallel, folders[kind] / "ours", described.model, described.image_token, inputs, timeout_s=100)
     logits = [part for part in found if part is not None]
     assert logits
     for part in logits:

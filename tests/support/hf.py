@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ IMAGE_TOKEN = 5
 
 
 def build(seed: int = 0, *, tied: bool = False, style_6b: bool = False, **text: Any) -> Any:
-    """An InternVL with a Qwen3-MoE language model: 16 x 16 images of 16 patches and 4 image tokens, every weight random."""
+    """An InternVL with a Qwen3-MoE language model, or a dense one (`model_type="qwen3"`): images of 16 patches and 4 image tokens, every weight random."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     vision = {
@@ -27,29 +28,48 @@ def build(seed: int = 0, *, tied: bool = False, style_6b: bool = False, **text: 
         "use_qk_norm": style_6b,
         "layer_norm_eps": 1e-6,
     }
-    language = {
-        "model_type": "qwen3_moe",
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=_language(**text),
+        image_token_id=IMAGE_TOKEN,
+        downsample_ratio=0.5,
+        image_seq_length=4,
+        tie_word_embeddings=tied,
+    )
+    return _random(InternVLForConditionalGeneration, config, seed)
+
+
+def build_text(seed: int = 0, **text: Any) -> Any:
+    """The language model of `build` alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = _language(**text)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    return _random(AutoModelForCausalLM.from_config, config, seed)
+
+
+def _language(model_type: str = "qwen3_moe", **changes: Any) -> dict[str, Any]:
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True} if model_type == "qwen3_moe" else {}
+    return {
+        "model_type": model_type,
         "hidden_size": 32,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 24,
         "intermediate_size": 64,
         "vocab_size": 64,
-        "norm_topk_prob": True,
         "max_position_embeddings": 512,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        **text,
+        **experts,
+        **changes,
     }
-    config = InternVLConfig(
-        vision_config=vision, text_config=language, image_token_id=IMAGE_TOKEN, downsample_ratio=0.5, image_seq_length=4, tie_word_embeddings=tied
-    )
+
+
+def _random(make: Callable[[Any], Any], config: Any, seed: int) -> Any:
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
-    model = InternVLForConditionalGeneration(config).eval()
+    model = make(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0

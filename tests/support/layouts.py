@@ -37,13 +37,14 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-def batch_of(step: int) -> TokenBatch:
-    """Eight rows of different lengths; the last two, and so the last microbatch, show no image."""
+def batch_of(step: int, images: bool = True) -> TokenBatch:
+    """Eight rows of different lengths; the last two, and so the last microbatch, show no image, or none does."""
     batch = token_batch(step, ROWS)
     tokens, row_tiles = batch.tokens_BS.copy(), batch.row_tiles_BM.copy()
-    tokens[-MICRO:][tokens[-MICRO:] == IMAGE] = IMAGE + 4
-    row_tiles[-MICRO:] = -1
-    return TokenBatch(tokens, batch.loss_mask_BS, batch.tiles_IHWC, row_tiles)
+    blind = slice(-MICRO if images else 0, None)
+    tokens[blind][tokens[blind] == IMAGE] = IMAGE + 4
+    row_tiles[blind] = -1
+    return TokenBatch(tokens, batch.loss_mask_BS, batch.tiles_IHWC if images else batch.tiles_IHWC[:0], row_tiles)
 
 
 def train(rank: int, world_size: int, init_method: str, case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def train(rank: int, world_size: int, init_method: str, case: Case, weights: dic
         share, multiple = ROWS // context.layout.dp, context.layout.length_multiple
         curve = []
         for step in range(STEPS):
-            rows = part(batch_of(step), context.dp_rank * share, (context.dp_rank + 1) * share)
+            rows = part(batch_of(step, model.vision.enabled), context.dp_rank * share, (context.dp_rank + 1) * share)
             batches = microbatches(rows, MICRO, PAD, context.device, packed=case.packed, multiple=multiple)
             curve.append(optimizer_step(engine, batches, NextToken(), context))
             engine.settle()

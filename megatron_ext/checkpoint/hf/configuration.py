@@ -1,7 +1,7 @@
 """What a Hugging Face `config.json` says of a model, as our `ModelConfig`. Every key is either used, or known to mean nothing here, or an error that names it.
 
-Three forms are read: `InternVLForConditionalGeneration` (transformers), `InternVLChatModel` (the original, whose code is never run), and the older and newer
-spellings of Qwen3-MoE inside both. No torch here.
+Read are `InternVLForConditionalGeneration` (transformers), `InternVLChatModel` (the original, whose code is never run), and `Qwen3MoeForCausalLM` and
+`Qwen3ForCausalLM`, the language models inside both, alone; each in the older and newer spellings of its keys. No torch here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
 from megatron_ext.errors import CheckpointError
 
-Spelling = Literal["transformers", "original"]
+Spelling = Literal["transformers", "original", "text"]
 _SILENT = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "output_router_logits", "output_attentions",
     "output_hidden_states", "initializer_range", "initializer_factor", "bos_token_id", "eos_token_id", "pad_token_id", "return_dict", "use_flash_attn",
@@ -25,12 +25,13 @@ _SILENT = {
     "use_backbone_lora", "use_llm_lora", "hidden_act_vision", "intermediate_size", "layer_scale_init_value", "image_seq_length", "output_dim",
 }  # fmt: skip
 """Keys that do not change what the model computes at inference, or that follow from others."""
+_GPT_OSS_NEEDS = "attention sinks, sliding window, YaRN positions, biases, clamped SwiGLU and MXFP4 weights"
 _NORMS: dict[str, Literal["layernorm", "rmsnorm"]] = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}
 
 
 @dataclass(frozen=True)
 class Described:
-    """What `config.json` says. `spelling` names the column of the table in `names.py`."""
+    """What `config.json` says. `spelling` names the column of the table in `names.py`. A language model alone has the image token -1, which no text holds."""
 
     model: ModelConfig
     image_token: int
@@ -104,9 +105,19 @@ def _with_normalisation(described: Described, folder: Path) -> Described:
 
 def describe(values: Mapping[str, Any], where: str = "config.json") -> Described:
     kind = (values.get("architectures") or [values.get("model_type")])[0]
-    readers = {"InternVLForConditionalGeneration": _transformers_form, "internvl": _transformers_form, "InternVLChatModel": _original_form}
+    readers = {
+        "InternVLForConditionalGeneration": _transformers_form,
+        "InternVLChatModel": _original_form,
+        "Qwen3MoeForCausalLM": _text_form,
+        "Qwen3ForCausalLM": _text_form,
+        "GptOssForCausalLM": _text_form,
+        "internvl": _transformers_form,
+        "qwen3_moe": _text_form,
+        "qwen3": _text_form,
+    }
     if kind not in readers:
-        raise CheckpointError(f"{where}.architectures", f"{kind!r} is not an architecture this version converts", f"it converts {', '.join(readers)}")
+        known = ", ".join(name for name in readers if name[0].isupper() and name != "GptOssForCausalLM")
+        raise CheckpointError(f"{where}.architectures", f"{kind!r} is not an architecture this version converts", f"it converts {known}")
     return readers[kind](Keys(where, values))
 
 
@@ -139,6 +150,13 @@ def _original_form(keys: Keys) -> Described:
     return Described(_assemble(text, vision, tied), int(image_token), "original", keys.values)
 
 
+def _text_form(keys: Keys) -> Described:
+    """A language model alone: what InternVL keeps in a section stands at the top."""
+    tied = keys.get("tie_word_embeddings", default=False)
+    text = _text(keys)
+    return Described(_assemble(text, VisionConfig(enabled=False), tied), -1, "text", keys.values)
+
+
 def _assemble(text: dict[str, Any], vision: VisionConfig, tied: bool) -> ModelConfig:
     """Without CLVR: a checkpoint from elsewhere has no adapters."""
     return ModelConfig(preset="hf", **text, tie_embeddings=tied, vision=vision, clvr=ClvrConfig(enabled=False, taps=()))
@@ -146,14 +164,14 @@ def _assemble(text: dict[str, Any], vision: VisionConfig, tied: bool) -> ModelCo
 
 def _text(keys: Keys) -> dict[str, Any]:
     kind = keys.get("model_type")
-    if kind != "qwen3_moe":
-        raise CheckpointError(f"{keys.where}.model_type", f"{kind!r} is not converted yet", "Qwen3-MoE is (model_type qwen3_moe)")
+    if kind == "gpt_oss":
+        raise CheckpointError(f"{keys.where}.model_type", f"is {kind!r}, whose {_GPT_OSS_NEEDS} are missing here", "see docs/decisions/0011")
+    if kind not in ("qwen3_moe", "qwen3"):
+        raise CheckpointError(f"{keys.where}.model_type", f"is {kind!r}, which is not converted", "converted: 'qwen3_moe', 'qwen3'")
     keys.must_be("attention_bias", False)
     keys.must_be("hidden_act", "silu")
     keys.must_be("sliding_window", None)
     keys.must_be("use_sliding_window", False)
-    keys.must_be("decoder_sparse_step", 1)
-    keys.must_be("mlp_only_layers", [])
     keys.must_be("rope_scaling", None)
     keys.get("tie_word_embeddings", default=None)  # the top level decides (InternVL ignores this one)
     rope = keys.get("rope_parameters", default=None) or {}
@@ -167,16 +185,27 @@ def _text(keys: Keys) -> dict[str, Any]:
         "num_attention_heads": keys.get("num_attention_heads"),
         "num_query_groups": keys.get("num_key_value_heads"),
         "head_dim": keys.get("head_dim"),
-        "num_experts": keys.get("num_experts", "num_local_experts"),
-        "experts_per_token": keys.get("num_experts_per_tok"),
-        "expert_ffn_hidden_size": keys.get("moe_intermediate_size"),
-        "norm_topk_prob": keys.get("norm_topk_prob", default=False),
+        **(_experts(keys) if kind == "qwen3_moe" else {"num_experts": 0, "ffn_hidden_size": keys.get("intermediate_size")}),
         "rope_theta": float(rope.get("rope_theta", theta if theta is not None else 1e6)),
         "norm_eps": keys.get("rms_norm_eps"),
         "max_positions": keys.get("max_position_embeddings"),
     }
     keys.finish()
     return settings
+
+
+def _experts(keys: Keys) -> dict[str, Any]:
+    """Layer n is dense where `mlp_only_layers` names it, or n + 1 is no multiple of `decoder_sparse_step` (transformers, modeling_qwen3_moe.py)."""
+    named, step = keys.get("mlp_only_layers", default=[]), keys.get("decoder_sparse_step", default=1)
+    dense = tuple(layer for layer in range(keys.get("num_hidden_layers")) if layer in named or (layer + 1) % step)
+    return {
+        "num_experts": keys.get("num_experts", "num_local_experts"),
+        "experts_per_token": keys.get("num_experts_per_tok"),
+        "expert_ffn_hidden_size": keys.get("moe_intermediate_size"),
+        "norm_topk_prob": keys.get("norm_topk_prob", default=False),
+        "dense_layers": dense,
+        **({"ffn_hidden_size": keys.get("intermediate_size")} if dense else {}),
+    }
 
 
 def _vision(keys: Keys, downsample: int, image_size: int | None = None) -> VisionConfig:

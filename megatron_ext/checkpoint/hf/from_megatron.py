@@ -32,6 +32,7 @@ from megatron_ext.checkpoint.hf.configuration import Described, Spelling, descri
 from megatron_ext.checkpoint.hf.names import Entry, entries, in_memory
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.source import INDEX, SINGLE
+from megatron_ext.checkpoint.hf.space import refusals_named, require_space
 from megatron_ext.checkpoint.hf.to_megatron import place_of
 from megatron_ext.checkpoint.hf.transforms import part_shapes, split
 from megatron_ext.checkpoint.torch_dist import MetadataReader, read_metadata
@@ -66,7 +67,7 @@ def megatron_to_hf(
     """Writes `destination`. `like`: the Hugging Face folder whose config.json, spelling and tokenizer files the result gets; a checkpoint that was
     converted and not trained since remembers its configuration.
 
-    Raises CheckpointError, with `destination` as it was, when the checkpoint is not of that model, or is damaged.
+    Raises CheckpointError, with `destination` as it was, when the checkpoint is not of that model, or is damaged, and where there is no room.
     """
     step = files.find_checkpoint(checkpoint)
     record = read_state(step)
@@ -87,19 +88,29 @@ def megatron_to_hf(
                 str(step), f"has {len(clvr.taps)} CLVR adapters, for which the original InternVL code has no place", "leave them out with --without-clvr"
             )
         tensors = {**_fused(tensors, model), **dict(_adapters(clvr, reader))}
+    require_space(destination, sum(tensor.num_bytes for tensor in tensors.values()))
     draft = destination.with_name(f"{destination.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    config = described.config if clvr is None else _with_clvr(described.config, clvr)
-    _write_weights(tensors, draft, max_shard_bytes, progress)
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    try:
+        with refusals_named(destination, "free some space and run the same command again"):
+            draft.mkdir(parents=True)
+            _write_weights(tensors, draft, max_shard_bytes, progress)
+            _write_companions(described.config, clvr, like, draft)
+            draft.rename(destination)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return described
+
+
+def _write_companions(config: Mapping[str, Any], clvr: ClvrConfig | None, like: Path | None, draft: Path) -> None:
+    """What stands beside the weights: configuration, code, tokenizer, digests."""
+    values = config if clvr is None else _with_clvr(config, clvr)
+    (draft / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if clvr is not None:
         shutil.copyfile(Path(__file__).with_name(f"{MODELING}.py"), draft / f"{MODELING}.py")
     _carry(like, draft)
     digests = {path.name: files.describe_file(path) for path in sorted(draft.iterdir())}
     files.write_synced(draft / MANIFEST, json.dumps(digests, indent=1))
-    draft.rename(destination)
-    return described
 
 
 def _write_weights(tensors: dict[str, _Tensor], draft: Path, max_shard_bytes: int, progress: Callable[[str, int, int], None]) -> None:

@@ -4,9 +4,11 @@
     decoder.layers.{n}.self_attention.linear_qkv      q_proj, k_proj, v_proj            `groups`: per query group its queries, its key, its value
     decoder.layers.{n}...local_experts.{e}.linear_fc1 gate_proj, up_proj                `stack`: one above the other
     vision.layers.{n}.attn.qkv                        q_proj, k_proj, v_proj            `stack` (the original keeps them stacked)
+    decoder.layers.{n}.mlp.linear_fc1 (dense)         gate_proj, up_proj                `stack`
     everything else                                   one tensor                        `same`
 
-Two spellings: `transformers` (what `save_pretrained` writes, and the names in memory, which differ in a prefix) and `original` (`InternVLChatModel`).
+Three spellings: `transformers` (what `save_pretrained` writes, and the names in memory, which differ in a prefix), `original` (`InternVLChatModel`), and
+`text`, a language model alone, whose names are those inside InternVL without `language_model.` in front.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Literal
 
 from megatron_ext.checkpoint.hf.configuration import Spelling
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.sizes import expert_layers
 
 Transform = Literal["same", "stack", "groups"]
 
@@ -55,7 +58,11 @@ _DECODER = (
     _Row("decoder.layers.{n}.self_attention.q_layernorm.weight", (_LM + "layers.{n}.self_attn.q_norm.weight",)),
     _Row("decoder.layers.{n}.self_attention.k_layernorm.weight", (_LM + "layers.{n}.self_attn.k_norm.weight",)),
     _Row("decoder.layers.{n}.pre_mlp_layernorm.weight", (_LM + "layers.{n}.post_attention_layernorm.weight",)),
-    _Row("decoder.layers.{n}.mlp.router.weight", (_LM + "layers.{n}.mlp.gate.weight",)),
+)
+_ROUTER = _Row("decoder.layers.{n}.mlp.router.weight", (_LM + "layers.{n}.mlp.gate.weight",))
+_DENSE = (
+    _Row("decoder.layers.{n}.mlp.linear_fc1.weight", tuple(_LM + f"layers.{{n}}.mlp.{x}_proj.weight" for x in ("gate", "up")), transform="stack"),
+    _Row("decoder.layers.{n}.mlp.linear_fc2.weight", (_LM + "layers.{n}.mlp.down_proj.weight",)),
 )
 _EXPERTS = (
     _Row(
@@ -101,14 +108,20 @@ _VISION_NORMS = (("norm1", "layernorm_before"), ("norm2", "layernorm_after"))
 
 def entries(model: ModelConfig, spelling: Spelling) -> Iterator[Entry]:
     """All tensors of a model, in the order of the data: vision, projector, embedding, decoder layers, output."""
-    yield from (_entry(row, spelling) for row in _VISION_EMBEDDINGS)
-    for n in range(model.vision.num_layers):
-        yield from (_entry(row, spelling, n) for row in _vision_layer(model))
-    yield from (_entry(row, spelling) for row in _PROJECTOR)
+    if model.vision.enabled:
+        yield from (_entry(row, spelling) for row in _VISION_EMBEDDINGS)
+        for n in range(model.vision.num_layers):
+            yield from (_entry(row, spelling, n) for row in _vision_layer(model))
+        yield from (_entry(row, spelling) for row in _PROJECTOR)
     yield _entry(_ENDS[0], spelling)
+    with_experts = expert_layers(model)
     for n in range(model.num_layers):
         yield from (_entry(row, spelling, n) for row in _DECODER)
-        yield from (_entry(row, spelling, n, e) for e in range(model.num_experts) for row in _EXPERTS)
+        if n in with_experts:
+            yield _entry(_ROUTER, spelling, n)
+            yield from (_entry(row, spelling, n, e) for e in range(model.num_experts) for row in _EXPERTS)
+        else:
+            yield from (_entry(row, spelling, n) for row in _DENSE)
     yield _entry(_ENDS[1], spelling)
     if not model.tie_embeddings:
         yield from (_entry(row, spelling) for row in _HEAD)
@@ -157,4 +170,6 @@ def _vision_layer(model: ModelConfig) -> Iterator[_Row]:
 def _entry(row: _Row, spelling: Spelling, n: int = 0, e: int = 0) -> Entry:
     parts = row.original if spelling == "original" and row.original is not None else row.transformers
     named = tuple(part.format(n=n, e=e) for part in parts)
+    if spelling == "text":
+        named = tuple(name.removeprefix("language_model.") for name in named)
     return Entry(row.ours.format(n=n, e=e), named, row.transform if len(named) > 1 else "same")

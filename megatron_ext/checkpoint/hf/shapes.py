@@ -24,6 +24,8 @@ def full_shape(name: str, model: ModelConfig) -> tuple[int, ...]:
             "self_attention.q_layernorm.weight": (dim,),
             "self_attention.k_layernorm.weight": (dim,),
             "pre_mlp_layernorm.weight": (hidden,),
+            "mlp.linear_fc1.weight": (2 * model.ffn_hidden_size, hidden),
+            "mlp.linear_fc2.weight": (hidden, model.ffn_hidden_size),
             "mlp.router.weight": (model.num_experts, hidden),
             "mlp.experts.local_experts.linear_fc1.weight": (2 * ffn, hidden),
             "mlp.experts.local_experts.linear_fc2.weight": (hidden, ffn),

@@ -19,6 +19,7 @@ from typing import Any
 import safetensors
 import torch
 
+from megatron_ext.checkpoint.hf.configuration import Spelling
 from megatron_ext.checkpoint.hf.names import canonical
 from megatron_ext.errors import CheckpointError
 
@@ -40,9 +41,9 @@ class Stored:
 
 
 class Source:
-    """The tensors of a folder by their canonical names. Raises CheckpointError where files, headers and index disagree."""
+    """The tensors of a folder by the names of its spelling. Raises CheckpointError where files, headers and index disagree."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, spelling: Spelling) -> None:
         self.folder = folder
         self.tensors: dict[str, Stored] = {}
         for file, names in _files(folder).items():
@@ -54,7 +55,8 @@ class Source:
                 )
             for name, (shape, dtype) in header.items():
                 if names is None or name in names:
-                    self.tensors.update(_unfused(Stored(file, name, shape, dtype)))
+                    known = canonical(name) if spelling == "transformers" else name
+                    self.tensors.update(_unfused(known, Stored(file, name, shape, dtype)))
         self._open: tuple[Path, Any] | None = None
 
     @property
@@ -121,8 +123,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     raise CheckpointError(str(folder), f"has neither {INDEX} nor {SINGLE}", "give the folder of a Hugging Face checkpoint with safetensors weights")
 
 
-def _unfused(stored: Stored) -> Iterator[tuple[str, Stored]]:
-    name = canonical(stored.name)
+def _unfused(name: str, stored: Stored) -> Iterator[tuple[str, Stored]]:
     head, _, tail = name.rpartition(".experts.")
     if not head or tail not in ("gate_up_proj", "down_proj"):
         yield name, stored

@@ -36,6 +36,7 @@ from megatron_ext.checkpoint.hf.configuration import Described, read_config
 from megatron_ext.checkpoint.hf.names import Entry, entries
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.source import DTYPES, Source
+from megatron_ext.checkpoint.hf.space import refusals_named, require_space
 from megatron_ext.checkpoint.hf.transforms import join, part_shapes
 from megatron_ext.checkpoint.torch_dist import write_common
 from megatron_ext.checkpoint.writing import STATE, weights_record
@@ -66,10 +67,11 @@ def place_of(name: str) -> Place:
 def hf_to_megatron(source_folder: Path, destination: Path, progress: Callable[[str, int, int], None] = lambda *_: None) -> Described:
     """Writes `destination/step_000000`. `progress(unit, done, all)` is called after each unit. Run again after an interruption, it goes on where it was.
 
-    Raises CheckpointError, with source and destination as they were, for a source that does not agree with its own config.json.
+    Raises CheckpointError, with source and destination as they were, for a source that does not agree with its own config.json, and where there is no room for
+    it; where the room ends on the way, what is written is kept for the next attempt.
     """
     described = read_config(source_folder)
-    source = Source(source_folder)
+    source = Source(source_folder, described.spelling)
     described = _decide_tying(described, source)
     table = list(entries(described.model, described.spelling))
     _check(table, source, described)
@@ -78,13 +80,15 @@ def hf_to_megatron(source_folder: Path, destination: Path, progress: Callable[[s
     draft = destination / f"{files.step_name(STEP)}.tmp"
     units = [(name, list(rows)) for name, rows in groupby(table, key=_unit)]
     done = _resume(draft, described, source)
-    for number, (unit, rows) in enumerate(units, 1):
-        if unit not in done:
-            done[unit] = _write_unit(unit, rows, source, described, draft)
-            _note(draft, done, described, source)
-        progress(unit, number, len(units))
-    source.close()
-    _publish(destination, draft, table, source, described, done)
+    require_space(destination, sum(file.stat().st_size for file in source.files) - sum(unit["bytes"] for unit in done.values()))
+    with refusals_named(destination, "free some space and run the same command again: it goes on where it was"):
+        for number, (unit, rows) in enumerate(units, 1):
+            if unit not in done:
+                done[unit] = _write_unit(unit, rows, source, described, draft)
+                _note(draft, done, described, source)
+            progress(unit, number, len(units))
+        source.close()
+        _publish(destination, draft, table, source, described, done)
     return described
 
 

@@ -34,6 +34,16 @@ BROKEN = [
         "model.moe_pad_to_capacity",
         "true with parallel.ep = 2: the 4 data-parallel ranks",
     ),
+    (["model.num_experts=1"], "model.num_experts", "1 expert has nothing to route to"),
+    (["model.num_experts=0"], "earl.enabled", "true needs experts, and the model has none (model.num_experts = 0)"),
+    (["model.num_experts=0", "model.moe_capacity_factor=1"], "model.moe_capacity_factor", "1.0 needs experts"),
+    (["model.num_experts=0", "parallel.num_ranks=2", "parallel.ep=2"], "parallel.ep", "2 ranks for the experts of a model that has none"),
+    (["model.num_experts=0", "model.ffn_hidden_size=9", "parallel.num_ranks=2", "parallel.tp=2"], "parallel.tp", "2 does not divide model.ffn_hidden_size = 9"),
+    (["model.dense_layers=[3]"], "model.dense_layers", "3 is no layer among model.num_layers = 3"),
+    (["model.num_experts=0", "model.dense_layers=[1]"], "model.dense_layers", "1 is no layer that could be dense"),
+    (["model.dense_layers=[0, 1, 2]"], "model.dense_layers", "names all 3 layers"),
+    (["model.vision.enabled=false"], "data.kind", "suite needs images, and the model has no vision"),
+    (["model.vision.enabled=false"], "model.clvr.enabled", "true needs images, and the model has no vision"),
     (["model.vocab_size=257"], "model.vocab_size", "257 is not a multiple of 8"),
     (["data.vocab_size=300"], "data.vocab_size", "300 tokens does not fit model.vocab_size = 256"),
     (["model.clvr.taps=[[2, 1]]"], "model.clvr.taps", "(2, 1) is no pair of layers with source < target among model.num_layers = 3"),
@@ -92,6 +102,8 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["model.clvr.enabled=false", "model.clvr.taps=[]"])
     load_config(None, ["earl.enabled=false", "earl.warmup=1.0"])
     load_config(None, ["rl.steps=0", "rollout.temperature=0"])
+    load_config(None, ["model.num_experts=0", "earl.enabled=false", "discover.committee_top=99"])
+    load_config(None, ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=x.jsonl", "model.vision.patch_size=5"])
 
 
 @given(ranks=st.integers(1, 8), micro=st.integers(1, 16), repeats=st.integers(1, 4), tp=st.sampled_from([1, 2]))

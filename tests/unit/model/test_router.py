@@ -129,7 +129,7 @@ def test_recorded_gates_are_the_routers_own_live_and_replayed(context: ParallelC
     for listening in (model.router_tap.record(), model.router_tap.replay(torch.tensor([6, 1]).expand(3, 24, 3, 2))):
         with torch.no_grad(), listening as routes:
             model(small_batch())
-            taken.append((routes.experts(), routes.gates()))
+            taken.append((routes.experts(72), routes.gates(72)))
     for (experts, gates), gates_TE in zip(taken, seen, strict=True):
         chosen = gates_TE.gather(1, experts[:, 1])
         torch.testing.assert_close(gates[:, 1], chosen / chosen.sum(-1, keepdim=True))
@@ -146,7 +146,7 @@ def test_the_bias_goes_down_for_experts_above_the_mean_up_below_and_as_megatrons
 def test_a_step_moves_the_biases_by_their_rate_and_a_rate_of_zero_holds_them(context: ParallelContext) -> None:
     for rate in (0.25, 0.0):
         router = router_of(context, **SIGMOID, moe_expert_bias_rate=rate)
-        ExpertLoad([router]).balance(torch.tensor([[8.0, 0, 0, 0, 0, 0, 0, 0]]).numpy())
+        ExpertLoad([router], small_config()).balance(torch.tensor([[8.0, 0, 0, 0, 0, 0, 0, 0]]).numpy())
         assert router.expert_bias.tolist() == [-rate, *[rate] * 7]
 
 
@@ -213,7 +213,7 @@ def test_padded_experts_compute_what_unpadded_ones_do_and_have_the_same_gradient
 def test_metrics_name_what_is_on(context: ParallelContext) -> None:
     settings = ModelConfig(moe_balancing="seq_aux_loss", moe_z_loss_coeff=0.1, moe_capacity_factor=0.5, **SIGMOID).model_dump()
     model = model_of(context, **{name: settings[name] for name in settings if name.startswith("moe_")})
-    load = ExpertLoad(model.decoder.routers())
+    load = ExpertLoad(model.decoder.routers(), model.model_config)
     model.decoder.routers()[1].expert_bias[3] = -0.2
     model(small_batch())
     metrics, counts = load.reduced(1, context)
@@ -224,4 +224,4 @@ def test_metrics_name_what_is_on(context: ParallelContext) -> None:
     load.reset()
     model_without = model_of(context, moe_balancing="none")
     model_without(small_batch())
-    assert set(ExpertLoad(model_without.decoder.routers()).reduced(1, context)[0]) == {"moe/max_vio", "moe/load_entropy"}
+    assert set(ExpertLoad(model_without.decoder.routers(), model_without.model_config).reduced(1, context)[0]) == {"moe/max_vio", "moe/load_entropy"}

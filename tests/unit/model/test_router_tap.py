@@ -28,31 +28,31 @@ def test_recorded_routes_are_the_routers_own_top_k_in_order(model: VisionLanguag
         model(small_batch())
     hook.remove()
     values, ids = logits[0].flatten(0, 1).topk(2, dim=-1)
-    assert torch.equal(routes.experts()[:, 1], ids)
-    torch.testing.assert_close(routes.gates()[:, 1], values.softmax(-1))
+    assert torch.equal(routes.experts(72)[:, 1], ids)
+    torch.testing.assert_close(routes.gates(72)[:, 1], values.softmax(-1))
 
 
 def test_replaying_what_was_recorded_changes_nothing(model: VisionLanguageModel) -> None:
     batch = small_batch()
     with torch.no_grad(), model.router_tap.record() as recorded:
         live = model(batch)
-    experts = by_row(recorded.experts())
+    experts = by_row(recorded.experts(72))
     with torch.no_grad(), model.router_tap.replay(experts) as replayed:
         again = model(batch)
     assert torch.equal(live, again)
-    assert torch.equal(by_row(replayed.experts()), experts)
+    assert torch.equal(by_row(replayed.experts(72)), experts)
 
 
 def test_replayed_routes_are_obeyed_and_minus_one_is_routed_live(model: VisionLanguageModel) -> None:
     batch = small_batch()
     with torch.no_grad(), model.router_tap.record() as recorded:
         model(batch)
-    live = by_row(recorded.experts())
+    live = by_row(recorded.experts(72))
     forced = torch.full_like(live, -1)
     forced[0, 5:9] = torch.tensor([6, 1])
     with torch.no_grad(), model.router_tap.replay(forced) as replayed:
         model(batch)
-    used = by_row(replayed.experts())
+    used = by_row(replayed.experts(72))
     assert (used[0, 5:9] == torch.tensor([6, 1])).all()
     assert torch.equal(used[1:], live[1:]) and torch.equal(used[0, :5], live[0, :5])
 
@@ -84,4 +84,4 @@ def test_two_listeners_at_once_are_refused_and_the_first_goes_on(model: VisionLa
         pass
     with model.router_tap.record() as routes, torch.no_grad():
         model(small_batch())
-    assert routes.experts().shape == (72, 3, 2)
+    assert routes.experts(72).shape == (72, 3, 2)

@@ -29,6 +29,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gates over all experts": {"norm_topk_prob": False},
     "InternViT-6B style, two layers": {"style_6b": True, "num_hidden_layers": 2},
     "heads wider than hidden / heads": {"head_dim": 16},
+    "every other layer dense": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "one layer named dense": {"mlp_only_layers": [0]},
+    "dense": {"model_type": "qwen3"},
+    "dense and tied": {"model_type": "qwen3", "tied": True},
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "experts": {},
+    "experts, tied": {"tie_word_embeddings": True},
+    "dense": {"model_type": "qwen3"},
+    "dense, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 
 
@@ -66,6 +76,28 @@ def test_logits_agree_with_transformers_and_every_tensor_comes_back(context: Par
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((tmp_path / "hf" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("options", TEXT.values(), ids=TEXT.keys())
+def test_a_language_model_alone_computes_transformers_logits_and_comes_back(context: ParallelContext, tmp_path: Path, options: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = hf.build_text(**options)
+    theirs.save_pretrained(tmp_path / "hf")
+    described = hf_to_megatron(tmp_path / "hf", tmp_path / "ours")
+    assert not described.model.vision.enabled and described.model.tie_embeddings == options.get("tie_word_embeddings", False)
+    ours = loaded(tmp_path / "ours", described.model, context)
+    tokens, _ = rows(0)
+    with torch.no_grad():
+        expected = theirs(input_ids=tokens).logits
+        found = ours(ModelInputs(tokens, torch.zeros(0, 3, 16, 16), torch.full((2, 1), -1))).transpose(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    megatron_to_hf(tmp_path / "ours", tmp_path / "back", tmp_path / "hf")
+    before, after = hf.tensors(tmp_path / "hf"), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
 def test_text_alone_and_several_tiles_agree_too(context: ParallelContext, tmp_path: Path) -> None:
     theirs = hf.build()
     theirs.save_pretrained(tmp_path / "hf")
@@ -101,7 +133,7 @@ def test_hidden_states_and_experts_agree_layer_by_layer(context: ParallelContext
         ours(ModelInputs(tokens, pixels, torch.tensor([[0], [1]])))
     for found, expected in zip(mine, layers, strict=True):
         torch.testing.assert_close(found.transpose(0, 1), expected, rtol=0, atol=1e-4)
-    experts = routes.experts().unflatten(0, (20, 2)).transpose(0, 1)
+    experts = routes.experts(40).unflatten(0, (20, 2)).transpose(0, 1)
     for number, expected in enumerate(chosen):
         assert torch.equal(experts[:, :, number].sort(-1).values, expected.view(2, 20, -1).sort(-1).values)
 
@@ -278,7 +310,7 @@ def test_an_interrupted_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_shapes_by_arithmetic_are_those_of_the_built_model(context: ParallelContext, tmp_path: Path) -> None:
-    for options in ({}, {"style_6b": True}):
+    for options in ({}, {"style_6b": True}, {"model_type": "qwen3"}, {"mlp_only_layers": [1]}):
         hf.save(tmp_path / str(options), **options)
         model = hf_to_megatron(tmp_path / str(options), tmp_path / f"ours{options}").model
         for name, parameter in build_model(model, hf.IMAGE_TOKEN, context).named_parameters():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 import torch
 
+from megatron_ext.checkpoint.folder import latest_step
 from megatron_ext.checkpoint.hf.configuration import read_config
+from megatron_ext.checkpoint.hf.from_megatron import megatron_to_hf
 from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
 from megatron_ext.errors import CheckpointError
 from tests.support import hf
@@ -113,7 +118,10 @@ DAMAGES = {
     "an unknown norm": (edited(vision_config__norm_type="batch_norm"), "config.json.vision_config.norm_type: is 'batch_norm', which is not supported"),
     "a missing width of the encoder": (edited(vision_config__intermediate_size=None), "config.json.vision_config.intermediate_size: is missing"),
     "an unsupported value": (edited(text_config__attention_bias=True), "attention_bias: is True, which is not supported"),
-    "a dense language model": (edited(text_config__model_type="qwen3"), "'qwen3' is not converted yet"),
+    "another language model": (edited(text_config__model_type="llama"), "model_type: is 'llama', which is not converted; converted: 'qwen3_moe', 'qwen3'"),
+    "GPT-OSS": (edited(text_config__model_type="gpt_oss"), "is 'gpt_oss', whose attention sinks, .* and MXFP4 weights are missing here"),
+    "GPT-OSS alone": (edited(architectures=["GptOssForCausalLM"], model_type="gpt_oss"), "is 'gpt_oss', whose attention sinks, .* are missing here"),
+    "a layer that is not there": (edited(text_config__mlp_only_layers=[1]), "holds no tensor language_model.model.layers.1.mlp.gate_proj.weight"),
     "another rope": (edited(text_config__rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type: is 'yarn'"),
     "another size than the weights": (edited(text_config__num_hidden_layers=4), "holds no tensor language_model.model.layers.3"),
 }
@@ -127,6 +135,39 @@ def test_damage_is_named_and_nothing_is_written(source: Path, tmp_path: Path, da
         hf_to_megatron(source, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
+
+
+@contextmanager
+def no_file_above(num_bytes: int) -> Iterator[None]:
+    """The operating system refuses what goes beyond, as it does on a full disk or over a quota."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_is_full_on_the_way_is_one_error_and_the_next_attempt_goes_on(source: Path, tmp_path: Path) -> None:
+    with no_file_above(12_000), pytest.raises(CheckpointError, match=r"ours: cannot be written: .*File too large.*; free some space and run"):
+        hf_to_megatron(source, tmp_path / "ours")
+    assert latest_step(tmp_path / "ours") is None
+    hf_to_megatron(source, tmp_path / "ours")
+    with no_file_above(12_000), pytest.raises(CheckpointError, match=r"back: cannot be written: .*; free some space and run"):
+        megatron_to_hf(tmp_path / "ours", tmp_path / "back", source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "source"]
+    megatron_to_hf(tmp_path / "ours", tmp_path / "back", source)
+    before, after = hf.tensors(source), hf.tensors(tmp_path / "back")
+    assert before.keys() == after.keys() and all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_too_little_room_is_told_before_a_byte_is_written(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf_to_megatron(source, tmp_path / "ours")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    for convert, start, end in ((hf_to_megatron, source, "again"), (megatron_to_hf, tmp_path / "ours", "back")):
+        with pytest.raises(CheckpointError, match=rf"{end}: needs 0\.00 GB, and 0\.00 GB are free there"):
+            convert(start, tmp_path / end)
+        assert not (tmp_path / end).exists()
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
