@@ -85,7 +85,7 @@ def _recipe(model: ModelConfig, source: Path) -> dict[str, Any]:
         experts = {"discover": {"committee_top": model.experts_per_token, "experts_per_layer": min(2, model.num_experts - 1)}}
     else:
         experts = {"earl": {"enabled": False}}
-    return {"model": settings, "data": {**images, **tokenizer, "max_length": min(8192, model.max_positions)}, **experts}
+    return {"model": settings, "data": {**images, **tokenizer, "max_length": min(8192, model.max_positions // 2)}, **experts}
 
 
 def _to_hf(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`generate CONFIG`: one question about one image, answered. The image is a file, or a scene that the skill suite draws."""
+"""`generate CONFIG`: one question, answered: about a picture in a file or about none, or one of the data's own."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="default: the run's RL checkpoint, else its SFT checkpoint")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture; it is scaled to the model's image size")
-    parser.add_argument("--prompt", metavar="TEXT", help="the question about it")
-    parser.add_argument("--example", metavar="SKILL", help="instead of --image and --prompt: a question of the suite's test split")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="a picture; without it the question is text alone")
+    parser.add_argument("--prompt", metavar="TEXT", help="the question")
+    parser.add_argument("--example", metavar="SKILL", help="instead of --image and --prompt: a question of the data's test split")
     parser.add_argument("--index", type=int, default=0, metavar="N", help="which question of --example (default 0)")
     parser.add_argument("--samples", type=int, default=0, metavar="N", help="sampled answers besides the most likely one (default 0)")
     parser.epilog = (
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.example is None) == (args.image is None or args.prompt is None):
-        raise UserError("generate", "what to answer is not clear", "give --image FILE and --prompt TEXT, or --example SKILL")
+    if (args.example is None) == (args.prompt is None) or (args.image is not None and args.prompt is None):
+        raise UserError("generate", "what to answer is not clear", "give --prompt TEXT, with --image FILE if it is about one, or --example SKILL")
     resolved = resolve(args)
     if resolved is None:
         return EXIT_OK
@@ -55,16 +55,18 @@ def _newest(folder: RunFolder, config: RunConfig) -> Path:
     raise UserError(str(folder.root), "holds no checkpoint of an instruction-tuned model", "first `megatron-ext run CONFIG --until sft`, or give --checkpoint")
 
 
-def _question(config: RunConfig, folder: RunFolder, image: Path, text: str) -> Prompt:
+def _question(config: RunConfig, folder: RunFolder, image: Path | None, text: str) -> Prompt:
     from megatron_ext.batch import Prompt
     from megatron_ext.data.chat import IMAGE, check_placeholders, encode_prompt
     from megatron_ext.data.images import load_tiles
     from megatron_ext.data.tokenizer import load_tokenizer
 
-    turn = (text if IMAGE in text else f"{IMAGE}\n{text}", "")
-    check_placeholders([turn], 1, "--prompt")
     vision = config.model.vision
-    tiles = load_tiles(image, config.data)
+    if image is not None and not vision.enabled:
+        raise UserError("--image", f"{image} is shown to a model without vision (model.vision.enabled = false)", "ask with --prompt alone")
+    turn = (text if IMAGE in text or image is None else f"{IMAGE}\n{text}", "")
+    check_placeholders([turn], 0 if image is None else 1, "--prompt")
+    tiles = () if image is None else load_tiles(image, config.data)
     tokens_S = encode_prompt(turn[0], load_tokenizer(folder.tokenizer), tokens_per_tile(vision), tiles=[len(tiles)])
     return Prompt("generate", "none", tokens_S, tiles, "")
 
@@ -74,15 +76,21 @@ def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Pr
     from PIL import Image
 
     from megatron_ext.data.chat import question_text
-    from megatron_ext.data.suite import ALL_SKILLS, draw_prompts
+    from megatron_ext.data.prompts import draw_skills, skills_of
     from megatron_ext.data.tokenizer import load_tokenizer
 
-    if skill not in ALL_SKILLS:
-        raise UserError("--example", f"there is no skill {skill!r}", f"use {', '.join(ALL_SKILLS)}")
+    known = skills_of(config.data)
+    if skill not in known:
+        raise UserError("--example", f"there is no skill {skill!r}", f"use {', '.join(known)}")
     tokenizer = load_tokenizer(folder.tokenizer)
-    prompt = draw_prompts("test", [skill], index + 1, config.seed, config.data, tokenizer, config.model.vision)[-1]
-    path = folder.root / "generate" / f"{skill}-{index}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(prompt.images[0]).resize((256, 256), Image.Resampling.NEAREST).save(path)
-    print(f"picture: {path}\nquestion: {question_text(prompt.tokens_S, tokenizer)}\nright answer: {prompt.answer}")
+    prompts = draw_skills("test", index + 1, config.seed, config.data, tokenizer, config.model.vision, [skill])
+    if len(prompts) <= index:
+        raise UserError("--index", f"{index} is beyond the {len(prompts)} test prompts of skill {skill}", "count from 0")
+    prompt = prompts[index]
+    if prompt.images:
+        path = folder.root / "generate" / f"{skill}-{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(prompt.images[-1]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+        print(f"picture: {path}")
+    print(f"question: {question_text(prompt.tokens_S, tokenizer)}\nright answer: {prompt.answer}")
     return prompt

@@ -66,7 +66,8 @@ def read_mark(path: Path) -> Mark | None:
 def settings_of(config: RunConfig, sections: tuple[str, ...]) -> dict[str, Any]:
     """The dotted settings in these sections (or single fields), as JSON values, that change what is learnt."""
     every = leaves(config.model_dump(mode="json"))
-    return {name: value for name, value in every.items() if name.split(".")[0] in sections and not set(name.split(".")) & set(_HOW_NOT_WHAT)}
+    chosen = {name: value for name, value in every.items() if name.split(".")[0] in sections or name in sections}
+    return {name: value for name, value in chosen.items() if not set(name.split(".")) & _HOW_NOT_WHAT}
 
 
 def differences(old: Mark, new: Mark) -> list[str]:

@@ -21,7 +21,7 @@ from megatron_ext.errors import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """`sections`: the parts of the configuration that this stage adds to those of the stages it needs.
+    """`sections`: the parts of the configuration, or single fields, that this stage adds to those of the stages it needs.
     `outputs`: what it owns in the run's folder, its own folder first."""
 
     name: str
@@ -106,8 +106,8 @@ STAGES = {
         Stage("tokenizer", (), ("data", "seed"), ("tokenizer",), _tokenizer),
         Stage("pretrain", ("tokenizer",), ("model", "pretrain"), ("pretrain",), _pretrain),
         Stage("sft", ("pretrain",), ("sft",), ("sft",), _sft),
-        Stage("discover", ("sft",), ("discover", "rollout"), ("discover",), _discover),
-        Stage("evaluate-sft", ("sft", "discover"), ("evaluate", "rollout"), ("evaluate/sft", "evaluate/sft.json"), _evaluate_sft),
+        Stage("discover", ("sft",), ("discover", "rollout", "rl.reward"), ("discover",), _discover),
+        Stage("evaluate-sft", ("sft", "discover"), ("evaluate", "rollout", "rl.reward"), ("evaluate/sft", "evaluate/sft.json"), _evaluate_sft),
         Stage("rl", ("sft", "discover"), ("rl", "earl", "rollout"), ("rl",), _rl),
         Stage("evaluate-rl", ("rl", "discover"), ("evaluate", "rollout"), ("evaluate/rl", "evaluate/rl.json"), _evaluate_rl),
     )

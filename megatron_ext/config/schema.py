@@ -275,6 +275,7 @@ class RLConfig(Section):
     minibatches: int = Field(1, gt=0)
     """Optimizer steps per batch of rollouts."""
     mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
+    """Weights of the suite's kinds of question. A JSONL file is asked from as it is."""
     algorithm: Literal["grpo", "dr_grpo"] = "grpo"
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
@@ -286,7 +287,8 @@ class RLConfig(Section):
     replay_routes: bool = True
     train_vision: bool = True
     reward: str = "megatron_ext.rl.rewards:skill_reward"
-    """Dotted path `module:function` of the task reward."""
+    """Dotted path `module:function` of the task reward. Evaluation and discovery ask it, too, which answers are right: those whose part "correct" is 1, or,
+    without such a part, whose reward reaches `earl.correct_threshold`."""
     reward_timeout_s: float = Field(10.0, gt=0)
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""

@@ -74,18 +74,27 @@ def read_split(path: Path | None, split: Split) -> tuple[Record, ...]:
     return chosen
 
 
-def draw_jsonl_prompts(split: Split, count: int, seed: int, config: DataConfig, tokenizer: Tokenizer, vision: VisionConfig, start: int = 0) -> list[Prompt]:
-    """Prompts `start` to `start + count` of the split in its shuffled order, epoch after epoch: each asks the last question of a record, with the
-    turns before it as history; the gold answer is the record's own last answer."""
-    records = read_split(config.path, split)
+def draw_jsonl_prompts(
+    split: Split, count: int, seed: int, config: DataConfig, tokenizer: Tokenizer, vision: VisionConfig, start: int = 0, skill: str = ""
+) -> list[Prompt]:
+    """Prompts `start` to `start + count` of the split (of one skill, where given) in its shuffled order, epoch after epoch: each asks the last question of a
+    record, with the turns before it as history; the gold answer is the record's own last answer.
+
+    Raises DataError for unreadable images and for a prompt longer than `data.max_length`.
+    """
+    records = [record for record in read_split(config.path, split) if skill in ("", record.skill)]
     prompts = []
     for index in range(start, start + count):
         record = records[shuffled(index, len(records), seed)]
         (*history, (question, answer)) = record.turns
         images = record.load(config, vision)
         tokens_S = encode_prompt(question, tokenizer, tokens_per_tile(vision), history, [len(tiles) for tiles in images])
+        if len(tokens_S) > config.max_length:
+            problem = f"the prompt has {len(tokens_S)} tokens, more than data.max_length = {config.max_length}"
+            raise DataError(record.where, problem, "raise data.max_length or shorten it")
         meta = {"skill": record.skill, "template": "jsonl", "where": record.where, "answer": answer}
-        prompts.append(Prompt(f"jsonl/{split}/{seed}/{index}", record.skill, tokens_S, tuple(chain.from_iterable(images)), answer, meta))
+        key = "/".join(filter(None, ("jsonl", split, skill, str(seed), str(index))))
+        prompts.append(Prompt(key, record.skill, tokens_S, tuple(chain.from_iterable(images)), answer, meta))
     return prompts
 
 

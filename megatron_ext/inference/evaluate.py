@@ -22,7 +22,8 @@ from PIL import Image
 from megatron_ext.batch import Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.chat import question_text
-from megatron_ext.data.suite import ALL_SKILLS, chance, check, draw_prompts
+from megatron_ext.data.prompts import chance_of, draw_skills, skills_of
+from megatron_ext.data.rewards import correctness
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
@@ -75,7 +76,7 @@ def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfi
     with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
         engine, tokenizer = load_engine(config, checkpoint, context)
         settings = config.evaluate
-        prompts = draw_prompts(settings.split, ALL_SKILLS, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
+        prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
         mine = prompts[context.dp_rank :: context.layout.dp]
         bonus = None if clusters is None else _bonus(config, clusters)
@@ -84,14 +85,15 @@ def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfi
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:
-    """Answers each prompt greedily, some of them several times, and all of them blind."""
+    """Answers each prompt greedily, some of them several times, and all of them blind. `rl.reward` says what is right."""
+    correct = correctness(config.rl.reward, config.earl.correct_threshold)
 
     def verdicts(asked: Sequence[Prompt], samples: int, greedy: bool) -> list[list[tuple[bool, Rollout]]]:
         def seeds(index: int, sample: int) -> int:
             return rollout_seed("evaluate", asked[index].key, sample)
 
         rollouts = engine.generate(asked, samples, seeds=seeds, version=0, greedy=greedy)
-        judged = [(check(rollout.prompt.meta, rollout.text).correct, rollout) for rollout in rollouts]
+        judged = [(correct(rollout.prompt, rollout.text), rollout) for rollout in rollouts]
         return [judged[start : start + samples] for start in range(0, len(judged), samples)]
 
     greedy = [group[0] for group in verdicts(prompts, 1, greedy=True)]
@@ -119,8 +121,8 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], samp
 def summarise(outcomes: Sequence[Outcome], config: RunConfig) -> dict[str, Any]:
     """{"skills": {skill: row}, "macro": row}: every row a mean over prompts, the macro row a mean over skills with its standard error."""
     skills = {}
-    for skill in [name for name in ALL_SKILLS if any(outcome.skill == name for outcome in outcomes)]:
-        skills[skill] = {**_row([outcome for outcome in outcomes if outcome.skill == skill]), "chance": chance(skill, config.data)}
+    for skill in [name for name in skills_of(config.data) if any(outcome.skill == name for outcome in outcomes)]:
+        skills[skill] = {**_row([outcome for outcome in outcomes if outcome.skill == skill]), "chance": chance_of(skill, config.data)}
     rows = list(skills.values())
     macro: dict[str, float | None] = {}
     for name in rows[0] if rows else ():
@@ -150,16 +152,16 @@ def _row(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig) -> None:
     """`folder/samples.jsonl` and a picture for each line: the first few prompts of every skill with what was answered, for people to look at."""
     tokenizer = load_tokenizer(config.tokenizer_dir)
-    prompts = draw_prompts(
-        config.evaluate.split, ALL_SKILLS, min(SAMPLES_PER_SKILL, config.evaluate.prompts_per_skill), PROMPT_SEED, config.data, tokenizer, config.model.vision
-    )
+    count = min(SAMPLES_PER_SKILL, config.evaluate.prompts_per_skill)
+    prompts = draw_skills(config.evaluate.split, count, PROMPT_SEED, config.data, tokenizer, config.model.vision)
     by_key = {outcome.key: outcome for outcome in outcomes}
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for prompt in prompts:
         outcome = by_key[prompt.key]
-        picture = f"{prompt.key.replace('/', '-')}.png"
-        Image.fromarray(prompt.images[0]).save(folder / picture)
+        picture = f"{prompt.key.replace('/', '-')}.png" if prompt.images else ""
+        if prompt.images:
+            Image.fromarray(prompt.images[-1]).save(folder / picture)  # of several tiles the last: the thumbnail
         said = {"question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
         lines.append(json.dumps({"skill": prompt.skill, **said, "image": picture}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")

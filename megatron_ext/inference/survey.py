@@ -15,7 +15,8 @@ import numpy as np
 
 from megatron_ext.batch import Rollout, gate_mass
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.suite import ALL_SKILLS, check, draw_prompts
+from megatron_ext.data.prompts import draw_skills
+from megatron_ext.data.rewards import correctness
 from megatron_ext.device import session
 from megatron_ext.earl.token_control import TokenTable
 from megatron_ext.errors import UserError
@@ -52,14 +53,14 @@ def survey_rank(rank: int, world_size: int, init_method: str, config: RunConfig,
     """How many prompts this rank asked, and its correct answers."""
     with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
         engine, tokenizer = load_engine(config, checkpoint, context)
-        prompts = draw_prompts("train", ALL_SKILLS, config.discover.prompts_per_skill, PROMPT_SEED + config.seed, config.data, tokenizer, config.model.vision)
+        prompts = draw_skills("train", config.discover.prompts_per_skill, PROMPT_SEED + config.seed, config.data, tokenizer, config.model.vision)
         mine = prompts[context.dp_rank :: context.layout.dp]
 
         def seeds(index: int, sample: int) -> int:
             return rollout_seed("survey", config.seed, mine[index].key, sample)
 
-        rollouts = engine.generate(mine, 1, seeds=seeds, version=0)
-        correct = [rollout for rollout in rollouts if check(rollout.prompt.meta, rollout.text).correct]
+        right = correctness(config.rl.reward, config.earl.correct_threshold)
+        correct = [rollout for rollout in engine.generate(mine, 1, seeds=seeds, version=0) if right(rollout.prompt, rollout.text)]
         return (len(mine), correct) if context.tp_rank == 0 else (0, [])
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatron_ext.batch.rollout import Prompt
+from megatron_ext.data.rewards import BadReward, RewardFunction, read_reward
 from megatron_ext.errors import UserError
-from megatron_ext.rl.rewards import BadReward, RewardFunction, read_reward
 
 ANY_TEXT = (
     "",

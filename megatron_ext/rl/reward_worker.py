@@ -17,8 +17,8 @@ import traceback
 from multiprocessing.connection import Connection
 
 from megatron_ext.batch.rollout import Prompt
+from megatron_ext.data.rewards import BadReward, RewardFunction, load_reward, read_reward
 from megatron_ext.errors import UserError
-from megatron_ext.rl.rewards import BadReward, RewardFunction, load_reward, read_reward
 
 DETAIL_CHARACTERS = 2000
 

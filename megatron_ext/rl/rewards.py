@@ -1,34 +1,24 @@
-"""What an answer is worth: the suite's own reward, and how a user's reward is found and read.
-
-A reward is a function `reward(prompt: Prompt, response: str)` that returns a number, or a dict of numbers with "reward" as the total. The configuration
-names it by its dotted path `module:function`. It runs in processes of its own, which never import torch.
-"""
+"""What an answer is worth: the rewards that come with the program. Your own is a function of the same form (`data/rewards.py`)."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import math
-import numbers
-from collections.abc import Callable, Mapping
-
-import numpy as np
+import re
 
 from megatron_ext.batch.rollout import Prompt
 from megatron_ext.data.suite import check
-from megatron_ext.errors import UserError
-
-RewardFunction = Callable[[Prompt, str], object]
 
 PARTIAL_WEIGHT = 0.4
 FORMAT_WEIGHT = 0.1
-_WHERE = "rl.reward"
+_THINKS_THEN_ANSWERS = re.compile(r"\s*<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
 
 
 def skill_reward(prompt: Prompt, response: str) -> dict[str, float]:
     """1 exactly when the answer is fully correct. Otherwise 0 for a single skill, and for a composite at most 0.5:
 
     reward = 1[correct] + (1 - 1[correct]) (0.4 mean(sub-tasks solved) + 0.1 1[well formed])
+
+    Of your own conversations: 1 when the answer is that of the file, up to white space.
     """
     verdict = check(prompt.meta, response)
     parts = verdict.parts if prompt.skill == "composite" else {}
@@ -41,53 +31,41 @@ def skill_reward(prompt: Prompt, response: str) -> dict[str, float]:
     return {"reward": total, "correct": float(verdict.correct), "partial": partial, "format": well_formed}
 
 
-class BadReward(Exception):
-    """A reward function returned something that is no reward. `reason` is `reward_wrong_type` or `reward_not_finite`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-def read_reward(value: object) -> tuple[float, dict[str, float]]:
-    """The total and its named parts (without the total) of what a reward function returned. Raises BadReward."""
-    if not isinstance(value, Mapping):
-        return _number("the reward", value), {}
-    if "reward" not in value:
-        raise BadReward("reward_wrong_type", f"a dict without the key 'reward': its keys are {sorted(map(str, value))}")
-    if not all(isinstance(name, str) for name in value):
-        raise BadReward("reward_wrong_type", f"a dict whose keys are not all strings: {list(value)}")
-    parts = {str(name): _number(f"the part {name!r}", part) for name, part in value.items()}
-    return parts.pop("reward"), parts
+def boxed_reward(prompt: Prompt, response: str) -> dict[str, float]:
+    r"""0.9 when what stands in the last \boxed{} is the prompt's answer, 0.1 for the form `<think>..</think> .. \boxed{}`: the weights of InternVL3.5's RL
+    (its fork of verl, reward_score/geo3k.py). Numbers are compared by value, anything else as text without spaces, $ and \text{}; formulas are not worked out.
+    """
+    said, gold = boxed(response), boxed(prompt.answer) or prompt.answer
+    correct = float(said is not None and _same(said, gold))
+    form = float(_THINKS_THEN_ANSWERS.fullmatch(response) is not None)
+    return {"reward": (1 - FORMAT_WEIGHT) * correct + FORMAT_WEIGHT * form, "correct": correct, "format": form}
 
 
-def load_reward(path: str) -> RewardFunction:
-    """The function behind `module:function`. Raises UserError when the path, the module or the function is not there, or it cannot be called."""
-    module_name, colon, name = path.partition(":")
-    if not (colon and module_name and name.isidentifier()):
-        raise UserError(_WHERE, f"{path!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
+def boxed(text: str) -> str | None:
+    r"""What the last \boxed{} holds, braces inside it included; None where there is none, or it is not closed.
+
+    >>> boxed(r"so \boxed{2} and \boxed{\frac{1}{2}}.")
+    '\\\\frac{1}{2}'
+    """
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start + len(r"\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + len(r"\boxed{") : position]
+    return None
+
+
+def _same(said: str, gold: str) -> bool:
+    said, gold = (_bare(text) for text in (said, gold))
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(_WHERE, f"importing {module_name!r} fails: {error}", "install what it imports") from error
-        raise UserError(_WHERE, f"there is no module {error.name!r}", "start from the folder that holds it, or put that folder on PYTHONPATH") from None
-    except Exception as error:
-        raise UserError(_WHERE, f"importing {module_name!r} fails: {type(error).__name__}: {error}", "mend the module") from error
-    if not hasattr(module, name):
-        near = difflib.get_close_matches(name, [other for other in vars(module) if callable(getattr(module, other))], n=1)
-        raise UserError(_WHERE, f"module {module_name!r} has no {name!r}", f"did you mean {near[0]!r}?" if near else "name a function of the module")
-    function = getattr(module, name)
-    if not callable(function):
-        raise UserError(_WHERE, f"{path!r} is a {type(function).__name__}, not a function", "name a function reward(prompt, response)")
-    return function
+        return math.isclose(float(said.replace(",", "")), float(gold.replace(",", "")), rel_tol=1e-6)
+    except ValueError:
+        return said == gold
 
 
-def _number(what: str, value: object) -> float:
-    """bool, int, float and numpy scalars are numbers; strings, None, arrays and complex numbers are not."""
-    if not isinstance(value, numbers.Real | np.bool_):
-        raise BadReward("reward_wrong_type", f"{what} is a {type(value).__name__}: {value!r:.200}")
-    number = float(value)
-    if not math.isfinite(number):
-        raise BadReward("reward_not_finite", f"{what} is {number}")
-    return number
+def _bare(text: str) -> str:
+    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
+    return re.sub(r"[\s$]|\\[,!;]", "", text).rstrip(".")

@@ -22,7 +22,9 @@ from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.suite import ALL_SKILLS, SKILLS, check, draw_prompts
+from megatron_ext.data.prompts import draw_any, draw_skills
+from megatron_ext.data.rewards import correctness
+from megatron_ext.data.suite import ALL_SKILLS, SKILLS, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.files import read_clusters
@@ -100,10 +102,13 @@ def open_host(config: RunConfig) -> Iterator[Host]:
 
 
 def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts of a step, a function of (seed, step): skills by `rl.mix` (`qa` shared equally by the single skills), never the same prompt in two steps."""
+    """The prompts of a step, a function of (seed, step). Of the suite: skills by `rl.mix` (`qa` shared equally by the single skills), never the same prompt in
+    two steps. Of a file: its train split, in an order of its own each epoch."""
+    start = step * config.rl.prompts_per_step
+    if config.data.kind == "jsonl":
+        return draw_any("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
     prompts = []
     for skill, count in skill_counts(step, config).items():
-        start = step * config.rl.prompts_per_step
         prompts += draw_prompts("train", [skill], count, config.seed, config.data, tokenizer, config.model.vision, start)
     order = np.random.default_rng(rollout_seed(config.seed, "order", step)).permutation(len(prompts))
     return [prompts[index] for index in order]
@@ -124,9 +129,10 @@ def validate(finished: int, config: RunConfig, fleet: fleets.MegatronFleet, toke
     every = config.rl.eval_every
     if not every or finished % every:
         return {}
-    prompts = draw_prompts("val", ALL_SKILLS, config.evaluate.prompts_per_skill, VALIDATION_SEED, config.data, tokenizer, config.model.vision)
+    prompts = draw_skills("val", config.evaluate.prompts_per_skill, VALIDATION_SEED, config.data, tokenizer, config.model.vision)
+    correct = correctness(config.rl.reward, config.earl.correct_threshold)
     verdicts: dict[str, list[bool]] = {}
     for answer in fleet.generate(prompts, 1, finished, greedy=True):
-        right = isinstance(answer, Rollout) and check(answer.prompt.meta, answer.text).correct
+        right = isinstance(answer, Rollout) and correct(answer.prompt, answer.text)
         verdicts.setdefault(answer.prompt.skill, []).append(right)
     return {f"val/val/{skill}/accuracy": sum(right) / len(right) for skill, right in verdicts.items()}

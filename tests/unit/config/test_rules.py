@@ -37,8 +37,6 @@ BROKEN = [
     (["model.num_experts=1"], "model.num_experts", "1 expert has nothing to route to"),
     (["model.num_experts=0"], "earl.enabled", "true needs experts, and the model has none (model.num_experts = 0)"),
     (["model.num_experts=0", "model.moe_capacity_factor=1"], "model.moe_capacity_factor", "1.0 needs experts"),
-    (["model.num_experts=0", "parallel.num_ranks=2", "parallel.ep=2"], "parallel.ep", "2 ranks for the experts of a model that has none"),
-    (["model.num_experts=0", "model.ffn_hidden_size=9", "parallel.num_ranks=2", "parallel.tp=2"], "parallel.tp", "2 does not divide model.ffn_hidden_size = 9"),
     (["model.dense_layers=[3]"], "model.dense_layers", "3 is no layer among model.num_layers = 3"),
     (["model.num_experts=0", "model.dense_layers=[1]"], "model.dense_layers", "1 is no layer that could be dense"),
     (["model.dense_layers=[0, 1, 2]"], "model.dense_layers", "names all 3 layers"),

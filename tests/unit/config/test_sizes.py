@@ -14,6 +14,9 @@ SHAPES = [
     [],
     ["model.tie_embeddings=true", "model.clvr.gate=tanh_gate", "model.clvr.taps=[[0, 1], [1, 2]]"],
     ["model.vision.norm=rmsnorm", "model.vision.qk_norm=true", "model.vision.qkv_bias=false", "model.clvr.enabled=false"],
+    ["model.num_experts=0", "earl.enabled=false"],
+    ["model.dense_layers=[1]"],
+    ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=mine.jsonl"],
 ]
 
 

@@ -53,9 +53,9 @@ def test_a_record_has_its_images_turns_and_place(folder):
     )
     first, second, third = read_jsonl(path)
     assert first.turns == (("<image>\nWhat is this?", "A red field."),) and first.where == f"{path}:1" and first.skill == "jsonl"
-    assert second.where == f"{path}:3" and second.skill == "choice" and [tile.shape for (tile,) in second.load(CONFIG)] == [(32, 32, 3)] * 2
+    assert second.where == f"{path}:3" and second.skill == "choice" and [tile.shape for (tile,) in second.load(CONFIG, VisionConfig())] == [(32, 32, 3)] * 2
     assert second.turns[1] == ("why?", "so") and third.images == ()
-    assert (first.load(CONFIG)[0][0] == (250, 10, 10)).all()
+    assert (first.load(CONFIG, VisionConfig())[0][0] == (250, 10, 10)).all()
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_a_damaged_image_is_named(tmp_path, damage, format):
 def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=32, height=32)))
     with pytest.raises(DataError, match=r"data\.jsonl:1: .*wide\.jpg: is 64 x 32 pixels, but its line says 32 x 32 pixels"):
-        record.load(CONFIG)
+        record.load(CONFIG, VisionConfig())
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=64, height=32)))
-    assert record.load(CONFIG)[0][0].shape == (32, 32, 3)
+    assert record.load(CONFIG, VisionConfig())[0][0].shape == (32, 32, 3)
 
 
 def test_a_wide_image_is_scaled_to_fit_and_padded_with_grey(folder):
@@ -186,3 +186,18 @@ def test_a_file_trains_a_tokenizer_a_stream_and_asks_prompts(corpus, tmp_path):
     for prompt in draw_jsonl_prompts("train", 5, 0, corpus, tokenizer, VisionConfig()):
         assert prompt.skill == "naming" and check(prompt.meta, prompt.answer).correct and not check(prompt.meta, "Number").correct
         assert prompt.answer.removeprefix("Number ").removesuffix(".") in tokenizer.decode(prompt.tokens_S)
+
+
+def test_a_model_without_vision_is_shown_no_picture(corpus, tmp_path):
+    train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
+    tokenizer, blind = load_tokenizer(tmp_path / "tokenizer"), VisionConfig(enabled=False)
+    with pytest.raises(DataError, match=r"jsonl:\d+: shows (a.png|wide.jpg) to a model without vision"):
+        TrainingStream(corpus, blind, tokenizer, split="train", mix={"qa": 1.0}, seed=0).batch(0, 40)
+    with pytest.raises(DataError, match="to a model without vision"):
+        draw_jsonl_prompts("train", 40, 0, corpus, tokenizer, blind)
+
+
+def test_a_prompt_that_is_too_long_is_named(corpus, tmp_path):
+    train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
+    with pytest.raises(DataError, match=r"jsonl:\d+: the prompt has \d+ tokens, more than data.max_length = 20"):
+        draw_jsonl_prompts("train", 40, 0, corpus.model_copy(update={"max_length": 20}), load_tokenizer(tmp_path / "tokenizer"), VisionConfig())

@@ -67,6 +67,18 @@ def test_all_problems_are_told_at_once_under_the_name_of_the_section_that_asked(
     assert len(found) == 6, "tp = 3 divides neither heads, query groups, vocabulary nor the two CLVR head counts; ep = 3 not the experts"
 
 
+def test_a_dense_model_has_no_experts_to_spread_and_splits_its_own_width() -> None:
+    dense = MODEL.model_copy(update={"num_experts": 0, "ffn_hidden_size": 9, "expert_ffn_hidden_size": 7})
+    assert [str(problem) for problem in check_layout(dense, ParallelConfig(num_ranks=2, ep=2))] == [
+        "parallel.ep: 2 ranks for the experts of a model that has none (model.num_experts = 0); remove it"
+    ]
+    assert [str(problem) for problem in check_layout(dense, ParallelConfig(num_ranks=2, tp=2))] == [
+        "parallel.tp: 2 does not divide model.ffn_hidden_size = 9; use 1, 3 or 9"
+    ]
+    mixed = MODEL.model_copy(update={"dense_layers": (0,), "ffn_hidden_size": 9})
+    assert any("ffn_hidden_size = 9" in str(problem) for problem in check_layout(mixed, ParallelConfig(num_ranks=2, tp=2)))
+
+
 def test_a_rollout_replica_has_neither_pipeline_stages_nor_shared_sequences() -> None:
     found = [str(problem) for problem in check_rollout_layout(MODEL, ParallelConfig(num_ranks=4, pp=2, cp=2))]
     assert len(found) == 2

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.batch import Prompt
+from megatron_ext.data.rewards import BadReward, correctness, load_reward, read_reward
 from megatron_ext.errors import UserError
 from megatron_ext.rl.reward_contract import check_reward
-from megatron_ext.rl.rewards import BadReward, load_reward, read_reward, skill_reward
+from megatron_ext.rl.rewards import boxed, boxed_reward, skill_reward
 
 COUNT = Prompt("c", "count", np.zeros(1, np.int32), (), "3", {"skill": "count", "answer": "3"})
 GOLD = "<ocr> 3 </ocr> <count> 4 </count> <ans> 7 </ans>"
@@ -154,3 +155,53 @@ def test_a_reward_that_breaks_the_contract_is_told_where(reward, message):
 def test_importing_rewards_imports_no_torch():
     code = "import sys, megatron_ext.rl.reward_worker, megatron_ext.rl.reward_pool; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def prompt_of(answer: str) -> Prompt:
+    return Prompt("b", "maths", np.zeros(1, np.int32), (), answer, {"skill": "maths", "answer": answer})
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward"),
+    [
+        ("12", r"<think>6 + 6</think> It is \boxed{12}.", 1.0),
+        ("12", r"It is \boxed{12.0}", 0.9),
+        ("1,200", r"<think></think>\boxed{1200}", 1.0),
+        (r"\boxed{\frac{1}{2}}", r"first \boxed{3}, then $\boxed{ \frac{1}{2} }$", 0.9),
+        ("B", r"<think>not A</think>\boxed{\text{B}}", 1.0),
+        ("B", r"<think>not B</think>\boxed{A}", 0.1),
+        ("12", "12", 0.0),
+        ("12", r"\boxed{12", 0.0),
+    ],
+)
+def test_a_boxed_answer_earns_nine_tenths_and_its_form_the_rest(answer, response, reward):
+    assert boxed_reward(prompt_of(answer), response)["reward"] == pytest.approx(reward)
+
+
+def test_the_last_box_counts_with_the_braces_inside_it():
+    assert boxed(r"\boxed{1} \boxed{a{b}{c}}d}") == "a{b}{c}"
+    assert boxed("no box") is boxed(r"\boxed{open") is None
+
+
+@given(st.text() | st.text(st.sampled_from("\\boxed{}1,. $text")))
+def test_a_boxed_reward_has_a_value_for_any_text(text):
+    value, parts = read_reward(boxed_reward(prompt_of("1"), text))
+    assert 0 <= value <= 1 and set(parts) == {"correct", "format"}
+
+
+def test_the_boxed_reward_keeps_the_contract():
+    check_reward(boxed_reward, [prompt_of("1")])
+
+
+def half(prompt: Prompt, response: str) -> float:
+    return 0.5 if response == "half" else 1 / len(response)
+
+
+def test_an_answer_is_right_where_its_reward_says_so():
+    """Where a part is named "correct", by it; otherwise by the total."""
+    right = correctness("megatron_ext.rl.rewards:boxed_reward", 1.0)
+    assert right(prompt_of("2"), r"\boxed{2}") and not right(prompt_of("2"), r"<think></think>\boxed{3}")
+    mine = correctness(f"{__name__}:half", 0.5)
+    assert mine(COUNT, "half") and mine(COUNT, "2") and not mine(COUNT, "333")
+    with pytest.raises(UserError, match=r"test_rewards:half failed on prompt 'c': ZeroDivisionError"):
+        mine(COUNT, "")
