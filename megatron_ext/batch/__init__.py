@@ -2,5 +2,8 @@
 
 from megatron_ext.batch.rollout import FailedRollout, LearnerBatch, Prompt, Rollout, ScoredRollout
 from megatron_ext.batch.routing import RouteTrace, expert_dtype, gate_mass, route_digest
+from megatron_ext.batch.tiles import NO_TILES, Tiles
 
-__all__ = ["FailedRollout", "LearnerBatch", "Prompt", "Rollout", "RouteTrace", "ScoredRollout", "expert_dtype", "gate_mass", "route_digest"]
+__all__ = [
+    "NO_TILES", "FailedRollout", "LearnerBatch", "Prompt", "Rollout", "RouteTrace", "ScoredRollout", "Tiles", "expert_dtype", "gate_mass", "route_digest"
+]  # fmt: skip

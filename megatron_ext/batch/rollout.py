@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_ext.batch.routing import RouteTrace
+from megatron_ext.batch.tiles import Tiles
 from megatron_ext.shapes import check_shape
 
 
@@ -20,20 +21,18 @@ class Prompt:
     """One question about its images, tokenised and ready to generate from.
 
     `tokens_S` int32 holds the chat prompt with every image already expanded to its image-context tokens, ending where the response begins.
-    `images` are uint8 [height, width, 3] tiles in the order of their placeholders. `meta` travels to the reward function untouched.
+    `tiles` show its images in the order of their placeholders. `meta` travels to the reward function untouched.
     """
 
     key: str
     skill: str
     tokens_S: np.ndarray
-    images: tuple[np.ndarray, ...]
+    tiles: Tiles
     answer: str
     meta: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_shape("tokens_S", self.tokens_S, None)
-        for image in self.images:
-            check_shape("image", image, None, None, 3)
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class LearnerBatch:
 
     `targets` are implied: position s predicts `tokens_BS[:, s + 1]`. `response_mask_BS[b, s]` is 1 where token s was sampled (so position s - 1 predicts it).
     `logprobs_BS` and `advantages_B` align with `tokens_BS`; `experts_BSLK` holds the recorded expert ids (-1 where there is none, such as padding).
-    `tiles_IHWC` uint8 are the distinct images of the batch; `row_tiles_BM` indexes them (-1: no tile), so the G rollouts of a prompt share one image.
+    `tiles` are the distinct ones of the batch; `row_tiles_BM` indexes them (-1: no tile), so the G rollouts of a prompt share one image.
     """
 
     tokens_BS: np.ndarray
@@ -105,7 +104,7 @@ class LearnerBatch:
     logprobs_BS: np.ndarray
     advantages_B: np.ndarray
     experts_BSLK: np.ndarray
-    tiles_IHWC: np.ndarray
+    tiles: Tiles
     row_tiles_BM: np.ndarray
     version: int
 
@@ -115,5 +114,4 @@ class LearnerBatch:
         check_shape("logprobs_BS", self.logprobs_BS, rows, length)
         check_shape("advantages_B", self.advantages_B, rows)
         check_shape("experts_BSLK", self.experts_BSLK, rows, length, None, None)
-        check_shape("tiles_IHWC", self.tiles_IHWC, None, None, None, 3)
         check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)

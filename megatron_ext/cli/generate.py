@@ -56,7 +56,7 @@ def _newest(folder: RunFolder, config: RunConfig) -> Path:
 
 
 def _question(config: RunConfig, folder: RunFolder, image: Path | None, text: str) -> Prompt:
-    from megatron_ext.batch import Prompt
+    from megatron_ext.batch import NO_TILES, Prompt
     from megatron_ext.data.chat import IMAGE, check_placeholders, encode_prompt
     from megatron_ext.data.images import load_tiles
     from megatron_ext.data.tokenizer import load_tokenizer
@@ -66,7 +66,7 @@ def _question(config: RunConfig, folder: RunFolder, image: Path | None, text: st
         raise UserError("--image", f"{image} is shown to a model without vision (model.vision.enabled = false)", "ask with --prompt alone")
     turn = (text if IMAGE in text or image is None else f"{IMAGE}\n{text}", "")
     check_placeholders([turn], 0 if image is None else 1, "--prompt")
-    tiles = () if image is None else load_tiles(image, config.data)
+    tiles = NO_TILES if image is None else load_tiles(image, config.data)
     tokens_S = encode_prompt(turn[0], load_tokenizer(folder.tokenizer), tokens_per_tile(vision), tiles=[len(tiles)])
     return Prompt("generate", "none", tokens_S, tiles, "")
 
@@ -87,10 +87,10 @@ def _example(config: RunConfig, folder: RunFolder, skill: str, index: int) -> Pr
     if len(prompts) <= index:
         raise UserError("--index", f"{index} is beyond the {len(prompts)} test prompts of skill {skill}", "count from 0")
     prompt = prompts[index]
-    if prompt.images:
+    if len(prompt.tiles):
         path = folder.root / "generate" / f"{skill}-{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(prompt.images[-1]).resize((256, 256), Image.Resampling.NEAREST).save(path)
+        Image.fromarray(prompt.tiles.pixels_IHWC[-1]).resize((256, 256), Image.Resampling.NEAREST).save(path)
         print(f"picture: {path}")
     print(f"question: {question_text(prompt.tokens_S, tokenizer)}\nright answer: {prompt.answer}")
     return prompt

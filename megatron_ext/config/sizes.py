@@ -108,5 +108,5 @@ def _projector(vision: VisionConfig, hidden: int) -> int:
 
 def _tap(clvr: ClvrConfig, hidden: int, vision_hidden: int) -> int:
     query, key_value = clvr.num_heads * clvr.head_dim, clvr.num_kv_heads * clvr.head_dim
-    norms = 2 * vision_hidden + hidden + 2 * clvr.head_dim
-    return norms + hidden * query + 2 * vision_hidden * key_value + query * hidden + (1 if clvr.gate == "tanh_gate" else 0)
+    norms, thumbnail = 2 * vision_hidden + hidden + 2 * clvr.head_dim, vision_hidden
+    return norms + thumbnail + hidden * query + 2 * vision_hidden * key_value + query * hidden + (1 if clvr.gate == "tanh_gate" else 0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_ext.batch import Tiles
 from megatron_ext.shapes import check_shape
 
 
@@ -14,19 +15,18 @@ from megatron_ext.shapes import check_shape
 class TokenBatch:
     """B conversations, right-padded to S.
 
-    `tokens_BS` int32; `loss_mask_BS` uint8, 1 where THIS token is a target (position s - 1 predicts it); `tiles_IHWC` uint8, all images of the batch;
+    `tokens_BS` int32; `loss_mask_BS` uint8, 1 where THIS token is a target (position s - 1 predicts it); `tiles`, all of the batch;
     `row_tiles_BM` int32 indexes them in the order of a row's placeholders (-1: no tile).
     """
 
     tokens_BS: np.ndarray
     loss_mask_BS: np.ndarray
-    tiles_IHWC: np.ndarray
+    tiles: Tiles
     row_tiles_BM: np.ndarray
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape
         check_shape("loss_mask_BS", self.loss_mask_BS, rows, length)
-        check_shape("tiles_IHWC", self.tiles_IHWC, None, None, None, 3)
         check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)
 
 
@@ -44,10 +44,10 @@ def pad_rows(rows: Sequence[Sequence[int]], fill: int, dtype: np.dtype | type, m
 
 
 def collate(
-    tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], num_tiles: Sequence[int], tiles_IHWC: np.ndarray, pad_id: int, multiple_of: int
+    tokens: Sequence[Sequence[int]], masks: Sequence[Sequence[int]], num_tiles: Sequence[int], tiles: Tiles, pad_id: int, multiple_of: int
 ) -> TokenBatch:
     """One batch. Row b owns the next `num_tiles[b]` of the tiles."""
     first = np.concatenate([[0], np.cumsum(num_tiles)])
-    row_tiles = [range(first[row], first[row + 1]) for row in range(len(tokens))]
-    row_tiles_BM = pad_rows([list(tiles) or [-1] for tiles in row_tiles], -1, np.int32)
-    return TokenBatch(pad_rows(tokens, pad_id, np.int32, multiple_of), pad_rows(masks, 0, np.uint8, multiple_of), tiles_IHWC, row_tiles_BM)
+    shown = [range(first[row], first[row + 1]) for row in range(len(tokens))]
+    row_tiles_BM = pad_rows([list(numbers) or [-1] for numbers in shown], -1, np.int32)
+    return TokenBatch(pad_rows(tokens, pad_id, np.int32, multiple_of), pad_rows(masks, 0, np.uint8, multiple_of), tiles, row_tiles_BM)

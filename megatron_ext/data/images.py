@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from megatron_ext.batch import Tiles
+from megatron_ext.batch.tiles import grid_places
 from megatron_ext.config.schema import DataConfig
 from megatron_ext.errors import DataError
 
@@ -30,13 +32,17 @@ def load_image(path: Path, image_size: int, expected_size: tuple[int, int] | Non
     return fit(_open(path, expected_size), image_size, str(path))
 
 
-def load_tiles(path: Path, config: DataConfig, expected_size: tuple[int, int] | None = None) -> tuple[np.ndarray, ...]:
+def load_tiles(path: Path, config: DataConfig, expected_size: tuple[int, int] | None = None) -> Tiles:
     """The tiles of a file, as `config.image_processing` says. Raises DataError like `load_image`."""
     if config.image_processing == "fit":
-        return (load_image(path, config.image_size, expected_size),)
+        return Tiles.whole(load_image(path, config.image_size, expected_size)[None])
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
     picture = ImageOps.exif_transpose(_open(path, expected_size)).convert("RGB")
     made = _tiler(config.image_size, config.max_tiles)(images=[picture])
-    return tuple(np.asarray(tile).transpose(1, 2, 0).astype(np.uint8) for tile in made["pixel_values"])
+    pixels_IHWC = np.stack([np.asarray(tile).transpose(1, 2, 0).astype(np.uint8) for tile in made["pixel_values"]])
+    columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (config.image_size, config.image_size), 1, config.max_tiles)
+    return Tiles(pixels_IHWC, grid_places(rows, columns))
 
 
 @lru_cache(maxsize=2)

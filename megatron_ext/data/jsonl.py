@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import Prompt, Tiles
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, check_placeholders, encode_prompt
@@ -38,8 +37,8 @@ class Record:
     turns: tuple[Turn, ...]
     split: Split
 
-    def load(self, config: DataConfig, vision: VisionConfig) -> tuple[tuple[np.ndarray, ...], ...]:
-        """Each image as tiles uint8 [image_size, image_size, 3]. Raises DataError naming the line and the file, also where the model sees no images."""
+    def load(self, config: DataConfig, vision: VisionConfig) -> tuple[Tiles, ...]:
+        """The tiles of each image. Raises DataError naming the line and the file, also where the model sees no images."""
         if self.images and not vision.enabled:
             raise DataError(self.where, f"shows {self.images[0].name} to a model without vision (model.vision.enabled = false)", "use conversations of text")
         try:
@@ -94,7 +93,7 @@ def draw_jsonl_prompts(
             raise DataError(record.where, problem, "raise data.max_length or shorten it")
         meta = {"skill": record.skill, "template": "jsonl", "where": record.where, "answer": answer}
         key = "/".join(filter(None, ("jsonl", split, skill, str(seed), str(index))))
-        prompts.append(Prompt(key, record.skill, tokens_S, tuple(chain.from_iterable(images)), answer, meta))
+        prompts.append(Prompt(key, record.skill, tokens_S, Tiles.join(images), answer, meta))
     return prompts
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from random import Random
 
-import numpy as np
-
+from megatron_ext.batch import Tiles
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, encode_turns
@@ -59,7 +58,7 @@ class TrainingStream:
         first = (step * self._dp_size + self._dp_rank) * rows
         numbers = range(first, first + rows)
         draw = self._draw_suite if self._data.kind == "suite" else self._draw_jsonl
-        names, dialogues, num_tiles, tiles_IHWC = draw(numbers)
+        names, dialogues, num_tiles, tiles = draw(numbers)
         tokens, masks = [], []
         for name, turns, of_images in zip(names, dialogues, num_tiles, strict=True):
             row, mask = encode_turns(turns, self._tokenizer, self._tile_tokens, of_images)
@@ -68,27 +67,25 @@ class TrainingStream:
                 raise DataError(name, f"the conversation has {len(row)} tokens, more than data.max_length = {self._data.max_length}", remedy)
             tokens.append(row)
             masks.append(mask)
-        return collate(tokens, masks, [sum(of_images) for of_images in num_tiles], tiles_IHWC, self._tokenizer.pad_id, self._multiple_of)
+        return collate(tokens, masks, [sum(of_images) for of_images in num_tiles], tiles, self._tokenizer.pad_id, self._multiple_of)
 
     def _draw_suite(self, numbers: range) -> Drawn:
         kinds = [Random(f"mix {self._seed} {number}").choices(self._kinds, self._weights)[0] for number in numbers]
         dialogues = [draw_dialogue(self._split, kind, self._seed, number, self._data) for kind, number in zip(kinds, numbers, strict=True)]
         names = [f"{kind} conversation {number} of seed {self._seed}" for kind, number in zip(kinds, numbers, strict=True)]
         tiles_IHWC = render([dialogue.scene for dialogue in dialogues], self._data.image_size)
-        return names, [dialogue.turns for dialogue in dialogues], [[1]] * len(numbers), tiles_IHWC
+        return names, [dialogue.turns for dialogue in dialogues], [[1]] * len(numbers), Tiles.whole(tiles_IHWC)
 
     def _draw_jsonl(self, numbers: range) -> Drawn:
         records = read_split(self._data.path, self._split)
         chosen = [records[shuffled(number, len(records), self._seed)] for number in numbers]
         images = [record.load(self._data, self._vision) for record in chosen]
-        tiles = [tile for of_record in images for of_image in of_record for tile in of_image]
-        size = self._data.image_size
-        tiles_IHWC = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), np.uint8)
+        tiles = Tiles.join([of_image for of_record in images for of_image in of_record])
         num_tiles = [[len(of_image) for of_image in of_record] for of_record in images]
-        return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles_IHWC
+        return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles
 
 
-Drawn = tuple[list[str], Sequence[tuple[Turn, ...]], list[list[int]], np.ndarray]
+Drawn = tuple[list[str], Sequence[tuple[Turn, ...]], list[list[int]], Tiles]
 """Names for errors, turns, the number of tiles of each image of each row, and the tiles of all rows."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace, expert_dtype
+from megatron_ext.batch import NO_TILES, Prompt, Rollout, RouteTrace, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.config.sizes import expert_layers
 from megatron_ext.inference.sampling import sample, uniforms
@@ -164,14 +164,13 @@ def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device:
     lengths = np.array([len(prompt.tokens_S) for prompt in prompts], dtype=np.int64)
     longest = -(-int(lengths.max()) // multiple) * multiple
     tokens = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-    row_tiles = np.full((len(prompts), max(1, *(len(prompt.images) for prompt in prompts))), -1, dtype=np.int64)
-    tiles: list[np.ndarray] = []
+    row_tiles = np.full((len(prompts), max(1, *(len(prompt.tiles) for prompt in prompts))), -1, dtype=np.int64)
+    start = 0
     for row, prompt in enumerate(prompts):
         tokens[row, : lengths[row]] = prompt.tokens_S
-        row_tiles[row, : len(prompt.images)] = range(len(tiles), len(tiles) + len(prompt.images))
-        tiles += prompt.images
-    stacked = np.stack(tiles) if tiles else np.zeros((0, 1, 1, 3), np.uint8)
-    return model_inputs(tokens, stacked, row_tiles, device), lengths
+        row_tiles[row, : len(prompt.tiles)] = start + np.arange(len(prompt.tiles))
+        start += len(prompt.tiles)
+    return model_inputs(tokens, Tiles.join([prompt.tiles for prompt in prompts]), row_tiles, device), lengths
 
 
 def _by_row(routes: Routes, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,4 +182,4 @@ def _by_row(routes: Routes, length: int, rows: int) -> tuple[np.ndarray, np.ndar
 
 def _dummy_prompt(vocabulary: Vocabulary) -> Prompt:
     """Keeps an idle expert-parallel rank in step; what it generates is thrown away."""
-    return Prompt("idle", "none", np.array([vocabulary.eos_id], np.int32), (), "")
+    return Prompt("idle", "none", np.array([vocabulary.eos_id], np.int32), NO_TILES, "")

@@ -159,9 +159,9 @@ def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig)
     lines = []
     for prompt in prompts:
         outcome = by_key[prompt.key]
-        picture = f"{prompt.key.replace('/', '-')}.png" if prompt.images else ""
-        if prompt.images:
-            Image.fromarray(prompt.images[-1]).save(folder / picture)  # of several tiles the last: the thumbnail
+        picture = f"{prompt.key.replace('/', '-')}.png" if len(prompt.tiles) else ""
+        if picture:
+            Image.fromarray(prompt.tiles.pixels_IHWC[-1]).save(folder / picture)  # of several tiles the last: the thumbnail
         said = {"question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
         lines.append(json.dumps({"skill": prompt.skill, **said, "image": picture}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
@@ -184,7 +184,7 @@ def _first_of_each_skill(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 def _blinded(prompt: Prompt) -> Prompt:
     """The prompt with noise for an image, the same noise every time."""
     rng = np.random.default_rng(rollout_seed("blind", prompt.key))
-    return replace(prompt, images=tuple(rng.integers(0, 256, size=image.shape, dtype=np.uint8) for image in prompt.images))
+    return replace(prompt, tiles=replace(prompt.tiles, pixels_IHWC=rng.integers(0, 256, size=prompt.tiles.pixels_IHWC.shape, dtype=np.uint8)))
 
 
 def _bonus(config: RunConfig, clusters: Path) -> EarlBonus:

@@ -103,7 +103,7 @@ class VisionLanguageModel(MegatronModule):
         until_BS = visible_until(is_image_BS, tokens_per_tile(model.vision), vision_tokens(model.vision))
         inject_BS = torch.ones_like(is_image_BS) if model.clvr.inject == "all" else ~is_image_BS
         sight = Sight(frame.take(visible_from(until_BS, inputs.bounds)), frame.take(until_BS), frame.take(inject_BS))
-        return self.decoder.remember(features_IVH, inputs.row_tiles_BM), sight
+        return self.decoder.remember(features_IVH, inputs.row_tiles_BM, inputs.places_I5 if len(inputs.tiles_ICHW) else None), sight
 
     def embed_tokens(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """[S, B, H], whole on every rank."""

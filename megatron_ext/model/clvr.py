@@ -3,7 +3,8 @@
 One tap (i -> j), i < j: the output h^i of decoder layer i asks, and the answer is added to the residual stream before layer j runs.
 
     z_V   = LayerNorm(vit_V)                               raw ViT features, last layer, class token dropped, before pixel unshuffle
-    k_n   = RMSNorm_D((z_n + E(p_n)) W_k),  v_n = z_n W_v  E: 2-D sin/cos of the patch centre
+    k_n   = RMSNorm_D((z_n + E(p_n)) W_k)                  E: 2-D sin/cos of the patch centre in the whole picture, which all its tiles share
+    v_n   = (z_n + t_n b) W_v                              t_n in {0, 1}: whether the tile is a thumbnail;  b: learned, 0 at first
     q_t   = RMSNorm_D(RMSNorm_H(h^i_t) W_q)
     a_t   = softmax_n(q_t . k_n / sqrt(D))                 over the vision tokens that position t may look at
     o_t   = (sum_n a_tn v_n) W_o                           the refined visual embedding
@@ -30,6 +31,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig
 from megatron_ext.model.norm import RMSNorm
 
@@ -56,15 +58,20 @@ class VisionMemory:
         return VisionMemory(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
 
 
-def patch_positions(num_tokens: int, width: int, device: torch.device) -> torch.Tensor:
-    """2-D sin/cos embedding float32 [V, width] of the patch centres of a square grid, in the unit square; width divides by 4."""
+def patch_positions(num_tokens: int, width: int, places_I5: torch.Tensor) -> torch.Tensor:
+    """2-D sin/cos embedding float32 [I, V, width] of the centres of square tiles' patches, in the unit square of their pictures; width divides by 4."""
     side = int(num_tokens**0.5)
-    centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
+    device = places_I5.device
+    centres_V = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
     frequencies = 2 * math.pi * 2.0 ** torch.linspace(0, math.log2(side), width // 4, device=device)
-    wave = centres[:, None] * frequencies
-    wave = torch.cat([wave.sin(), wave.cos()], dim=-1)
-    rows, columns = wave[:, None, :].expand(-1, side, -1), wave[None, :, :].expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    def waves(start_I: torch.Tensor, stop_I: torch.Tensor) -> torch.Tensor:
+        angles = (start_I[:, None] + centres_V * (stop_I - start_I)[:, None])[..., None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    top, left, bottom, right, _ = places_I5.float().unbind(1)
+    rows, columns = waves(top, bottom)[:, :, None, :].expand(-1, -1, side, -1), waves(left, right)[:, None, :, :].expand(-1, side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
 class ClvrTap(MegatronModule):
@@ -82,6 +89,7 @@ class ClvrTap(MegatronModule):
             return ColumnParallelLinear(inputs, width, config=cfg, init_method=config.init_method, bias=False, gather_output=False, tp_group=pgs.tp)
 
         self.vision_norm = nn.LayerNorm(vision_hidden, eps=1e-6)
+        self.thumbnail = nn.Parameter(torch.zeros(vision_hidden))
         self.query_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.linear_q = columns(config.hidden_size, clvr.num_heads, config)
         self.linear_k = columns(vision_hidden, clvr.num_kv_heads, replicated)
@@ -103,11 +111,14 @@ class ClvrTap(MegatronModule):
         if self.gate is not None:
             self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def memory(self, features_IVH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [I, V, N_kv, D] of every image tile."""
+    def memory(self, features_IVH: torch.Tensor, places_I5: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [I, V, N_kv, D] of every image tile. `places_I5` None: every tile is a picture of its own."""
         z = self.vision_norm(features_IVH)
-        placed = z + patch_positions(z.shape[1], z.shape[2], z.device).to(z.dtype)
-        keys, values = (linear(x)[0].unflatten(-1, (-1, self.head_dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, z)))
+        if places_I5 is None:
+            places_I5 = torch.tensor([WHOLE], device=z.device)
+        placed = z + patch_positions(z.shape[1], z.shape[2], places_I5).to(z.dtype)
+        told = z + places_I5[:, 4, None, None].to(z.dtype) * self.thumbnail
+        keys, values = (linear(x)[0].unflatten(-1, (-1, self.head_dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, told)))
         return self.k_layernorm(keys), values
 
     def forward(self, hidden_SBH: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:

@@ -110,14 +110,14 @@ class ClvrBlock(MegatronModule):
             if config.moe_pad_expert_input_to_capacity and isinstance(layer.mlp, MoELayer):
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
-    def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor) -> VisionMemory:
+    def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor, places_I5: torch.Tensor | None) -> VisionMemory:
         """Keys and values of every tap here, once per tile, gathered for the rows that share them. Absent tiles (-1) repeat tile 0 and are never visible."""
         tiles = row_tiles_BM.clamp(min=0)
 
         def rows(x_IVND: torch.Tensor) -> torch.Tensor:
             return x_IVND[tiles].flatten(1, 2).transpose(1, 2)
 
-        made = [self.taps[tap].memory(features_IVH) for tap in self.stage.asks]
+        made = [self.taps[tap].memory(features_IVH, places_I5) for tap in self.stage.asks]
         return VisionMemory(tuple(rows(key) for key, _ in made), tuple(rows(value) for _, value in made))
 
     def forward(self, hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:

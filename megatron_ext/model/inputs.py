@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.batch import Tiles
 from megatron_ext.shapes import check_shape
 
 
 @dataclass(frozen=True)
 class ModelInputs:
     """`tokens_BS` int64, right-padded; `tiles_ICHW` float32 in [-1, 1], the distinct image tiles of the batch; `row_tiles_BM` int64 names the tiles
-    of each row (-1: none).
+    of each row (-1: none); `places_I5` as in `batch/tiles.py` (None: every tile is a picture of its own).
 
     Packed samples stand one after another in a single row: sample n is the positions [bounds[n], bounds[n + 1]). Empty: every row is one sample.
     `padding_BS` is true where there is only padding, which balancing losses leave out (None: nowhere). `aux_weight` is what those losses are multiplied by:
@@ -27,11 +28,14 @@ class ModelInputs:
     bounds: tuple[int, ...] = ()
     padding_BS: torch.Tensor | None = None
     aux_weight: float = 1.0
+    places_I5: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape
         check_shape("tiles_ICHW", self.tiles_ICHW, None, 3, None, None)
         check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)
+        if self.places_I5 is not None:
+            check_shape("places_I5", self.places_I5, len(self.tiles_ICHW), 5)
         if self.padding_BS is not None:
             check_shape("padding_BS", self.padding_BS, rows, length)
         if self.bounds and (rows != 1 or self.bounds[0] != 0 or self.bounds[-1] != length or list(self.bounds) != sorted(set(self.bounds))):
@@ -50,8 +54,8 @@ class ModelInputs:
         return numbers.repeat_interleave(torch.tensor(self.bounds, device=numbers.device).diff())[None]
 
 
-def model_inputs(tokens_BS: np.ndarray, tiles_IHWC: np.ndarray, row_tiles_BM: np.ndarray, device: torch.device, **more: Any) -> ModelInputs:
-    """From the arrays of a batch: uint8 [I, h, w, 3] images become float [-1, 1]. `more` are the optional fields."""
-    tiles = torch.from_numpy(np.ascontiguousarray(tiles_IHWC)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def model_inputs(tokens_BS: np.ndarray, tiles: Tiles, row_tiles_BM: np.ndarray, device: torch.device, **more: Any) -> ModelInputs:
+    """From the arrays of a batch: bytes become float [-1, 1]. `more` are the optional fields."""
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles.pixels_IHWC)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     tokens, rows = (torch.from_numpy(np.ascontiguousarray(x)).to(device, torch.int64) for x in (tokens_BS, row_tiles_BM))
-    return ModelInputs(tokens, tiles, rows, **more)
+    return ModelInputs(tokens, pixels, rows, places_I5=torch.from_numpy(tiles.places_I5).to(device), **more)

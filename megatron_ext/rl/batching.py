@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_ext.batch import LearnerBatch, Prompt, ScoredRollout, route_digest
+from megatron_ext.batch import LearnerBatch, Prompt, ScoredRollout, Tiles, route_digest
 from megatron_ext.shapes import check_shape
 
 FILLER_KEY = ""
@@ -51,7 +51,7 @@ class Shard:
                 logprobs_BS=batch.logprobs_BS[rows_B, :length],
                 advantages_B=batch.advantages_B[rows_B],
                 experts_BSLK=batch.experts_BSLK[rows_B, :length],
-                tiles_IHWC=batch.tiles_IHWC[used[absent:]],
+                tiles=batch.tiles[used[absent:]],
                 row_tiles_BM=row_tiles.reshape(len(rows_B), -1).astype(np.int32) - absent,
                 version=batch.version,
             ),
@@ -106,7 +106,7 @@ def join(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, rows: int, f
         logprobs_BS=np.zeros((rows, length), dtype=np.float32),
         advantages_B=np.concatenate([advantages_R, np.zeros(rows - len(scored))]).astype(np.float32),
         experts_BSLK=np.full((rows, length, *form.layers_topk), -1, dtype=np.int16),
-        tiles_IHWC=tiles,
+        tiles=tiles,
         row_tiles_BM=row_tiles,
         version=form.version,
     )
@@ -151,17 +151,17 @@ def _write_row(batch: LearnerBatch, row: int, answer: ScoredRollout) -> None:
     batch.experts_BSLK[row, : stop - 1] = rollout.routes.experts_SLK
 
 
-def _tiles(prompts: Sequence[Prompt], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct images, once for each prompt, and which of them every row shows."""
+def _tiles(prompts: Sequence[Prompt], rows: int) -> tuple[Tiles, np.ndarray]:
+    """The distinct tiles, once for each prompt, and which of them every row shows."""
     first: dict[str, int] = {}
-    tiles: list[np.ndarray] = []
-    row_tiles_BM = np.full((rows, max([1, *(len(prompt.images) for prompt in prompts)])), -1, dtype=np.int32)
+    shown: list[Tiles] = []
+    row_tiles_BM = np.full((rows, max([1, *(len(prompt.tiles) for prompt in prompts)])), -1, dtype=np.int32)
     for row, prompt in enumerate(prompts):
         if prompt.key not in first:
-            first[prompt.key] = len(tiles)
-            tiles += prompt.images
-        row_tiles_BM[row, : len(prompt.images)] = first[prompt.key] + np.arange(len(prompt.images))
-    return np.stack(tiles) if tiles else np.zeros((0, 1, 1, 3), np.uint8), row_tiles_BM
+            first[prompt.key] = sum(map(len, shown))
+            shown.append(prompt.tiles)
+        row_tiles_BM[row, : len(prompt.tiles)] = first[prompt.key] + np.arange(len(prompt.tiles))
+    return Tiles.join(shown), row_tiles_BM
 
 
 def _groups(scored: Sequence[ScoredRollout]) -> list[list[int]]:

@@ -50,7 +50,7 @@ class PolicyBatch:
 
 def policy_batch(shard: Shard, device: torch.device) -> PolicyBatch:
     batch = shard.batch
-    inputs = model_inputs(batch.tokens_BS, batch.tiles_IHWC, batch.row_tiles_BM, device)
+    inputs = model_inputs(batch.tokens_BS, batch.tiles, batch.row_tiles_BM, device)
     arrays = (batch.response_mask_BS.astype(bool), batch.logprobs_BS, batch.advantages_B, batch.experts_BSLK)
     return PolicyBatch(inputs, shard, *(torch.from_numpy(array).to(device) for array in arrays))
 

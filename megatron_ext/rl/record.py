@@ -52,7 +52,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout], failed: Sequence[FailedRoll
         metrics |= _describe(f"reward/skill/{skill}", [answer.reward for answer in scored if answer.rollout.prompt.skill == skill], "mean")
     metrics |= _describe("response_length", [len(answer.rollout.response_T) for answer in scored], "mean", "max")
     metrics |= _describe("prompt_length", [len(answer.rollout.prompt.tokens_S) for answer in scored], "mean", "max")
-    metrics["image/bytes"] = float(sum(image.nbytes for prompt in {id(a.rollout.prompt): a.rollout.prompt for a in scored}.values() for image in prompt.images))
+    metrics["image/bytes"] = float(sum(prompt.tiles.pixels_IHWC.nbytes for prompt in {id(a.rollout.prompt): a.rollout.prompt for a in scored}.values()))
     metrics["response_length/clip_ratio"] = float(np.mean([answer.rollout.finish == "length" for answer in scored]))
     metrics["rollout/failed_count"] = float(len(failed))
     metrics["rollout/failed_ratio"] = len(failed) / (len(failed) + len(scored))

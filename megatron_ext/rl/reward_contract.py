@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_ext.batch.rollout import Prompt
+from megatron_ext.batch import NO_TILES, Prompt
 from megatron_ext.data.rewards import BadReward, RewardFunction, read_reward
 from megatron_ext.errors import UserError
 
@@ -58,4 +58,4 @@ def _call(reward: RewardFunction, name: str, prompt: Prompt, text: str) -> tuple
 
 
 def _plain_prompt() -> Prompt:
-    return Prompt("plain", "count", np.zeros(1, np.int32), images=(), answer="7", meta={"skill": "count", "answer": "7"})
+    return Prompt("plain", "count", np.zeros(1, np.int32), tiles=NO_TILES, answer="7", meta={"skill": "count", "answer": "7"})

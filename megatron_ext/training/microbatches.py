@@ -28,13 +28,13 @@ def _slice(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
     used, renumbered = np.unique(row_tiles_BM[row_tiles_BM >= 0], return_inverse=True)
     own_BM = np.full_like(row_tiles_BM, -1)
     own_BM[row_tiles_BM >= 0] = renumbered
-    return TokenBatch(batch.tokens_BS[start:stop], batch.loss_mask_BS[start:stop], batch.tiles_IHWC[used], own_BM)
+    return TokenBatch(batch.tokens_BS[start:stop], batch.loss_mask_BS[start:stop], batch.tiles[used], own_BM)
 
 
 def _padded(part: TokenBatch, pad_id: int, device: torch.device, bounds: tuple[int, ...] = (), samples: int | None = None) -> Microbatch:
     padding_BS = torch.from_numpy(part.tokens_BS == pad_id).to(device)
     targets = float(part.loss_mask_BS[:, 1:].sum())
-    inputs = model_inputs(part.tokens_BS, part.tiles_IHWC, part.row_tiles_BM, device, bounds=bounds, padding_BS=padding_BS, aux_weight=targets)
+    inputs = model_inputs(part.tokens_BS, part.tiles, part.row_tiles_BM, device, bounds=bounds, padding_BS=padding_BS, aux_weight=targets)
     mask_BS = torch.from_numpy(part.loss_mask_BS.astype(np.float32)).to(device)
     return Microbatch(inputs, mask_BS, int((part.tokens_BS != pad_id).sum()), len(part.tokens_BS) if samples is None else samples)
 
@@ -50,7 +50,7 @@ def _packed(part: TokenBatch, pad_id: int, multiple: int, device: torch.device) 
         mask_1S[0, start + 1 : start + real] = part.loss_mask_BS[row, 1:real]  # its first token is no target: the token before it is another sample's
     in_order = part.row_tiles_BM[part.row_tiles_BM >= 0]
     tiles_1M = in_order[None] if len(in_order) else np.full((1, 1), -1, part.row_tiles_BM.dtype)
-    return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles_IHWC, tiles_1M), pad_id, device, bounds, len(lengths))
+    return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles, tiles_1M), pad_id, device, bounds, len(lengths))
 
 
 def _round_up(number: int, multiple: int) -> int:

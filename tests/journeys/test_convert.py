@@ -48,11 +48,12 @@ def test_mistakes_are_one_message_and_exit_code_2(source: Path, tmp_path: Path, 
     assert words.replace("absent", str(tmp_path / "absent")) in done.stderr
 
 
-def test_the_recipe_of_the_published_model_is_clean_once_its_files_are_there(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_the_recipes_of_the_published_model_are_clean_once_their_files_are_there(source: Path, tmp_path: Path, stage: str) -> None:
     """Files of the right names stand in for what cannot be downloaded; sizes and layout are those of the published model."""
-    recipe = Path(__file__).parents[2] / "examples" / "internvl3_5_30b_a3b" / "sft.yaml"
+    recipe = Path(__file__).parents[2] / "examples" / "internvl3_5_30b_a3b" / f"{stage}.yaml"
     (tmp_path / "mine.jsonl").write_text("{}")
-    named = [f"data.path={tmp_path}/mine.jsonl", f"data.tokenizer={source}", f"sft.init_from={source}"]
+    named = [f"data.path={tmp_path}/mine.jsonl", f"data.tokenizer={source}", f"{stage}.init_from={source}"]
     command = [sys.executable, "-m", "megatron_ext.cli", "run", str(recipe), "--dry-run"]
     missing = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert missing.returncode == 2 and "data.tokenizer: there is no InternVL3_5-30B-A3B-HF" in missing.stderr

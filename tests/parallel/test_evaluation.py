@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import NO_TILES, Prompt
 from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.data.suite import ALL_SKILLS
 from megatron_ext.errors import CheckpointError, UserError
@@ -56,7 +56,7 @@ def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfi
 
 def test_a_question_is_answered_and_a_missing_checkpoint_is_named(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, checkpoint = run
-    prompt = Prompt("ask", "none", np.array([9, 10, 11], np.int32), (), "")
+    prompt = Prompt("ask", "none", np.array([9, 10, 11], np.int32), NO_TILES, "")
     likely, *sampled = answers(config, checkpoint, prompt, samples=2)
     assert likely.sample == MOST_LIKELY and [rollout.sample for rollout in sampled] == [0, 1]
     with pytest.raises(CheckpointError, match="nowhere"):

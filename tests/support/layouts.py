@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from megatron_ext.batch import NO_TILES
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors, load_full_tensors
 from megatron_ext.config.schema import ClvrConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
@@ -44,7 +45,7 @@ def batch_of(step: int, images: bool = True) -> TokenBatch:
     blind = slice(-MICRO if images else 0, None)
     tokens[blind][tokens[blind] == IMAGE] = IMAGE + 4
     row_tiles[blind] = -1
-    return TokenBatch(tokens, batch.loss_mask_BS, batch.tiles_IHWC if images else batch.tiles_IHWC[:0], row_tiles)
+    return TokenBatch(tokens, batch.loss_mask_BS, batch.tiles if images else NO_TILES, row_tiles)
 
 
 def train(rank: int, world_size: int, init_method: str, case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import NO_TILES, Prompt, Tiles
+from megatron_ext.batch.tiles import WHOLE, grid_places
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 
@@ -37,19 +38,20 @@ def open_gates(model: torch.nn.Module, value: float = 0.7) -> None:
 
 
 def small_batch(rows: int = 3, length: int = 24, seed: int = 0) -> ModelInputs:
-    """Rows of text with one image each at positions 2 .. 5; the last row shares the first row's image."""
+    """Rows of text with one tile each at positions 2 .. 5, whole pictures and thumbnails among them; the last row shares the first row's tile."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(8, USABLE, size=(rows, length))
     tokens[:, 2 : 2 + TOKENS_PER_TILE] = IMAGE
     tiles = rng.integers(0, 256, size=(max(rows - 1, 1), 16, 16, 3), dtype=np.uint8)
     row_tiles = np.arange(rows)[:, None] % len(tiles)
-    return model_inputs(tokens, tiles, row_tiles, torch.device("cpu"))
+    places = np.resize([WHOLE, grid_places(1, 2)[-1], grid_places(1, 2)[0]], (len(tiles), 5)).astype(np.float32)
+    return model_inputs(tokens, Tiles(tiles, places), row_tiles, torch.device("cpu"))
 
 
 def small_batch_of_text(rows: int = 2, length: int = 16, seed: int = 1) -> ModelInputs:
     """Rows without images."""
     tokens = np.random.default_rng(seed).integers(8, USABLE, size=(rows, length))
-    return model_inputs(tokens, np.zeros((0, 16, 16, 3), np.uint8), np.full((rows, 1), -1), torch.device("cpu"))
+    return model_inputs(tokens, NO_TILES, np.full((rows, 1), -1), torch.device("cpu"))
 
 
 def small_prompts(count: int, seed: int = 0) -> list[Prompt]:
@@ -57,10 +59,10 @@ def small_prompts(count: int, seed: int = 0) -> list[Prompt]:
     rng = np.random.default_rng(seed)
     prompts = []
     for index in range(count):
-        images = () if index % 3 == 2 else (rng.integers(0, 256, size=(16, 16, 3), dtype=np.uint8),)
+        tiles = NO_TILES if index % 3 == 2 else Tiles.whole(rng.integers(0, 256, size=(1, 16, 16, 3), dtype=np.uint8))
         text = rng.integers(8, USABLE, size=int(rng.integers(3, 9)))
-        tokens = np.concatenate([[8], [IMAGE] * TOKENS_PER_TILE * len(images), text]).astype(np.int32)
-        prompts.append(Prompt(f"prompt/{index}", "ocr", tokens, images, "", {"template": "plain"}))
+        tokens = np.concatenate([[8], [IMAGE] * TOKENS_PER_TILE * len(tiles), text]).astype(np.int32)
+        prompts.append(Prompt(f"prompt/{index}", "ocr", tokens, tiles, "", {"template": "plain"}))
     return prompts
 
 

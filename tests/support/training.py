@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.batch import Tiles
 from megatron_ext.batch.metric import Metric
+from megatron_ext.batch.tiles import WHOLE, grid_places
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
@@ -27,7 +29,7 @@ ADAM = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, weight_decay=0.1, c
 
 
 def token_batch(step: int = 0, rows: int = ROWS) -> TokenBatch:
-    """Rows of different lengths, one image each; the masked tokens differ in number from row to row."""
+    """Rows of different lengths, each with one tile: a whole picture, a part of one, or a thumbnail; the masked tokens differ in number from row to row."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(8, USABLE, size=(rows, LENGTH)).astype(np.int32)
     tokens[:, 2 : 2 + TOKENS_PER_TILE] = IMAGE
@@ -36,12 +38,13 @@ def token_batch(step: int = 0, rows: int = ROWS) -> TokenBatch:
         stop = LENGTH - int(rng.integers(0, 8))
         tokens[row, stop:] = PAD
         mask[row, int(rng.integers(8, stop - 2)) : stop] = 1
-    tiles = rng.integers(0, 256, size=(rows, 16, 16, 3), dtype=np.uint8)
+    places = np.resize([WHOLE, *grid_places(2, 2)], (rows, 5)).astype(np.float32)
+    tiles = Tiles(rng.integers(0, 256, size=(rows, 16, 16, 3), dtype=np.uint8), places)
     return TokenBatch(tokens, mask, tiles, np.arange(rows, dtype=np.int32)[:, None])
 
 
 def part(batch: TokenBatch, start: int, stop: int) -> TokenBatch:
-    return TokenBatch(batch.tokens_BS[start:stop], batch.loss_mask_BS[start:stop], batch.tiles_IHWC, batch.row_tiles_BM[start:stop])
+    return TokenBatch(batch.tokens_BS[start:stop], batch.loss_mask_BS[start:stop], batch.tiles, batch.row_tiles_BM[start:stop])
 
 
 def own_microbatches(step: int, rows: int, context: ParallelContext) -> list[Microbatch]:

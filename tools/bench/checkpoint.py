@@ -66,6 +66,7 @@ def measure(rank: int, world_size: int, init_method: str, parallel: Any, folder:
     """One rank: a small mixture of experts with Adam, trained on the same batch over and over."""
     import numpy as np
 
+    from megatron_ext.batch import NO_TILES
     from megatron_ext.checkpoint.saver import open_saver
     from megatron_ext.checkpoint.writing import take_snapshot
     from megatron_ext.config.schema import ModelConfig, OptimizerConfig
@@ -82,7 +83,7 @@ def measure(rank: int, world_size: int, init_method: str, parallel: Any, folder:
         chunks = build_chunks(model, 5, context, seed=0)
         engine = build_engine(chunks, OptimizerConfig(), 10_000, context)
         tokens = np.random.default_rng(rank).integers(8, 4000, size=(2, 64)).astype(np.int32)
-        text = TokenBatch(tokens, np.ones((2, 64), np.uint8), np.zeros((0, model.vision.image_size, model.vision.image_size, 3), np.uint8), np.full((2, 1), -1))
+        text = TokenBatch(tokens, np.ones((2, 64), np.uint8), NO_TILES, np.full((2, 1), -1))
         batch = microbatches(text, 2, 0, context.device)
 
         def step() -> None:

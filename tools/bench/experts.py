@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ext.batch import NO_TILES
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, OptimizerConfig, ParallelConfig, VisionConfig
 from megatron_ext.config.sizes import count_parameters
 from megatron_ext.data.collate import TokenBatch
@@ -46,7 +47,7 @@ def model_of(sizes: dict[str, Any], kernel: str) -> ModelConfig:
 
 def batch_of(step: int) -> TokenBatch:
     tokens = np.random.default_rng(step).integers(8, 4000, size=(ROWS, LENGTH)).astype(np.int32)
-    return TokenBatch(tokens, np.ones((ROWS, LENGTH), np.uint8), np.zeros((0, 16, 16, 3), np.uint8), np.full((ROWS, 1), -1, np.int32))
+    return TokenBatch(tokens, np.ones((ROWS, LENGTH), np.uint8), NO_TILES, np.full((ROWS, 1), -1, np.int32))
 
 
 def measure(sizes: dict[str, Any], steps: int, context: ParallelContext) -> dict[str, float]:

@@ -2,10 +2,15 @@
 
 For a tap (i -> j): the output h of decoder layer i asks the original ViT features, and the answer is added to the residual stream before layer j.
 
-    z = LayerNorm(vit)        k = RMSNorm((z + positions) W_k)      v = z W_v      q = RMSNorm(RMSNorm(h) W_q)
+    z = LayerNorm(vit)      k = RMSNorm((z + positions) W_k)      v = (z + thumbnail) W_v      q = RMSNorm(RMSNorm(h) W_q)
     answer_t = softmax(q_t . k / sqrt(D)) v W_o     over the vision tokens of the images that are complete at t; times tanh(gate) where there is a gate
 
 Queries use their own token's state alone, so generation with a cache computes what a full forward pass computes.
+
+Positions are those in the whole picture, so a picture that is cut into tiles needs to say how:
+
+    places = tile_places([(picture.height, picture.width)], tile_size=448, max_tiles=12)
+    model.generate(**inputs, tile_places=places)
 """
 
 from __future__ import annotations
@@ -29,15 +34,35 @@ class InternVLClvrConfig(InternVLConfig):
         super().__init__(**kwargs)
 
 
-def patch_positions(num_tokens: int, width: int, device: torch.device) -> torch.Tensor:
-    """2-D sin/cos embedding [tokens, width] of the centres of a square grid of patches."""
-    side = int(num_tokens**0.5)
+WHOLE = (0.0, 0.0, 1.0, 1.0, 0.0)
+
+
+def tile_places(sizes: list[tuple[int, int]], tile_size: int, max_tiles: int) -> torch.Tensor:
+    """Where the tiles of pictures of these (height, width) lie, [tiles, 5]: top, left, bottom and right in the picture, whose sides have length 1; then 1 for
+    the thumbnail, which a picture of several tiles has at its end. The cut is that of InternVL's image processor."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    places = []
+    for size in sizes:
+        columns, rows = get_optimal_tiled_canvas(size, (tile_size, tile_size), 1, max_tiles)
+        places += [(row / rows, column / columns, (row + 1) / rows, (column + 1) / columns, 0.0) for row in range(rows) for column in range(columns)]
+        places += [(*WHOLE[:4], 1.0)] if rows * columns > 1 else []
+    return torch.tensor(places)
+
+
+def patch_positions(num_tokens: int, width: int, places: torch.Tensor) -> torch.Tensor:
+    """2-D sin/cos embedding [tiles, tokens, width] of the centres of the tiles' patches, in their pictures."""
+    side, device = int(num_tokens**0.5), places.device
     centres = (torch.arange(side, device=device, dtype=torch.float32) + 0.5) / side
     frequencies = 2 * math.pi * 2.0 ** torch.linspace(0, math.log2(side), width // 4, device=device)
-    wave = centres[:, None] * frequencies
-    wave = torch.cat([wave.sin(), wave.cos()], dim=-1)
-    rows, columns = wave[:, None, :].expand(-1, side, -1), wave[None, :, :].expand(side, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    def waves(start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+        angles = (start[:, None] + centres * (stop - start)[:, None])[..., None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+    top, left, bottom, right, _ = places.float().unbind(1)
+    rows, columns = waves(top, bottom)[:, :, None, :].expand(-1, -1, side, -1), waves(left, right)[:, None, :, :].expand(-1, side, -1, -1)
+    return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
 class ClvrTap(nn.Module):
@@ -49,6 +74,7 @@ class ClvrTap(nn.Module):
         hidden, vision_hidden, dim = text.hidden_size, config.vision_config.hidden_size, clvr["head_dim"]
         self.dim, self.groups = dim, clvr["num_heads"] // clvr["num_kv_heads"]
         self.vision_norm = nn.LayerNorm(vision_hidden, eps=1e-6)
+        self.thumbnail = nn.Parameter(torch.zeros(vision_hidden))
         self.query_norm = nn.RMSNorm(hidden, eps=text.rms_norm_eps)
         self.linear_q = nn.Linear(hidden, clvr["num_heads"] * dim, bias=False)
         self.linear_k = nn.Linear(vision_hidden, clvr["num_kv_heads"] * dim, bias=False)
@@ -58,11 +84,12 @@ class ClvrTap(nn.Module):
         self.linear_out = nn.Linear(clvr["num_heads"] * dim, hidden, bias=False)
         self.gate = nn.Parameter(torch.zeros(())) if clvr["gate"] == "tanh_gate" else None
 
-    def memory(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def memory(self, features: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [tiles, tokens, kv heads, dim] of ViT features [tiles, tokens, width]."""
         z = self.vision_norm(features)
-        placed = z + patch_positions(z.shape[1], z.shape[2], z.device).to(z.dtype)
-        keys, values = (linear(x).unflatten(-1, (-1, self.dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, z)))
+        placed = z + patch_positions(z.shape[1], z.shape[2], places).to(z.dtype)
+        told = z + places[:, 4, None, None].to(z.dtype) * self.thumbnail
+        keys, values = (linear(x).unflatten(-1, (-1, self.dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, told)))
         return self.k_layernorm(keys), values
 
     def forward(self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, until: torch.Tensor, inject: torch.Tensor) -> torch.Tensor:
@@ -92,14 +119,23 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
         self._tiles = torch.zeros(0, dtype=torch.int64)
         self._answers: dict[int, torch.Tensor] = {}
         self._features: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None
         self.model.vision_tower.register_forward_hook(self._keep_features)
         for tap, (source, target) in enumerate(taps):
             self.model.language_model.layers[source].register_forward_hook(self._ask(tap))
             self.model.language_model.layers[target].register_forward_pre_hook(self._inject(tap))
         self.model.language_model.register_forward_pre_hook(self._remember)
 
-    def forward(self, input_ids: torch.Tensor | None = None, pixel_values: torch.Tensor | None = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """As InternVL's. `input_ids` are needed: they say which positions stand behind which image."""
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        tile_places: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As InternVL's. `input_ids` are needed: they say which positions stand behind which image. `tile_places` [tiles, 5] as the function of that name makes
+        them; needed where a picture has several tiles."""
         if input_ids is None:
             raise ValueError("CLVR needs input_ids to know which positions may look at which image")
         self._answers = {}
@@ -117,7 +153,10 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
             until = torch.cumsum(is_image, 1) // per_tile * side**2
             inject = torch.ones_like(is_image) if self.config.clvr.get("inject") == "all" else ~is_image
             self._sight, self._last = (until, inject), until[:, -1]
-            self._tiles = is_image.sum(1) // per_tile
+            self._tiles, self._places = is_image.sum(1) // per_tile, tile_places
+            pictures = int((is_image & ~F.pad(is_image[:, :-1], (1, 0))).sum())
+            if tile_places is None and self._tiles.sum() > pictures:
+                raise ValueError(f"{int(self._tiles.sum())} tiles of {pictures} pictures: CLVR needs tile_places to know where each lies")
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, past_key_values=past_key_values, **kwargs)
 
     def _keep_features(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -128,7 +167,9 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
         if self._features is None or self._memory is not None:
             return
         counts = self._tiles.tolist()
-        made = [tap.memory(self._features) for tap in self.clvr if isinstance(tap, ClvrTap)]
+        whole = torch.tensor([WHOLE], device=self._features.device).expand(len(self._features), -1)
+        places = whole if self._places is None else self._places.to(self._features.device)
+        made = [tap.memory(self._features, places) for tap in self.clvr if isinstance(tap, ClvrTap)]
         self._memory = [(self._rows(keys, counts), self._rows(values, counts)) for keys, values in made]
 
     @staticmethod

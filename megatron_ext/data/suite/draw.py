@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import Prompt, Tiles
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import IMAGE, Conversation, Turn, encode_prompt
@@ -105,8 +105,8 @@ def _draw_prompt(split: Split, skill: str, seed: int, index: int, config: DataCo
     if isinstance(query, Composite):
         meta["parts"] = [list(step) for step in query.steps(scene) or ()]
     text = f"{IMAGE}\n{FRAMES[template].format(wordings[phrasing])}"
-    image = render([scene], config.image_size)[0]
-    return Prompt(f"suite/{split}/{skill}/{seed}/{index}", skill, encode_prompt(text, tokenizer, tile_tokens), (image,), answer, meta)
+    tiles = Tiles.whole(render([scene], config.image_size))
+    return Prompt(f"suite/{split}/{skill}/{seed}/{index}", skill, encode_prompt(text, tokenizer, tile_tokens), tiles, answer, meta)
 
 
 def _lead(rng: Random, skill: str, split: Split, config: DataConfig) -> tuple[Query, Scene]:

@@ -98,9 +98,22 @@ def test_tiles_are_those_of_transformers_processor_pixel_by_pixel(tmp_path: Path
     processor = GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, crop_to_patches=True, max_patches=6, image_mean=mean, image_std=std)
     expected = processor(images=[Image.open(tmp_path / "picture.png")], return_tensors="pt")["pixel_values"]
     assert len(tiles) == len(expected) and (len(tiles) == 1) == (size == (16, 16))
-    found = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float() / 255
+    found = torch.from_numpy(tiles.pixels_IHWC).permute(0, 3, 1, 2).float() / 255
     normalised = (found - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     torch.testing.assert_close(normalised, expected.float(), rtol=0, atol=1e-5)
+
+
+def test_places_say_what_each_tile_shows(tmp_path: Path) -> None:
+    """A picture whose colours are its own coordinates: every tile's mean colour is the middle of its place."""
+    for height, width in ((48, 96), (96, 48), (64, 64), (16, 16), (32, 160)):
+        rows, columns = np.mgrid[:height, :width]
+        picture = np.stack([255 * (rows + 0.5) / height, 255 * (columns + 0.5) / width, np.zeros_like(rows)], -1).round().astype(np.uint8)
+        Image.fromarray(picture).save(tmp_path / "ramp.png")
+        tiles = load_tiles(tmp_path / "ramp.png", DataConfig(image_size=16, image_processing="internvl", max_tiles=6))
+        top, left, bottom, right, thumbnail = tiles.places_I5.T
+        found = tiles.pixels_IHWC.mean((1, 2)) / 255
+        np.testing.assert_allclose(found[:, :2], np.stack([top + bottom, left + right], -1) / 2, atol=0.02)
+        assert thumbnail.tolist() == [0.0] * (len(tiles) - 1) + [float(len(tiles) > 1)]
 
 
 def test_a_training_batch_holds_every_tile_and_its_tokens(tmp_path: Path, ours: Tokenizer) -> None:
@@ -110,6 +123,6 @@ def test_a_training_batch_holds_every_tile_and_its_tokens(tmp_path: Path, ours: 
     config = DataConfig(kind="jsonl", path=tmp_path / "data.jsonl", image_size=16, image_processing="internvl", max_tiles=4)
     stream = TrainingStream(config, VISION, ours, split="train", mix={"qa": 1.0}, seed=0)
     batch = stream.batch(0, 3)
-    assert batch.tiles_IHWC.shape == (15, 16, 16, 3), "four tiles and a thumbnail for each of three rows"
+    assert batch.tiles.pixels_IHWC.shape == (15, 16, 16, 3), "four tiles and a thumbnail for each of three rows"
     assert (batch.row_tiles_BM >= 0).sum(1).tolist() == [5, 5, 5]
     assert ((batch.tokens_BS == ours.image_id).sum(1) == 5 * TILE).all()

@@ -53,9 +53,13 @@ def test_a_record_has_its_images_turns_and_place(folder):
     )
     first, second, third = read_jsonl(path)
     assert first.turns == (("<image>\nWhat is this?", "A red field."),) and first.where == f"{path}:1" and first.skill == "jsonl"
-    assert second.where == f"{path}:3" and second.skill == "choice" and [tile.shape for (tile,) in second.load(CONFIG, VisionConfig())] == [(32, 32, 3)] * 2
+    assert (
+        second.where == f"{path}:3"
+        and second.skill == "choice"
+        and [tiles.pixels_IHWC.shape for tiles in second.load(CONFIG, VisionConfig())] == [(1, 32, 32, 3)] * 2
+    )
     assert second.turns[1] == ("why?", "so") and third.images == ()
-    assert (first.load(CONFIG, VisionConfig())[0][0] == (250, 10, 10)).all()
+    assert (first.load(CONFIG, VisionConfig())[0].pixels_IHWC == (250, 10, 10)).all()
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
     with pytest.raises(DataError, match=r"data\.jsonl:1: .*wide\.jpg: is 64 x 32 pixels, but its line says 32 x 32 pixels"):
         record.load(CONFIG, VisionConfig())
     (record,) = read_jsonl(write(folder, with_(image="wide.jpg", width=64, height=32)))
-    assert record.load(CONFIG, VisionConfig())[0][0].shape == (32, 32, 3)
+    assert record.load(CONFIG, VisionConfig())[0].pixels_IHWC.shape == (1, 32, 32, 3)
 
 
 def test_a_wide_image_is_scaled_to_fit_and_padded_with_grey(folder):
@@ -178,7 +182,7 @@ def test_a_file_trains_a_tokenizer_a_stream_and_asks_prompts(corpus, tmp_path):
     stream = TrainingStream(corpus, VisionConfig(), tokenizer, split="train", mix={"qa": 1.0}, seed=0)
     batch = stream.batch(0, 12)
     with_image = batch.row_tiles_BM[:, 0] >= 0
-    assert np.array_equal((batch.tokens_BS == tokenizer.image_id).sum(1), 16 * with_image) and len(batch.tiles_IHWC) == with_image.sum() > 0
+    assert np.array_equal((batch.tokens_BS == tokenizer.image_id).sum(1), 16 * with_image) and len(batch.tiles) == with_image.sum() > 0
     assert np.array_equal(batch.tokens_BS, stream.batch(0, 12).tokens_BS)
     epoch = [stream.batch(step, 1) for step in range(len(read_split(corpus.path, "train")))]
     assert len({tokenizer.decode(row.tokens_BS[0]) for row in epoch}) == len(epoch)

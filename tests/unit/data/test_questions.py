@@ -139,7 +139,7 @@ def test_a_prompt_carries_what_a_reward_and_a_reader_need(skill, level, tokenize
     for prompt in draw_prompts("test", [skill], 6, seed=3, config=config, tokenizer=tokenizer, vision=vision):
         assert json.loads(json.dumps(prompt.meta)) == prompt.meta
         assert prompt.meta["skill"] == prompt.skill == skill and prompt.meta["answer"] == prompt.answer
-        assert prompt.images[0].shape == (config.image_size, config.image_size, 3)
+        assert prompt.tiles.pixels_IHWC[0].shape == (config.image_size, config.image_size, 3)
         assert (prompt.tokens_S == tokenizer.image_id).sum() == (config.image_size // 8) ** 2
         assert all(0 <= top < bottom <= config.image_size and 0 <= left < right <= config.image_size for top, left, bottom, right in prompt.meta["boxes"])
         assert len(tokenizer.encode(prompt.answer)) <= (14 if skill == "composite" else 3)
@@ -151,7 +151,7 @@ def test_prompts_are_a_function_of_seed_and_index_so_any_part_can_be_drawn_alone
     part = draw_prompts("val", ["count", "composite"], 2, 5, DataConfig(), tokenizer, VISION, start=4)
     assert [prompt.key for prompt in part] == [whole[index].key for index in (4, 5, 10, 11)]
     assert all(
-        np.array_equal(a.tokens_S, b.tokens_S) and np.array_equal(a.images[0], b.images[0])
+        np.array_equal(a.tokens_S, b.tokens_S) and np.array_equal(a.tiles.pixels_IHWC, b.tiles.pixels_IHWC)
         for a, b in zip(part, [whole[i] for i in (4, 5, 10, 11)], strict=True)
     )
     other = draw_prompts("val", ["count"], 6, 6, DataConfig(), tokenizer, VISION)

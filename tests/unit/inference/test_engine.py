@@ -46,8 +46,7 @@ def test_log_probs_and_routes_equal_a_full_forward_with_replay(engine: Engine) -
     """What the learner will recompute: the same log-probabilities to 1e-5, the same routes to the last id, without replay too."""
     for rollout in generate(engine, small_prompts(6))[::3]:
         tokens = np.concatenate([rollout.prompt.tokens_S, rollout.response_T])[None]
-        tiles = np.stack(rollout.prompt.images) if rollout.prompt.images else np.zeros((0, 16, 16, 3), np.uint8)
-        inputs = model_inputs(tokens, tiles, np.zeros((1, 1)) - (not rollout.prompt.images), torch.device("cpu"))
+        inputs = model_inputs(tokens, rollout.prompt.tiles, np.zeros((1, 1)) - (not len(rollout.prompt.tiles)), torch.device("cpu"))
         with torch.no_grad(), engine.model.router_tap.record() as routes:
             logits = engine.model.eval()(inputs)
         logprobs = token_logprobs(policy_logits(logits[:-1], 1.0, engine._banned), inputs.tokens_BS[:, 1:], engine.context.pgs.tp)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ext.batch import NO_TILES
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.generation import decode, prefill
 from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
@@ -106,7 +107,7 @@ def test_every_parameter_gets_a_gradient_even_from_a_batch_without_images(contex
     model = build_model(small_config(), IMAGE, context)
     open_gates(model)
     tokens = np.random.default_rng(0).integers(8, 60, size=(4, 64))
-    model(model_inputs(tokens, np.zeros((0, 16, 16, 3), np.uint8), np.full((4, 1), -1), torch.device("cpu"))).square().mean().backward()
+    model(model_inputs(tokens, NO_TILES, np.full((4, 1), -1), torch.device("cpu"))).square().mean().backward()
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert not untouched
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, route_digest
+from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, Tiles, route_digest
 from megatron_ext.rl.batching import FILLER_KEY, BatchForm, join, microbatches, plan_shards, split_by_cost
 
 PAD = 0
@@ -17,8 +17,9 @@ LAYERS_TOPK = (2, 3)
 def scored(key, sample, prompt_length, response_length, num_images=1, version=4):
     """Tokens, log-probs and routes are drawn from the row's name, so that every row differs from every other."""
     rng = np.random.default_rng([*key.encode(), sample])
-    images = tuple(np.full((2, 2, 3), sum(key.encode()) + index, np.uint8) for index in range(num_images))
-    prompt = Prompt(key, "count", rng.integers(1, 99, prompt_length).astype(np.int32), images, "3")
+    pixels = [np.full((1, 2, 2, 3), sum(key.encode()) + index, np.uint8) for index in range(num_images)]
+    tiles = Tiles.join([Tiles(each, np.full((1, 5), each[0, 0, 0, 0] / 256, np.float32)) for each in pixels])
+    prompt = Prompt(key, "count", rng.integers(1, 99, prompt_length).astype(np.int32), tiles, "3")
     experts = rng.integers(0, 8, (prompt_length + response_length - 1, *LAYERS_TOPK)).astype(np.uint8)
     routes = RouteTrace(experts, np.full(experts.shape, 1 / 3, np.float16))
     response = rng.integers(1, 99, response_length)
@@ -50,7 +51,7 @@ def rows(shard):
         length = shard.lengths_B[row]
         assert batch.response_mask_BS[row, length:].sum() == 0, "padding is never trained on"
         assert (batch.tokens_BS[row, length:] == PAD).all() and (batch.experts_BSLK[row, length - 1 :] == -1).all()
-        tiles = [batch.tiles_IHWC[tile].tolist() for tile in batch.row_tiles_BM[row] if tile >= 0]
+        tiles = [(batch.tiles.pixels_IHWC[tile].tolist(), batch.tiles.places_I5[tile].tolist()) for tile in batch.row_tiles_BM[row] if tile >= 0]
         arrays = (batch.tokens_BS, batch.response_mask_BS, batch.logprobs_BS, batch.experts_BSLK)
         seen[key] = ([array[row, :length].tolist() for array in arrays], float(batch.advantages_B[row]), tiles, shard.digests_B[row])
     return seen
@@ -68,7 +69,7 @@ def test_a_row_holds_the_prompt_then_the_response_and_only_the_response_is_train
 
 def test_the_rollouts_of_a_prompt_share_its_image():
     shard = plan([scored("p", sample, 3, 2) for sample in range(4)] + [scored("q", 0, 3, 2)], dp_size=1)[0][0]
-    assert len(shard.batch.tiles_IHWC) == 2
+    assert len(shard.batch.tiles) == 2
     assert sorted(shard.batch.row_tiles_BM[:, 0].tolist()) in ([0, 0, 0, 0, 1], [0, 1, 1, 1, 1])
 
 
@@ -104,7 +105,7 @@ def test_microbatches_are_sorted_by_length_and_as_short_as_their_longest_row():
     parts = microbatches(plan(answers, dp_size=1)[0][0], 2, 1)
     assert [part.lengths_B.tolist() for part in parts] == [[2, 4], [6, 10]]
     assert [part.batch.tokens_BS.shape[1] for part in parts] == [4, 10]
-    assert [len(part.batch.tiles_IHWC) for part in parts] == [2, 2]
+    assert [len(part.batch.tiles) for part in parts] == [2, 2]
 
 
 def test_ranks_get_groups_of_like_lengths():

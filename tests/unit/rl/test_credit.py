@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.batch import NO_TILES, Prompt, Rollout, RouteTrace, ScoredRollout
 from megatron_ext.config.schema import EarlConfig, ModelConfig, RLConfig, RunConfig
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
 from megatron_ext.rl.credit import SIGMA_FILE, Credit, Table
@@ -22,7 +22,7 @@ def scored(key, sample, reward, skill="ocr", mass=0.5, response=(1, 2)):
     length = 1 + len(response)
     experts = np.broadcast_to(np.array([0, 1], np.uint8), (length, 1, 2))
     gates = np.broadcast_to(np.array([mass, 1 - mass], np.float16), (length, 1, 2))
-    prompt = Prompt(key, skill, np.array([5, 6], np.int32), (), "")
+    prompt = Prompt(key, skill, np.array([5, 6], np.int32), NO_TILES, "")
     tokens = np.array(response)
     return ScoredRollout(Rollout(prompt, sample, 0, 0, tokens, np.zeros(len(tokens), np.float32), "stop", "", RouteTrace(experts, gates)), reward, {})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.batch import NO_TILES, FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
 from megatron_ext.errors import StoppedForRequeue, UserError
 from megatron_ext.rl.loop import Recipe, StepReport, run_loop
 
@@ -66,7 +66,7 @@ def answer(prompt, sample, version):
 
 
 def prompt(key):
-    return Prompt(key, "count", np.array([1], np.int32), (), "3")
+    return Prompt(key, "count", np.array([1], np.int32), NO_TILES, "3")
 
 
 def recipe(steps=2, keys=("a", "b"), reports=None, **changes):

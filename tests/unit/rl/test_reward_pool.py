@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout, Tiles
 from megatron_ext.errors import UserError
 from megatron_ext.rl.reward_pool import RewardPool
 
@@ -35,7 +35,7 @@ def reward(prompt, text):
         return float("torch" in sys.modules)
     if text == "allocate":
         return float(len(bytearray(4 << 30)))
-    return {"reward": float(text), "images": sum(image.size for image in prompt.images)}
+    return {"reward": float(text), "images": prompt.tiles.pixels_IHWC.size}
 """
 
 
@@ -43,7 +43,7 @@ def rollouts_of(texts_by_prompt: dict[str, list[str]]) -> list[Rollout]:
     routes = RouteTrace(np.zeros((1, 1, 1), np.uint8), np.ones((1, 1, 1), np.float16))
     rollouts = []
     for key, texts in texts_by_prompt.items():
-        prompt = Prompt(key, "count", np.zeros(1, np.int32), (np.zeros((2, 2, 3), np.uint8),), "3")
+        prompt = Prompt(key, "count", np.zeros(1, np.int32), Tiles.whole(np.zeros((1, 2, 2, 3), np.uint8)), "3")
         rollouts += [Rollout(prompt, sample, 0, 0, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", text, routes) for sample, text in enumerate(texts)]
     return rollouts
 

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import NO_TILES, Prompt
 from megatron_ext.data.rewards import BadReward, correctness, load_reward, read_reward
 from megatron_ext.errors import UserError
 from megatron_ext.rl.reward_contract import check_reward
 from megatron_ext.rl.rewards import boxed, boxed_reward, skill_reward
 
-COUNT = Prompt("c", "count", np.zeros(1, np.int32), (), "3", {"skill": "count", "answer": "3"})
+COUNT = Prompt("c", "count", np.zeros(1, np.int32), NO_TILES, "3", {"skill": "count", "answer": "3"})
 GOLD = "<ocr> 3 </ocr> <count> 4 </count> <ans> 7 </ans>"
 COMPOSITE = Prompt(
-    "m", "composite", np.zeros(1, np.int32), (), GOLD, {"skill": "composite", "answer": GOLD, "parts": [("ocr", "3"), ("count", "4"), ("ans", "7")]}
+    "m", "composite", np.zeros(1, np.int32), NO_TILES, GOLD, {"skill": "composite", "answer": GOLD, "parts": [("ocr", "3"), ("count", "4"), ("ans", "7")]}
 )
 
 
@@ -158,7 +158,7 @@ def test_importing_rewards_imports_no_torch():
 
 
 def prompt_of(answer: str) -> Prompt:
-    return Prompt("b", "maths", np.zeros(1, np.int32), (), answer, {"skill": "maths", "answer": answer})
+    return Prompt("b", "maths", np.zeros(1, np.int32), NO_TILES, answer, {"skill": "maths", "answer": answer})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
+from megatron_ext.batch import NO_TILES, FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
 from megatron_ext.config.schema import DataConfig, RLConfig, RunConfig
 from megatron_ext.data.suite import SKILLS
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
@@ -54,12 +54,12 @@ def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
 
 def answer(sample, reward, tokens, finish="stop", **parts):
     routes = RouteTrace(np.zeros((tokens + 1, 1, 1), np.uint8), np.ones((tokens + 1, 1, 1), np.float16))
-    prompt = Prompt("p/0", "ocr", np.array([1, 2], np.int32), (), "42")
+    prompt = Prompt("p/0", "ocr", np.array([1, 2], np.int32), NO_TILES, "42")
     rollout = Rollout(prompt, sample, 9 + sample, 3, np.arange(tokens), np.zeros(tokens, np.float32), finish, "41", routes)
     return ScoredRollout(rollout, reward, parts)
 
 
-FAILED = FailedRollout(Prompt("p/1", "ocr", np.array([1], np.int32), (), ""), 0, "reward_timeout", "no result within 10 s")
+FAILED = FailedRollout(Prompt("p/1", "ocr", np.array([1], np.int32), NO_TILES, ""), 0, "reward_timeout", "no result within 10 s")
 
 
 def test_metrics_of_rollouts_count_failures_apart_from_rewards():

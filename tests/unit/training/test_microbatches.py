@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ext.batch import Tiles
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.training.microbatches import microbatches
 
@@ -17,7 +18,7 @@ def batch() -> TokenBatch:
     tokens = np.array([[9, 8, 7, 0], [9, 8, 0, 0], [9, 0, 0, 0], [9, 8, 7, 6]], np.int32)
     row_tiles = np.array([[3, -1], [3, -1], [-1, -1], [1, 0]], np.int32)
     tiles = np.stack([np.full((4, 4, 3), 60 * tile, np.uint8) for tile in range(4)])
-    return TokenBatch(tokens, (tokens > 7).astype(np.uint8), tiles, row_tiles)
+    return TokenBatch(tokens, (tokens > 7).astype(np.uint8), Tiles.whole(tiles), row_tiles)
 
 
 def test_each_microbatch_has_its_rows_and_only_the_tiles_they_use() -> None:

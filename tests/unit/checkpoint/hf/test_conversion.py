@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from megatron_ext.batch.tiles import grid_places
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
 from megatron_ext.checkpoint.folder import latest_step
 from megatron_ext.checkpoint.hf.from_megatron import MANIFEST, megatron_to_hf
 from megatron_ext.checkpoint.hf.shapes import full_shape
 from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
 from megatron_ext.config.schema import ClvrConfig, ModelConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.inputs import ModelInputs
@@ -115,15 +120,17 @@ def test_text_alone_and_several_tiles_agree_too(context: ParallelContext, tmp_pa
         torch.testing.assert_close(plain, theirs(input_ids=text).logits, rtol=0, atol=1e-4)
 
 
-def test_hidden_states_and_experts_agree_layer_by_layer(context: ParallelContext, tmp_path: Path) -> None:
-    theirs = hf.build(seed=3)
+@pytest.mark.parametrize("options", [{}, {"mlp_only_layers": [1]}, {"model_type": "qwen3"}], ids=["experts", "one layer dense", "dense"])
+def test_hidden_states_and_experts_agree_layer_by_layer(context: ParallelContext, tmp_path: Path, options: dict[str, Any]) -> None:
+    theirs = hf.build(seed=3, **options)
     theirs.save_pretrained(tmp_path / "hf")
     ours = loaded(tmp_path / "ours", hf_to_megatron(tmp_path / "hf", tmp_path / "ours").model, context)
     tokens, pixels = rows(2)
     chosen: list[torch.Tensor] = []
     layers: list[torch.Tensor] = []
     for layer in theirs.model.language_model.layers:
-        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[-1]))
+        if hasattr(layer.mlp, "gate"):
+            layer.mlp.gate.register_forward_hook(lambda module, inputs, output: chosen.append(output[-1]))
         layer.register_forward_hook(lambda module, inputs, output: layers.append(output[0] if isinstance(output, tuple) else output))
     mine: list[torch.Tensor] = []
     for layer in ours.decoder.layers:
@@ -134,6 +141,7 @@ def test_hidden_states_and_experts_agree_layer_by_layer(context: ParallelContext
     for found, expected in zip(mine, layers, strict=True):
         torch.testing.assert_close(found.transpose(0, 1), expected, rtol=0, atol=1e-4)
     experts = routes.experts(40).unflatten(0, (20, 2)).transpose(0, 1)
+    assert experts.shape[2] == len(chosen) == len(expert_layers(ours.model_config))
     for number, expected in enumerate(chosen):
         assert torch.equal(experts[:, :, number].sort(-1).values, expected.view(2, 20, -1).sort(-1).values)
 
@@ -279,6 +287,28 @@ def test_an_exported_clvr_model_computes_our_logits_in_transformers_and_generate
         blind = ours(ModelInputs(tokens, -pixels, torch.tensor([[0], [1]]))).transpose(0, 1)
     assert torch.equal(written[:, tokens.shape[1] :], again), "greedy answers with a cache are those of full forward passes"
     assert (blind - expected).abs().max() > 1e-2
+
+
+def test_an_exported_clvr_model_knows_where_the_tiles_of_a_picture_lie(context: ParallelContext, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    ours, _ = looking_again(context, tmp_path, "zero_out")
+    megatron_to_hf(tmp_path / "trained", tmp_path / "exported", tmp_path / "hf")
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "exported", trust_remote_code=True, attn_implementation="eager").eval()
+    tile_places = sys.modules[type(theirs).__module__].tile_places
+    places = tile_places([(16, 32), (16, 16)], tile_size=16, max_tiles=4)
+    assert torch.equal(places, torch.from_numpy(np.concatenate([grid_places(1, 2), grid_places(1, 1)])))
+    tokens = torch.randint(8, 64, (1, 30), generator=torch.Generator().manual_seed(6))
+    tokens[:, 2:14] = tokens[:, 20:24] = hf.IMAGE_TOKEN
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    inputs = ModelInputs(tokens, pixels, torch.tensor([[0, 1, 2, 3]]), places_I5=places)
+    with torch.no_grad():
+        expected = ours(inputs).transpose(0, 1)
+        torch.testing.assert_close(theirs(input_ids=tokens, pixel_values=pixels, tile_places=places).logits, expected, rtol=0, atol=1e-4)
+        assert (ours(replace(inputs, places_I5=None)).transpose(0, 1) - expected).abs().max() > 1e-2
+        theirs.generate(input_ids=tokens, pixel_values=pixels, tile_places=places, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
+        with pytest.raises(ValueError, match="4 tiles of 2 pictures: CLVR needs tile_places"):
+            theirs(input_ids=tokens, pixel_values=pixels)
 
 
 def test_adapters_are_left_out_when_asked(context: ParallelContext, tmp_path: Path) -> None:
