@@ -43,7 +43,8 @@ def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
         ("sft.init_from", config.sft.init_from),
         ("rl.init_from", config.rl.init_from),
     )
-    return [(field, path) for field, path in named if path is not None]
+    text = [(f"{stage}.text", Path(f"{prefix}.idx")) for stage in ("pretrain", "sft") for prefix in getattr(config, stage).text]
+    return [(field, path) for field, path in named if path is not None] + text
 
 
 def _model(config: RunConfig) -> list[tuple[str, str]]:

@@ -183,6 +183,8 @@ def _stages(config: RunConfig) -> Problems:
         yield from _batches(name, stage, data_parallel(config.parallel))
         yield from _interleaved(name, stage, config.parallel)
         yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
+        if stage.text:
+            yield from _mix(f"{name}.text", stage.text, tuple(stage.text))
         yield from _optimizer(f"{name}.optimizer", stage.optimizer)
 
 

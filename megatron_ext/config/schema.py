@@ -175,6 +175,8 @@ class DataConfig(Section):
     """Share of OCR scenes drawn from scikit-learn's handwritten digits."""
     max_length: int = Field(256, gt=0)
     """Tokens a row may hold; a longer conversation is an error that names it."""
+    max_bad_samples: int = Field(0, ge=0)
+    """Lines of a JSONL file with unreadable images that training may leave out, on each rank: the next line is taken, and the one left out is named."""
 
 
 class OptimizerConfig(Section):
@@ -200,6 +202,9 @@ class TrainConfig(Section):
     """Conversations per forward pass of one rank."""
     mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
     """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
+    text: dict[str, float] = Field(default_factory=dict)
+    """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
+    each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves at the end only."""

@@ -8,6 +8,7 @@ how many ranks share it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from random import Random
 
@@ -17,7 +18,7 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, encode_turns
 from megatron_ext.data.collate import TokenBatch, collate
 from megatron_ext.data.digits import Split
-from megatron_ext.data.jsonl import read_split, shuffled
+from megatron_ext.data.jsonl import Record, read_split, shuffled
 from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import level_of
@@ -47,6 +48,7 @@ class TrainingStream:
         self._data, self._vision, self._tokenizer, self._split, self._seed = data, vision, tokenizer, split, seed
         self._dp_rank, self._dp_size, self._multiple_of = dp_rank, dp_size, multiple_of
         self._tile_tokens = tokens_per_tile(vision)
+        self._bad: set[str] = set()
         self._kinds, self._weights = _checked_mix(mix)
         if data.kind == "suite":
             level_of(data)
@@ -78,11 +80,25 @@ class TrainingStream:
 
     def _draw_jsonl(self, numbers: range) -> Drawn:
         records = read_split(self._data.path, self._split)
-        chosen = [records[shuffled(number, len(records), self._seed)] for number in numbers]
-        images = [record.load(self._data, self._vision) for record in chosen]
+        drawn = [self._readable(records, number) for number in numbers]
+        chosen, images = [record for record, _ in drawn], [tiles for _, tiles in drawn]
         tiles = Tiles.join([of_image for of_record in images for of_image in of_record])
         num_tiles = [[len(of_image) for of_image in of_record] for of_record in images]
         return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles
+
+    def _readable(self, records: Sequence[Record], number: int) -> tuple[Record, tuple[Tiles, ...]]:
+        """The record of a number, or, where its images cannot be read, the next one that can: at most `data.max_bad_samples` are left out, each told once."""
+        for later in range(len(records)):
+            record = records[shuffled(number + later, len(records), self._seed)]
+            try:
+                return record, record.load(self._data, self._vision)
+            except DataError as error:
+                if record.where not in self._bad:
+                    self._bad.add(record.where)
+                    if len(self._bad) > self._data.max_bad_samples:
+                        raise
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+        raise DataError(str(self._data.path), f"none of its {len(records)} conversations can be read", "mend the file")
 
 
 Drawn = tuple[list[str], Sequence[tuple[Turn, ...]], list[list[int]], Tiles]

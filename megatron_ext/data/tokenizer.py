@@ -5,6 +5,7 @@ train_tokenizer(config, folder, seed)  ->  folder/tokenizer.model or folder/toke
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
 from megatron_ext.data.vocabulary import MODEL_FILE, SentencePieceTokenizer, train_vocabulary
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer", "tokenizer_digest", "train_tokenizer"]
 
 DIALOGUES_PER_KIND = 400
 """Conversations of the suite that the vocabulary is trained on, per kind: each phrase occurs dozens of times."""
@@ -46,6 +47,15 @@ def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a run. Raises DataError when there is none, or it is damaged, or made for another template."""
     return HfTokenizer(folder) if (folder / HF_FILE).is_file() else SentencePieceTokenizer.read(folder / MODEL_FILE)
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 of what turns text into ids; the same for a checkpoint's folder and for the copy of it in a run."""
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", MODEL_FILE):
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _texts(config: DataConfig, seed: int) -> Iterator[str]:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig, TrainConfig
+from megatron_ext.data.collate import TokenBatch
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
@@ -24,6 +26,7 @@ from megatron_ext.training.losses import Microbatch
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.stopping import stop_on_signals
+from megatron_ext.training.text_stream import TextStream
 
 _SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}
 
@@ -35,7 +38,7 @@ def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, 
     with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
         tokenizer = load_tokenizer(config.tokenizer_dir)
         engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
-        stream = _stream(config, stage, settings, tokenizer, context)
+        stream = _stream(config, stage, settings, tokenizer, stage_dir, context)
         rows = settings.global_batch // context.layout.dp
 
         def save(step: int) -> None:
@@ -78,19 +81,22 @@ def _resumed_or_started(
     return engine
 
 
-def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: Tokenizer, context: ParallelContext) -> TrainingStream:
-    """This rank's conversations; the stages of one run read different ones."""
-    return TrainingStream(
-        config.data,
-        config.model.vision,
-        tokenizer,
-        split="train",
-        mix=settings.mix,
-        seed=2 * config.seed + (stage == "sft"),
-        dp_rank=context.dp_rank,
-        dp_size=context.layout.dp,
-        multiple_of=math.lcm(8, context.layout.length_multiple),
-    )
+class Stream(Protocol):
+    def batch(self, step: int, rows: int) -> TokenBatch: ...
+
+
+def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: Tokenizer, stage_dir: Path, context: ParallelContext) -> Stream:
+    """This rank's conversations, or rows of text; the stages of one run read different ones."""
+    common = {
+        "seed": 2 * config.seed + (stage == "sft"),
+        "dp_rank": context.dp_rank,
+        "dp_size": context.layout.dp,
+        "multiple_of": math.lcm(8, context.layout.length_multiple),
+    }
+    if settings.text:
+        length, num_rows, cache = config.data.max_length, settings.steps * settings.global_batch, stage_dir / "text"
+        return TextStream(settings.text, tokenizer, config.tokenizer_dir, cache, length=length, num_rows=num_rows, **common)
+    return TrainingStream(config.data, config.model.vision, tokenizer, split="train", mix=settings.mix, **common)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def test_two_ranks_train_like_one_rank_of_engine_megatron(stage: int, small_shar
 
 
 @pytest.mark.journey
-@pytest.mark.parametrize("changes", [{"num_experts": 0}, {"dense_layers": (0, 1)}], ids=["dense", "half of the layers dense"])
+@pytest.mark.parametrize("changes", [{"num_experts": 0, "ffn_hidden_size": 96}, {"dense_layers": (0, 1)}], ids=["dense", "half of the layers dense"])
 def test_models_with_dense_layers_train_like_one_rank(changes: dict[str, Any], small_shards: Path) -> None:
     expected = run_ranks(run_trials, 1, [Trial(ParallelConfig(), changes=changes)], None, timeout_s=100)[0][0]
     trials = [Trial(zero(f"zero{stage}", small_shards, **layout), changes=changes) for stage, layout in ((1, DP2), (2, TP2), (3, DP2))]

@@ -17,7 +17,7 @@ def layout(ranks: int, **parallel: Any) -> ParallelConfig:
 
 
 TP2, EP2, DP2, PP2, CP2 = layout(2, tp=2), layout(2, ep=2), layout(2), layout(2, pp=2), layout(2, cp=2)
-DENSE = {"num_experts": 0}
+DENSE = {"num_experts": 0, "ffn_hidden_size": 96}
 ALONE = {"vision": VisionConfig(enabled=False), "clvr": ClvrConfig(enabled=False, taps=())}
 CASES = {
     "TP2": Case(TP2),

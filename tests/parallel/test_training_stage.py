@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import yaml
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import read_manifest
 from megatron_ext.config.schema import ClvrConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig, VisionConfig
+from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import CheckpointError, StoppedForRequeue
 from megatron_ext.observe.metrics import read_metrics
@@ -129,3 +131,20 @@ def test_another_models_checkpoint_is_refused_by_the_ranks(config: RunConfig, st
     wider = config.model_copy(update={"model": MODEL.model_copy(update={"num_experts": 8})})
     with pytest.raises(CheckpointError, match=r"model\.num_experts: checkpoint has 4, configuration has 8"):
         run_supervised(wider, "sft", config.run_dir / "wider", straight / "checkpoints")
+
+
+def test_text_is_learnt_alike_on_one_rank_and_two(config: RunConfig, tmp_path: Path) -> None:
+    """A language model alone, on rows of an indexed dataset."""
+    words = [" ".join(["red", "blue", "green"][number % 3 : number % 3 + 1] * (number % 9 + 2)) for number in range(300)]
+    (tmp_path / "words.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    preprocess([tmp_path / "words.jsonl"], tmp_path / "words", config.tokenizer_dir)
+    alone = MODEL.model_copy(update={"vision": VisionConfig(enabled=False), "clvr": ClvrConfig(enabled=False, taps=())})
+    stage = STAGE.model_copy(update={"text": {str(tmp_path / "words"): 1.0}, "steps": 4})
+    data = config.data.model_copy(update={"kind": "jsonl", "max_length": 48})
+    two = config.model_copy(update={"model": alone, "pretrain": stage, "data": data})
+    one = two.model_copy(update={"parallel": ParallelConfig()})
+    run_supervised(two, "pretrain", tmp_path / "two", None)
+    run_supervised(one, "pretrain", tmp_path / "one", None)
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
+    assert read_metrics(tmp_path / "one")[0]["num_tokens"] == 8 * 47

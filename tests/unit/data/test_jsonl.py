@@ -205,3 +205,24 @@ def test_a_prompt_that_is_too_long_is_named(corpus, tmp_path):
     train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
     with pytest.raises(DataError, match=r"jsonl:\d+: the prompt has \d+ tokens, more than data.max_length = 20"):
         draw_jsonl_prompts("train", 40, 0, corpus.model_copy(update={"max_length": 20}), load_tokenizer(tmp_path / "tokenizer"), VisionConfig())
+
+
+def test_unreadable_images_are_left_out_by_name_within_the_budget_and_the_same_for_every_reader(corpus, tmp_path, capsys):
+    train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    records = read_split(corpus.path, "train")
+    broken = next(record for record in records if record.images).images[0]
+    bad = {record.where for record in records if broken in record.images}
+    broken.write_bytes(b"no picture")
+
+    def stream(allowed):
+        data = corpus.model_copy(update={"max_bad_samples": allowed})
+        return TrainingStream(data, VisionConfig(), tokenizer, split="train", mix={"qa": 1.0}, seed=0)
+
+    whole = stream(len(bad)).batch(0, len(records))
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(bad) and all(line.startswith("left out: ") and any(f"{where}: " in line for where in bad) for line in told)
+    parts = [stream(len(bad)).batch(step, 1).tokens_BS[0] for step in range(len(records))]
+    assert [tokenizer.decode(row) for row in parts] == [tokenizer.decode(row) for row in whole.tokens_BS]
+    with pytest.raises(DataError, match="is not a readable image"):
+        stream(len(bad) - 1).batch(0, len(records))
