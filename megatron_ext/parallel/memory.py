@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
-from megatron_ext.parallel.buffers import Buffer, bucket_numel_of, buffer
+from megatron_ext.parallel.buffers import bucket_numel_of, buffer
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.stages import pipeline_stages
+from megatron_ext.parallel.stages import Stage, pipeline_stages
 from megatron_ext.parallel.tensors import Run, Training, stage_runs
 
 
@@ -39,29 +39,38 @@ class Rank:
     expert: int = 0
 
 
+@dataclass(frozen=True)
+class ChunkState:
+    """Of one model chunk, with the elements of its two buffers."""
+
+    state: State
+    dense_numel: int
+    expert_numel: int
+
+
 def learner_state(model: ModelConfig, parallel: ParallelConfig, rank: Rank, training: Training, overlaps: bool) -> State:
     """Of engine megatron. `overlaps`: gradients are reduced in buckets while the backward pass runs (the default on GPUs)."""
     layout = Layout.of(parallel)
     stages = pipeline_stages(model, layout.pp, layout.vpp, training.vision)[rank.pp :: layout.pp]
-    return chunks_state([stage_runs(model, layout, stage, training) for stage in stages], layout, rank, model.dtype == "bf16", overlaps)
+    bf16 = model.dtype == "bf16"
+    return total([chunk_state(stage_runs(model, layout, stage, training), layout, rank, bf16, bucket_of(stage, layout, overlaps)).state for stage in stages])
 
 
-def chunks_state(chunks: Sequence[Sequence[Run]], layout: Layout, rank: Rank, bf16: bool, overlaps: bool) -> State:
-    """Of the parameters of a rank's chunks. Only the first chunk of the first pipeline rank has more than one bucket."""
-    weight = 2 if bf16 else 4
-    weights = gradients = optimizer = 0
-    for number, runs in enumerate(chunks):
-        bucket = bucket_numel_of(layout.dp) if overlaps and rank.pp == 0 and number == 0 else None
-        dense, experts = _buffers(runs, layout, bucket)
-        held = dense.held(rank.dense) + experts.held(rank.expert)
-        weights += weight * (dense.numel + experts.numel + sum(run.numel for run in runs if not run.trains))
-        gradients += 4 * (dense.numel + experts.numel)
-        optimizer += held.optimizer_bytes(bf16)
-    return State(weights, gradients, optimizer)
+def bucket_of(stage: Stage, layout: Layout, overlaps: bool) -> int | None:
+    """Only the first chunk of the first pipeline rank has more than one bucket: what others reduce is ready too late to overlap."""
+    return bucket_numel_of(layout.dp) if overlaps and stage.number == 0 else None
 
 
-def _buffers(runs: Sequence[Run], layout: Layout, bucket: int | None) -> tuple[Buffer, Buffer]:
+def chunk_state(runs: Sequence[Run], layout: Layout, rank: Rank, bf16: bool, bucket: int | None) -> ChunkState:
     trained = [run for run in runs if run.trains]
-    dense = [run for run in trained if not run.sharded_by_experts]
-    experts = [run for run in trained if run.sharded_by_experts]
-    return buffer(dense, layout.dp * layout.cp, bucket), buffer(experts, layout.edp, bucket)
+    dense = buffer([run for run in trained if not run.sharded_by_experts], layout.dp * layout.cp, bucket)
+    experts = buffer([run for run in trained if run.sharded_by_experts], layout.edp, bucket)
+    held = dense.held(rank.dense) + experts.held(rank.expert)
+    numel = dense.numel + experts.numel
+    frozen = sum(run.numel for run in runs if not run.trains)
+    return ChunkState(State((2 if bf16 else 4) * (numel + frozen), 4 * numel, held.optimizer_bytes(bf16)), dense.numel, experts.numel)
+
+
+def total(states: Sequence[State]) -> State:
+    weights, gradients, optimizer = (sum(getattr(state, name) for state in states) for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes"))
+    return State(weights, gradients, optimizer)
