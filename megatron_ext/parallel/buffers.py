@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from megatron_ext.parallel.tensors import Run
@@ -49,15 +51,19 @@ class Buffer:
     def numel(self) -> int:
         return self.edges[-1]
 
+    @cached_property
+    def starts(self) -> list[int]:
+        """Of the blocks."""
+        return [block.start for block in self.blocks]
+
     def held(self, rank: int) -> Held:
         """What the optimizer of data-parallel rank `rank` keeps: the `rank`-th part of every bucket."""
         found = Held(0, 0)
         for start, stop in pairwise(self.edges):
             share = (stop - start) // self.ranks
             first, last = start + rank * share, start + (rank + 1) * share
-            for block in self.blocks:
-                if block.start < last and block.end > first:
-                    found += block.between(first, last)
+            for block in self.blocks[max(0, bisect_right(self.starts, first) - 1) : bisect_left(self.starts, last)]:
+                found += block.between(first, last)
         return found
 
 
@@ -80,21 +86,13 @@ def bucket_numel_of(dp: int) -> int:
     return max(40_000_000, 1_000_000 * dp)
 
 
-@dataclass(frozen=True)
 class _Block:
     """`count` repetitions of a pattern of parameters, each of which starts at a multiple of ALIGN. The padding behind the last one is not counted in `end`."""
 
-    start: int
-    pattern: tuple[int, ...]
-    count: int
-
-    @property
-    def period(self) -> int:
-        return sum(_up(numel, ALIGN) for numel in self.pattern)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count * self.period - (-self.pattern[-1] % ALIGN)
+    def __init__(self, start: int, pattern: tuple[int, ...], count: int) -> None:
+        self.start, self.pattern, self.count = start, pattern, count
+        self.period = sum(_up(numel, ALIGN) for numel in pattern)
+        self.end = start + count * self.period - (-pattern[-1] % ALIGN)
 
     def between(self, first: int, last: int) -> Held:
         """The real elements in [first, last), and the parameters that have one there."""

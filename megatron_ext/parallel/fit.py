@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.parallel.activations import CPU, GPU, Activations, Microbatch
 from megatron_ext.parallel.hardware import Gpu
-from megatron_ext.parallel.memory import ChunkState, Rank, State, bucket_of, chunk_state, total
+from megatron_ext.parallel.memory import PartState, State, bucket_of, frozen_state, part_state, total
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.stages import Stage, pipeline_stages
-from megatron_ext.parallel.tensors import stage_runs
+from megatron_ext.parallel.tensors import Run, chunk_runs
 from megatron_ext.parallel.workload import Workload
 
 
@@ -56,7 +57,12 @@ class Sizer:
     def __init__(self, model: ModelConfig, work: Workload, gpu: Gpu, overlaps: bool, recompute_layers: int = 1) -> None:
         self.model, self.work, self.gpu, self.overlaps, self.recompute_layers = model, work, gpu, overlaps, recompute_layers
         self._stages: dict[tuple[int, int], tuple[Stage, ...]] = {}
-        self._chunks: dict[tuple[object, ...], ChunkState] = {}
+        self._runs: dict[tuple[int, ...], tuple[list[Run], list[Run], State]] = {}
+        self._parts: dict[tuple[int | None, ...], PartState] = {}
+        self._states: dict[tuple[int, ...], tuple[State, tuple[int, int]]] = {}
+        self._kept: dict[tuple[object, ...], tuple[int, int, int]] = {}
+        self._traits: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self._workspaces: dict[tuple[object, ...], int] = {}
         self._activations: dict[tuple[int, ...], Activations] = {}
         self._telling: dict[tuple[int, int], list[int]] = {}
 
@@ -67,27 +73,46 @@ class Sizer:
         return self._stages[key]
 
     def telling_ranks(self, layout: Layout) -> list[int]:
-        """Pipeline ranks of which one is the fullest: the first of every kind, because earlier ones have more micro-batches in flight."""
+        """Pipeline ranks of which one is the fullest. An earlier rank has no fewer micro-batches in flight, so that one which holds no more than an earlier
+        rank does, chunk by chunk, is none of them."""
         key = layout.pp, layout.vpp
         if key not in self._telling:
-            stages, seen = self.stages(layout), dict[tuple[object, ...], int]()
+            stages, kept = self.stages(layout), list[tuple[int, list[int]]]()
             for rank in range(layout.pp):
-                seen.setdefault(tuple((*_kind(stage), len(stage.sends)) for stage in stages[rank :: layout.pp]), rank)
-            self._telling[key] = list(seen.values())
+                holds = [number for stage in stages[rank :: layout.pp] for number in (*_kind(stage), len(stage.sends), stage.sends_features)]
+                if not any(all(more >= less for more, less in zip(earlier, holds, strict=True)) for _, earlier in kept):
+                    kept.append((rank, holds))
+            self._telling[key] = [rank for rank, _ in kept]
         return self._telling[key]
 
-    def chunks(self, layout: Layout, rank: int) -> list[ChunkState]:
-        """Of the first data-parallel rank, whose shards hold no padding from the end of a bucket."""
-        return [self._chunk(layout, stage, rank) for stage in self.stages(layout)[rank :: layout.pp]]
+    def numels(self, layout: Layout, rank: int) -> tuple[int, int]:
+        """Elements of a pipeline rank's dense and expert buffers."""
+        return self._held(layout, rank)[1]
 
     def state(self, layout: Layout, rank: int) -> State:
-        return total([chunk.state for chunk in self.chunks(layout, rank)])
+        """Of the first data-parallel rank, whose shards hold no padding from the end of a bucket."""
+        return self._held(layout, rank)[0]
 
-    def memory(self, layout: Layout, recompute: str, micro_rows: int) -> Memory:
-        """Of the fullest rank."""
+    def _held(self, layout: Layout, rank: int) -> tuple[State, tuple[int, int]]:
+        key = layout.tp, layout.ep, layout.etp, layout.dp * layout.cp, layout.pp, layout.vpp, rank
+        if key not in self._states:
+            chunks = [self._chunk(layout, stage, rank) for stage in self.stages(layout)[rank :: layout.pp]]
+            state = total([state for dense, experts, frozen in chunks for state in (dense.state, experts.state, frozen)])
+            self._states[key] = state, (sum(dense.numel for dense, _, _ in chunks), sum(experts.numel for _, experts, _ in chunks))
+        return self._states[key]
+
+    def memory(self, layout: Layout, recompute: str, micro_rows: int, limit: float = math.inf) -> Memory:
+        """Of the fullest rank, or of the first that needs more than `limit`."""
         shapes = self._shapes(layout, micro_rows)
-        ranks = [self._rank(layout, rank, recompute, shapes) for rank in self.telling_ranks(layout)]
-        return max(ranks, key=lambda memory: memory.total_bytes)
+        fullest: Memory | None = None
+        for rank in self.telling_ranks(layout):
+            memory = self._rank(layout, rank, recompute, shapes)
+            if fullest is None or memory.total_bytes > fullest.total_bytes:
+                fullest = memory
+            if fullest.total_bytes > limit:
+                break
+        assert fullest is not None
+        return fullest
 
     def _shapes(self, layout: Layout, micro_rows: int) -> Activations:
         key = layout.tp, layout.cp, layout.ep, layout.etp, micro_rows
@@ -97,25 +122,58 @@ class Sizer:
             self._activations[key] = Activations(self.model, layout, batch, self.work.training.vision, kernels)
         return self._activations[key]
 
-    def _chunk(self, layout: Layout, stage: Stage, rank: int) -> ChunkState:
-        bucket = bucket_of(stage, layout, self.overlaps)
-        key = (layout.tp, layout.ep, layout.etp, layout.dp * layout.cp, layout.edp, bucket, *_kind(stage))
-        if key not in self._chunks:
-            runs = stage_runs(self.model, layout, stage, self.work.training)
-            self._chunks[key] = chunk_state(runs, layout, Rank(rank), self.model.dtype == "bf16", bucket)
-        return self._chunks[key]
+    def _chunk(self, layout: Layout, stage: Stage, rank: int) -> tuple[PartState, PartState, State]:
+        """Dense parameters, experts, and what is frozen."""
+        bucket, kind, bf16 = bucket_of(stage, layout, self.overlaps), _kind(stage), self.model.dtype == "bf16"
+        split = layout.tp, layout.ep, layout.etp, *kind
+        if split not in self._runs:
+            runs = chunk_runs(self.model, layout, stage, self.work.training)
+            self._runs[split] = runs.trained(False), runs.trained(True), frozen_state(runs, bf16)
+        dense, experts, frozen = self._runs[split]
+        dense_key = layout.tp, layout.ep == 1, layout.dp * layout.cp, bucket, *kind
+        if dense_key not in self._parts:
+            self._parts[dense_key] = part_state(dense, layout.dp * layout.cp, 0, bf16, bucket)
+        expert_key = layout.ep, layout.etp, layout.edp, bucket, len(stage.layers)
+        if expert_key not in self._parts:
+            self._parts[expert_key] = part_state(experts, layout.edp, 0, bf16, bucket)
+        return self._parts[dense_key], self._parts[expert_key], frozen
+
+    def _traits_of(self, layout: Layout, rank: int) -> list[tuple[int, ...]]:
+        """What decides what the chunks of a rank keep of a micro-batch."""
+        key = layout.pp, layout.vpp, rank
+        if key not in self._traits:
+            stages = self.stages(layout)[rank :: layout.pp]
+            self._traits[key] = [(*_kind(stage), len(stage.sends), stage.sends_features, stage.receives_features) for stage in stages]
+        return self._traits[key]
+
+    def _keep(self, shapes: Activations, stage: Stage, traits: tuple[int, ...], recompute: str) -> tuple[int, int, int]:
+        key = id(shapes), recompute, traits
+        if key not in self._kept:
+            self._kept[key] = _kept(shapes, stage, recompute, self.recompute_layers)
+        return self._kept[key]
+
+    def _workspace(self, shapes: Activations, recompute: str, asks: bool) -> int:
+        """The backward pass of a layer, with what is computed again for it."""
+        key = id(shapes), recompute, asks
+        if key not in self._workspaces:
+            again = {"none": 0, "selective": shapes.attention_bytes, "full": self.recompute_layers * shapes.layer_bytes}[recompute]
+            taps = shapes.tap_query_bytes * (2 if recompute == "full" else 1) if asks else 0
+            self._workspaces[key] = shapes.workspace_bytes + again + taps
+        return self._workspaces[key]
 
     def _rank(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> Memory:
         stages, work = self.stages(layout)[rank :: layout.pp], self.work
         state = self.state(layout, rank)
         rows = work.per_update() // layout.dp
         flying = in_flight(layout, rank, -(-rows // shapes.batch.rows))
-        kept = [_kept(shapes, stage, recompute, self.recompute_layers) for stage in stages]
-        decoder, vision, clvr = (sum(count * part[index] for count, part in zip(flying, kept, strict=True)) for index in range(3))
+        decoder = vision = clvr = 0
+        for count, stage, traits in zip(flying, stages, self._traits_of(layout, rank), strict=True):
+            of_decoder, of_vision, of_clvr = self._keep(shapes, stage, traits, recompute)
+            decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
         step = decoder + vision + clvr
         inputs = _inputs_bytes(self.model, work, work.rows // layout.dp)
         logits = shapes.logits_bytes(work.stage == "rl") if stages[-1].last else 0
-        workspace = _workspace(shapes, stages, recompute, self.recompute_layers)
+        workspace = self._workspace(shapes, recompute, any(stage.asks for stage in stages))
         groups = sum(size > 1 for size in (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
         moved = 2 * shapes.positions * self.model.hidden_size * shapes.width * (layout.tp > 1)
         moved += 2 * shapes.slice * self.model.experts_per_token * self.model.hidden_size * shapes.width * (layout.ep > 1)
@@ -160,7 +218,7 @@ def in_flight(layout: Layout, rank: int, count: int) -> list[int]:
     return held
 
 
-def _kind(stage: Stage) -> tuple[object, ...]:
+def _kind(stage: Stage) -> tuple[int, ...]:
     """What decides which parameters a stage has."""
     return len(stage.layers), len(stage.asks), stage.first, stage.last, stage.runs_vision
 
@@ -181,13 +239,6 @@ def _kept(shapes: Activations, stage: Stage, recompute: str, block: int) -> tupl
         decoder += shapes.head_bytes
     vision = shapes.vision_bytes(stage.runs_vision) if stage.runs_vision or stage.receives_features else 0
     return decoder, vision, clvr
-
-
-def _workspace(shapes: Activations, stages: tuple[Stage, ...], recompute: str, block: int) -> int:
-    """The backward pass of a layer, with what is computed again for it."""
-    again = {"none": 0, "selective": shapes.attention_bytes, "full": block * shapes.layer_bytes}[recompute]
-    taps = shapes.tap_query_bytes if any(stage.asks for stage in stages) else 0
-    return shapes.workspace_bytes + again + taps * (2 if recompute == "full" else 1)
 
 
 def _inputs_bytes(model: ModelConfig, work: Workload, rows: int) -> int:

@@ -1,6 +1,6 @@
 """What a learner rank holds that does not depend on the data: weights, gradients, optimizer state, to the byte. Without torch.
 
-    stage_runs (tensors.py) -> buffers of dense and of expert parameters (buffers.py) -> bytes of this rank
+    chunk_runs (tensors.py) -> buffers of dense and of expert parameters (buffers.py) -> bytes of this rank
 
 `activations.py` adds what the data brings.
 """
@@ -14,7 +14,7 @@ from megatron_ext.config.schema import ModelConfig, ParallelConfig
 from megatron_ext.parallel.buffers import bucket_numel_of, buffer
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.stages import Stage, pipeline_stages
-from megatron_ext.parallel.tensors import Run, Training, stage_runs
+from megatron_ext.parallel.tensors import ChunkRuns, Run, Training, chunk_runs
 
 
 @dataclass(frozen=True)
@@ -39,21 +39,17 @@ class Rank:
     expert: int = 0
 
 
-@dataclass(frozen=True)
-class ChunkState:
-    """Of one model chunk, with the elements of its two buffers."""
-
-    state: State
-    dense_numel: int
-    expert_numel: int
-
-
 def learner_state(model: ModelConfig, parallel: ParallelConfig, rank: Rank, training: Training, overlaps: bool) -> State:
     """Of engine megatron. `overlaps`: gradients are reduced in buckets while the backward pass runs (the default on GPUs)."""
-    layout = Layout.of(parallel)
+    layout, bf16 = Layout.of(parallel), model.dtype == "bf16"
     stages = pipeline_stages(model, layout.pp, layout.vpp, training.vision)[rank.pp :: layout.pp]
-    bf16 = model.dtype == "bf16"
-    return total([chunk_state(stage_runs(model, layout, stage, training), layout, rank, bf16, bucket_of(stage, layout, overlaps)).state for stage in stages])
+    states = []
+    for stage in stages:
+        runs, bucket = chunk_runs(model, layout, stage, training), bucket_of(stage, layout, overlaps)
+        dense = part_state(runs.trained(False), layout.dp * layout.cp, rank.dense, bf16, bucket)
+        experts = part_state(runs.trained(True), layout.edp, rank.expert, bf16, bucket)
+        states += [dense.state, experts.state, frozen_state(runs, bf16)]
+    return total(states)
 
 
 def bucket_of(stage: Stage, layout: Layout, overlaps: bool) -> int | None:
@@ -61,14 +57,23 @@ def bucket_of(stage: Stage, layout: Layout, overlaps: bool) -> int | None:
     return bucket_numel_of(layout.dp) if overlaps and stage.number == 0 else None
 
 
-def chunk_state(runs: Sequence[Run], layout: Layout, rank: Rank, bf16: bool, bucket: int | None) -> ChunkState:
-    trained = [run for run in runs if run.trains]
-    dense = buffer([run for run in trained if not run.sharded_by_experts], layout.dp * layout.cp, bucket)
-    experts = buffer([run for run in trained if run.sharded_by_experts], layout.edp, bucket)
-    held = dense.held(rank.dense) + experts.held(rank.expert)
-    numel = dense.numel + experts.numel
-    frozen = sum(run.numel for run in runs if not run.trains)
-    return ChunkState(State((2 if bf16 else 4) * (numel + frozen), 4 * numel, held.optimizer_bytes(bf16)), dense.numel, experts.numel)
+@dataclass(frozen=True)
+class PartState:
+    """Of one buffer, with its elements."""
+
+    state: State
+    numel: int
+
+
+def part_state(runs: Sequence[Run], ranks: int, rank: int, bf16: bool, bucket: int | None) -> PartState:
+    """Of the parameters that share a buffer, on data-parallel rank `rank` of `ranks`."""
+    found = buffer(runs, ranks, bucket)
+    return PartState(State((2 if bf16 else 4) * found.numel, 4 * found.numel, found.held(rank).optimizer_bytes(bf16)), found.numel)
+
+
+def frozen_state(runs: ChunkRuns, bf16: bool) -> State:
+    """What does not train lies in no buffer."""
+    return State((2 if bf16 else 4) * sum(run.numel for run in runs.all() if not run.trains), 0, 0)
 
 
 def total(states: Sequence[State]) -> State:

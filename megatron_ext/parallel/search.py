@@ -1,13 +1,13 @@
 """Every layout that a learner can have on a number of devices, ranked by how much it trains a second; and why the others cannot be.
 
-    axes that the model divides by (`plan.check_layout`)  ->  grids that fill the ranks  ->  batches that divide  ->  recompute and micro-batch that fit the memory
-    -> seconds of a step -> rank by tokens a second
+    axes that the model divides by (`plan.check_layout`) -> grids that fill the ranks -> batches that divide -> recompute and micro-batch that fit the memory
+    -> seconds of a step -> ranked by tokens a second
 
 The rules themselves are those that training checks: this module counts with plain numbers, because a thousand devices have thousands of layouts, and asks the
-rules for the sentence whenever it refuses. Of every layout the fastest of what fits is kept: no recompute before attention before whole layers, and micro-batches
-no larger than the configuration's.
+rules for the sentence whenever it refuses. Of every layout the fastest of what fits is kept: no recompute before attention before whole layers, and
+micro-batches no larger than the configuration's.
 
-Legal but not tried: etp other than 1 and tp; vpp that leaves stages of different length, beyond 4. `--why` judges these too.
+Legal but not tried: cp above 16; etp other than 1 and tp; interleaving other than vpp 2 and 4 and chunks of 1, 2 and 4 layers. `--why` judges these too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_ext.parallel.times import StepTimes, Timer
 from megatron_ext.parallel.work import Held, held_by
 from megatron_ext.parallel.workload import Workload
 
-MOST_TP, MOST_CP = 16, 64
+MOST_TP, MOST_CP = 16, 16
 GIB = 2**30
 
 
@@ -99,10 +99,15 @@ class Search:
     def run(self) -> Plans:
         """All layouts, the fastest first."""
         refused = _Refused()
-        found = []
+        found, too_large = [], set[tuple[int, ...]]()
         for layout in self._grids(refused):
+            plain = layout.tp, layout.cp, layout.pp, layout.ep, layout.etp
+            if plain in too_large:  # interleaving holds more micro-batches at once
+                continue
             if result := self._best(layout, refused):
                 found.append(result)
+            elif layout.vpp == 1 and self.micro_rows(layout):
+                too_large.add(plain)
         found.sort(key=lambda one: -one.tokens_per_s)
         return Plans(found, refused.families())
 
@@ -134,9 +139,7 @@ class Search:
         return [rows for rows in range(most, 0, -1) if share % rows == 0 and (layout.vpp == 1 or share // rows % layout.pp == 0)]
 
     def evaluate(self, layout: Layout, recompute: str, micro_rows: int, memory: Memory) -> Found:
-        chunks = [self.sizer.chunks(layout, rank) for rank in self.sizer.telling_ranks(layout)]
-        numels = [(sum(chunk.dense_numel for chunk in own), sum(chunk.expert_numel for chunk in own)) for own in chunks]
-        times = self.timer.step(layout, self._ranks(layout), recompute, micro_rows, max(numels, key=sum))
+        times = self.timer.step(layout, self._ranks(layout), recompute, micro_rows, self.sizer.numels(layout, memory.rank))
         return Found(layout, recompute, micro_rows, memory, times, self.work.rows * self.work.mean_row_tokens / times.total_s)
 
     def _ranks(self, layout: Layout) -> list[tuple[Held, int]]:
@@ -153,14 +156,14 @@ class Search:
             refused.batch(self, layout)
             return None
         kinds, limit = recompute or self.recompute, self.cluster.gpu.memory_bytes
-        least = self.sizer.memory(layout, kinds[-1], rows[-1])
+        least = self.sizer.memory(layout, kinds[-1], rows[-1], limit)
         if least.total_bytes > limit:
             refused.memory(self, layout, least)
             return None
         found: list[Found] = []
         for kind in kinds:
             for count in rows:
-                memory = self.sizer.memory(layout, kind, count)
+                memory = least if (kind, count) == (kinds[-1], rows[-1]) else self.sizer.memory(layout, kind, count, limit)
                 if memory.total_bytes <= limit:
                     found.append(self.evaluate(layout, kind, count, memory))
                     break
@@ -198,7 +201,8 @@ class Search:
             return [self.only["vpp"]]
         if pp == 1:
             return [1]
-        return [vpp for vpp in range(1, layers // pp + 1) if vpp == 1 or layers % (pp * vpp) == 0 or vpp in (2, 4)]
+        even = {layers // (pp * chunk) for chunk in (1, 2, 4) if layers % (pp * chunk) == 0}
+        return sorted({1} | even | {vpp for vpp in (2, 4) if pp * vpp <= layers and (not even or layers % (pp * vpp) == 0)})
 
     def _axis(self, axis: str, refused: _Refused) -> list[int]:
         """Sizes of one axis that the model can be split by, if the others are 1."""
@@ -236,7 +240,8 @@ def memory_error(memory: Memory, cluster: Cluster) -> UserError:
         "inputs": "spread the rows over more ranks (dp)",
     }
     need, have = memory.total_bytes / GIB, cluster.gpu.memory_bytes / GIB
-    what = f"pipeline rank {memory.rank} needs {need:.1f} GiB and {cluster.gpu.name} has {have:.1f} GiB; the most goes to {largest} ({parts[largest] / GIB:.1f} GiB)"
+    largest_part = f"the most goes to {largest} ({parts[largest] / GIB:.1f} GiB)"
+    what = f"pipeline rank {memory.rank} needs {need:.1f} GiB and {cluster.gpu.name} has {have:.1f} GiB; {largest_part}"
     return UserError("memory", what, remedies.get(largest, "spread the experts (ep), the layers (pp) or the tensors (tp) over more ranks"))
 
 

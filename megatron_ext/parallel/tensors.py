@@ -8,7 +8,7 @@ Written from the model's own modules (`model/assembly.py` and below), not from t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
 from megatron_ext.config.sizes import vision_tokens
@@ -44,19 +44,46 @@ class Training:
     routers: bool = True
 
 
-def stage_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Training = Training()) -> list[Run]:
-    """The parameters of one model chunk on one rank, in the order of `named_parameters()`."""
-    runs: list[Run] = []
+@dataclass(frozen=True)
+class ChunkRuns:
+    """The parameters of one model chunk on one rank: `layer`, repeated `layers` times, stands between the others."""
+
+    before: tuple[Run, ...]
+    layer: tuple[Run, ...]
+    layers: int
+    after: tuple[Run, ...]
+
+    def all(self) -> list[Run]:
+        """In the order of `named_parameters()`."""
+        return [*self.before, *self.layer * self.layers, *self.after]
+
+    def trained(self, sharded_by_experts: bool) -> list[Run]:
+        """Those of one of the two kinds of buffers, in the same order, in as few runs as say the same."""
+
+        def chosen(runs: tuple[Run, ...]) -> list[Run]:
+            return [run for run in runs if run.trains and run.sharded_by_experts == sharded_by_experts]
+
+        layer = chosen(self.layer)
+        if len(layer) == 1:
+            layers = [replace(layer[0], count=layer[0].count * self.layers)]
+        elif all(run.count == 1 for run in layer):
+            layers = [Run("layers", tuple(numel for run in layer for numel in run.numels), self.layers)] if layer else []
+        else:
+            layers = layer * self.layers
+        return [*chosen(self.before), *layers, *chosen(self.after)]
+
+
+def chunk_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Training = Training()) -> ChunkRuns:
+    """What a rank of this layout holds of one stage."""
+    before: list[Run] = []
     if stage.runs_vision:
-        runs += _vision(model.vision, training.vision)
+        before += _vision(model.vision, training.vision)
     if stage.first:
-        runs += [_projector(model.vision, model.hidden_size), Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,))]
-    for _ in stage.layers:
-        runs += _layer(model, layout, training.routers)
-    runs += [_tap(model.clvr, model.hidden_size, model.vision.hidden_size, layout.tp) for _ in stage.asks]
+        before += [_projector(model.vision, model.hidden_size), Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,))]
+    after = [_tap(model.clvr, model.hidden_size, model.vision.hidden_size, layout.tp) for _ in stage.asks]
     if stage.last:
-        runs += [Run("norms", (model.hidden_size,)), *_output(model, layout.tp, stage.first)]
-    return runs
+        after += [Run("norms", (model.hidden_size,)), *_output(model, layout.tp, stage.first)]
+    return ChunkRuns(tuple(before), tuple(_layer(model, layout, training.routers)), len(stage.layers), tuple(after))
 
 
 def _layer(model: ModelConfig, layout: Layout, routers_train: bool) -> list[Run]:
