@@ -56,6 +56,7 @@ class Sizer:
 
     def __init__(self, model: ModelConfig, work: Workload, gpu: Gpu, overlaps: bool, recompute_layers: int = 1) -> None:
         self.model, self.work, self.gpu, self.overlaps, self.recompute_layers = model, work, gpu, overlaps, recompute_layers
+        self._allowance = gpu.allowance
         self._stages: dict[tuple[int, int], tuple[Stage, ...]] = {}
         self._runs: dict[tuple[int, ...], tuple[list[Run], list[Run], State]] = {}
         self._parts: dict[tuple[int | None, ...], PartState] = {}
@@ -103,16 +104,15 @@ class Sizer:
 
     def memory(self, layout: Layout, recompute: str, micro_rows: int, limit: float = math.inf) -> Memory:
         """Of the fullest rank, or of the first that needs more than `limit`."""
-        shapes = self._shapes(layout, micro_rows)
-        fullest: Memory | None = None
+        shapes, fullest, most = self._shapes(layout, micro_rows), 0, -1.0
+        shared = self._shared_bytes(layout, shapes)
         for rank in self.telling_ranks(layout):
-            memory = self._rank(layout, rank, recompute, shapes)
-            if fullest is None or memory.total_bytes > fullest.total_bytes:
-                fullest = memory
-            if fullest.total_bytes > limit:
+            need = self._need_bytes(layout, rank, recompute, shapes) + shared
+            if need > most:
+                fullest, most = rank, need
+            if most > limit:
                 break
-        assert fullest is not None
-        return fullest
+        return self._memory(layout, fullest, recompute, shapes)
 
     def _shapes(self, layout: Layout, micro_rows: int) -> Activations:
         key = layout.tp, layout.cp, layout.ep, layout.etp, micro_rows
@@ -161,41 +161,65 @@ class Sizer:
             self._workspaces[key] = shapes.workspace_bytes + again + taps
         return self._workspaces[key]
 
-    def _rank(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> Memory:
-        stages, work = self.stages(layout)[rank :: layout.pp], self.work
-        state = self.state(layout, rank)
-        rows = work.per_update() // layout.dp
-        flying = in_flight(layout, rank, -(-rows // shapes.batch.rows))
+    def _step_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> tuple[int, int, int, int, int]:
+        """At the peak of a step: decoder, vision, CLVR, logits, workspace."""
+        stages = self.stages(layout)[rank :: layout.pp]
+        flying = in_flight(layout, rank, -(-(self.work.per_update() // layout.dp) // shapes.batch.rows))
         decoder = vision = clvr = 0
         for count, stage, traits in zip(flying, stages, self._traits_of(layout, rank), strict=True):
             of_decoder, of_vision, of_clvr = self._keep(shapes, stage, traits, recompute)
             decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
-        step = decoder + vision + clvr
-        inputs = _inputs_bytes(self.model, work, work.rows // layout.dp)
-        logits = shapes.logits_bytes(work.stage == "rl") if stages[-1].last else 0
-        workspace = self._workspace(shapes, recompute, any(stage.asks for stage in stages))
-        groups = sum(size > 1 for size in (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
+        logits = shapes.logits_bytes(self.work.stage == "rl") if stages[-1].last else 0
+        return decoder, vision, clvr, logits, self._workspace(shapes, recompute, any(stage.asks for stage in stages))
+
+    def _need_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> float:
+        """What differs between the ranks of a layout."""
+        state, reference = self.state(layout, rank), self.work.has_reference
+        decoder, vision, clvr, logits, workspace = self._step_bytes(layout, rank, recompute, shapes)
+        step = decoder + vision + clvr + max(logits, workspace)
+        return state.total_bytes + state.weights_bytes * reference + step * (1 + self._allowance)
+
+    def _shared_bytes(self, layout: Layout, shapes: Activations) -> float:
+        """What does not."""
+        return self._communication_bytes(layout, shapes) + self.gpu.context_bytes + self._inputs_bytes(layout) * (1 + self._allowance)
+
+    def _communication_bytes(self, layout: Layout, shapes: Activations) -> int:
+        """A communicator for every kind of group, the gathered sequence of tensor parallelism, and the tokens that experts exchange."""
+        sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.edp, layout.num_ranks)
         moved = 2 * shapes.positions * self.model.hidden_size * shapes.width * (layout.tp > 1)
         moved += 2 * shapes.slice * self.model.experts_per_token * self.model.hidden_size * shapes.width * (layout.ep > 1)
-        allowance = self.gpu.allowance * (step + inputs + max(logits, workspace) + moved)
-        reference = state.weights_bytes if work.has_reference else 0
-        host = (state.weights_bytes + state.optimizer_bytes) * work.async_save + _host_bytes(self.model, work, work.rows // layout.dp)
+        return int(sum(size > 1 for size in sizes) * self.gpu.communicator_bytes) + moved
+
+    def _inputs_bytes(self, layout: Layout) -> int:
+        """The rows of a step on the device, which are there all at once: token ids and masks, pictures in float32, and for rl the recorded routes in int16."""
+        routes = 2 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        return self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2 * 4)
+
+    def _host_bytes(self, layout: Layout, state: State) -> int:
+        """The same rows in host memory, pictures as bytes, routes as int16 and gates beside them in float16; and the copy of an asynchronous save."""
+        routes = 4 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        rows = self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2)
+        return rows + (state.weights_bytes + state.optimizer_bytes) * self.work.async_save
+
+    def _memory(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> Memory:
+        state, inputs = self.state(layout, rank), self._inputs_bytes(layout)
+        decoder, vision, clvr, logits, workspace = self._step_bytes(layout, rank, recompute, shapes)
         return Memory(
-            rank,
-            state.weights_bytes,
-            state.gradients_bytes,
-            state.optimizer_bytes,
-            reference,
-            decoder,
-            vision,
-            clvr,
-            inputs,
-            logits,
-            workspace,
-            int(groups * self.gpu.communicator_bytes + moved),
-            int(self.gpu.context_bytes),
-            int(allowance),
-            host,
+            rank=rank,
+            weights_bytes=state.weights_bytes,
+            gradients_bytes=state.gradients_bytes,
+            optimizer_bytes=state.optimizer_bytes,
+            reference_bytes=state.weights_bytes if self.work.has_reference else 0,
+            decoder_bytes=decoder,
+            vision_bytes=vision,
+            clvr_bytes=clvr,
+            inputs_bytes=inputs,
+            logits_bytes=logits,
+            workspace_bytes=workspace,
+            communication_bytes=self._communication_bytes(layout, shapes),
+            context_bytes=int(self.gpu.context_bytes),
+            allowance_bytes=int(self._allowance * (decoder + vision + clvr + max(logits, workspace) + inputs)),
+            host_bytes=self._host_bytes(layout, state),
         )
 
 
@@ -239,15 +263,3 @@ def _kept(shapes: Activations, stage: Stage, recompute: str, block: int) -> tupl
         decoder += shapes.head_bytes
     vision = shapes.vision_bytes(stage.runs_vision) if stage.runs_vision or stage.receives_features else 0
     return decoder, vision, clvr
-
-
-def _inputs_bytes(model: ModelConfig, work: Workload, rows: int) -> int:
-    """The rows of a step on the device, which are there all at once: token ids and masks, pictures in float32, and for rl the recorded routes in int16."""
-    routes = 2 * model.num_layers * model.experts_per_token if work.stage == "rl" else 0
-    return rows * (work.row_tokens * (16 + routes) + work.row_tiles * 3 * model.vision.image_size**2 * 4)
-
-
-def _host_bytes(model: ModelConfig, work: Workload, rows: int) -> int:
-    """The same rows in host memory: pictures as bytes; routes as int16, and the gates beside them in float16."""
-    routes = 4 * model.num_layers * model.experts_per_token if work.stage == "rl" else 0
-    return rows * (work.row_tokens * (16 + routes) + work.row_tiles * 3 * model.vision.image_size**2)

@@ -7,14 +7,15 @@ The rules themselves are those that training checks: this module counts with pla
 rules for the sentence whenever it refuses. Of every layout the fastest of what fits is kept: no recompute before attention before whole layers, and
 micro-batches no larger than the configuration's.
 
-Legal but not tried: cp above 16; etp other than 1 and tp; interleaving other than vpp 2 and 4 and chunks of 1, 2 and 4 layers. `--why` judges these too.
+Legal but not tried: cp above 16; etp other than 1 and tp; interleaving of other than the fastest pipelines, and other than vpp 2 and 4 and chunks of 1, 2 and 4
+layers. `--why` judges these too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_ext.config.rules import check_rules
@@ -29,6 +30,8 @@ from megatron_ext.parallel.work import Held, held_by
 from megatron_ext.parallel.workload import Workload
 
 MOST_TP, MOST_CP = 16, 16
+INTERLEAVED = 48
+"""How many of the fastest pipelines are tried interleaved."""
 GIB = 2**30
 
 
@@ -99,17 +102,13 @@ class Search:
     def run(self) -> Plans:
         """All layouts, the fastest first."""
         refused = _Refused()
-        found, too_large = [], set[tuple[int, ...]]()
-        for layout in self._grids(refused):
-            plain = layout.tp, layout.cp, layout.pp, layout.ep, layout.etp
-            if plain in too_large:  # interleaving holds more micro-batches at once
-                continue
-            if result := self._best(layout, refused):
-                found.append(result)
-            elif layout.vpp == 1 and self.micro_rows(layout):
-                too_large.add(plain)
-        found.sort(key=lambda one: -one.tokens_per_s)
-        return Plans(found, refused.families())
+        found = [result for layout in self._grids(refused) if (result := self._best(layout, refused))]
+        found.sort(key=_slowness)
+        if "vpp" not in self.only:
+            for one in [one for one in found if one.layout.pp > 1][:INTERLEAVED]:
+                layouts = [replace(one.layout, vpp=vpp) for vpp in self._interleavings(one.layout.pp)]
+                found += [result for layout in layouts if (result := self._best(layout, refused))]
+        return Plans(sorted(found, key=_slowness), refused.families())
 
     def judge(self, layout: Layout, recompute: str | None = None, micro_rows: int | None = None) -> Found | list[UserError]:
         """One layout: what is predicted of it, or everything that refuses it. Unlike `run` it judges layouts that would not be tried."""
@@ -172,8 +171,8 @@ class Search:
         return max(found, key=lambda one: one.tokens_per_s)
 
     def _grids(self, refused: _Refused) -> Iterator[Layout]:
-        """Layouts that the rules of grids allow."""
-        total, layers = self.cluster.gpus, self.model.num_layers
+        """Layouts that the rules of grids allow, without interleaving unless it is asked for."""
+        total = self.cluster.gpus
         axes = {axis: self._axis(axis, refused) for axis in ("tp", "cp", "pp", "ep", "etp")}
         for pp in axes["pp"]:
             stage_ranks = total // pp
@@ -183,8 +182,7 @@ class Search:
                         continue
                     dp = stage_ranks // (tp * cp)
                     for ep, etp in self._expert_grids(axes, tp, stage_ranks, pp, refused):
-                        for vpp in self._interleavings(pp, layers):
-                            yield Layout(tp, tp > 1, pp, vpp, cp, ep, etp, dp, total)
+                        yield Layout(tp, tp > 1, pp, self.only.get("vpp", 1), cp, ep, etp, dp, total)
 
     def _expert_grids(self, axes: Mapping[str, list[int]], tp: int, stage_ranks: int, pp: int, refused: _Refused) -> Iterator[tuple[int, int]]:
         for ep in axes["ep"]:
@@ -196,13 +194,11 @@ class Search:
                 else:
                     yield ep, etp
 
-    def _interleavings(self, pp: int, layers: int) -> list[int]:
-        if "vpp" in self.only:
-            return [self.only["vpp"]]
-        if pp == 1:
-            return [1]
-        even = {layers // (pp * chunk) for chunk in (1, 2, 4) if layers % (pp * chunk) == 0}
-        return sorted({1} | even | {vpp for vpp in (2, 4) if pp * vpp <= layers and (not even or layers % (pp * vpp) == 0)})
+    def _interleavings(self, pp: int) -> list[int]:
+        """Worth a try: chunks of one, two or four layers, and vpp 2 and 4."""
+        layers = self.model.num_layers
+        even = {layers // (pp * chunk) for chunk in (1, 2, 4) if layers % (pp * chunk) == 0} - {1}
+        return sorted(even | {vpp for vpp in (2, 4) if pp * vpp <= layers and (not even or layers % (pp * vpp) == 0)})
 
     def _axis(self, axis: str, refused: _Refused) -> list[int]:
         """Sizes of one axis that the model can be split by, if the others are 1."""
@@ -220,6 +216,11 @@ class Search:
             else:
                 allowed.append(size)
         return allowed
+
+
+def _slowness(one: Found) -> tuple[float, int]:
+    """By speed, and at equal speed by memory."""
+    return -one.tokens_per_s, one.memory.total_bytes
 
 
 def parallel_of(base: ParallelConfig, layout: Layout, recompute: str | None = None) -> ParallelConfig:
