@@ -99,6 +99,13 @@ class Search:
     def _held(self) -> dict[tuple[int, int], list[tuple[Held, int]]]:
         return {}
 
+    def on(self, gpus: int) -> Search:
+        """The same question for other numbers of devices; what was computed for one serves the other."""
+        other = replace(self, cluster=replace(self.cluster, gpus=gpus))
+        for shared in ("sizer", "timer", "_held"):
+            other.__dict__[shared] = getattr(self, shared)
+        return other
+
     def run(self) -> Plans:
         """All layouts, the fastest first."""
         refused = _Refused()
