@@ -112,7 +112,7 @@ def read_gpus(file: Path | None = None) -> dict[str, Gpu]:
         mine = _read(file)
         if unknown := [key for key in mine if key not in ("defaults", "gpus")]:
             raise UserError(f"--gpus-file {file}", f"{unknown[0]!r} is not one of its sections", "there are: defaults, gpus")
-        defaults, types = {**defaults, **(mine.get("defaults") or {})}, {**types, **(mine.get("gpus") or {})}
+        defaults, types = {**defaults, **(mine.get("defaults") or {})}, _joined(types, mine.get("gpus") or {})
     return {name: _gpu(name, {**defaults, **(fields or {})}, file or BUILT_IN) for name, fields in types.items()}
 
 
@@ -123,6 +123,11 @@ def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:
         return gpus[found[0]]
     close = get_close_matches(name.lower(), list(gpus), n=1)
     raise UserError("--gpu", f"there is no type {name!r}", f"did you mean {close[0]}?" if close else f"there are: {', '.join(gpus)}; --gpus-file adds more")
+
+
+def _joined(types: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """A type that is there already keeps what `mine` does not replace."""
+    return {**types, **{name: {**(types.get(name) or {}), **(fields or {})} for name, fields in mine.items()}}
 
 
 def _read(file: Path) -> dict[str, Any]:

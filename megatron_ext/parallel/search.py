@@ -245,6 +245,7 @@ def memory_error(memory: Memory, cluster: Cluster) -> UserError:
         "decoder": "recompute, split the sequence (tp, cp), or shorten rows",
         "vision": "freeze the ViT (train_vision=false), or show fewer tiles a micro-batch",
         "clvr": "split the sequence (cp), or show fewer tiles a micro-batch",
+        "workspace": "shorten rows or micro-batches, or split the sequence (tp, cp)",
         "inputs": "spread the rows over more ranks (dp)",
     }
     need, have = memory.total_bytes / GIB, cluster.gpu.memory_bytes / GIB
