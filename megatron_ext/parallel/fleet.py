@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.layout_names import name_of
 from megatron_ext.parallel.plan import Layout, check_rollout_layout
-from megatron_ext.parallel.rollouts import Answers, GenerationTimes, Replica, RolloutMemory, refit_s, replica_layout
+from megatron_ext.parallel.rollouts import Answers, GenerationTimes, Replica, RolloutMemory, rank_numels, refit_s, replica_layout
 from megatron_ext.parallel.search import GIB, Found, Plans, Refusal, Search
 
 LEARNERS = 24
@@ -78,29 +79,29 @@ class FleetSearch:
     def run(self) -> FleetPlans:
         total = self.search.cluster.gpus
         everywhere = self.search.run()
-        found, refused = list(self._colocated(everywhere)), list(everywhere.refused)
         replicas, of_replicas = self._replicas(total)
+        found, refused = list(self._colocated(everywhere, replicas)), list(everywhere.refused)
         refused += of_replicas
         for learner_gpus in splits(total, self.search.cluster.per_node):
-            plans = self.search.on(learner_gpus).run()
-            found += list(self._disaggregated(plans, learner_gpus, replicas))
+            learners = self.search.smaller(learner_gpus, everywhere.found, LEARNERS)
+            found += list(self._disaggregated(learners, learner_gpus, replicas))
         if everywhere.found and not any(one.colocated for one in found):
             least = min(everywhere.found, key=lambda one: one.memory.total_bytes)
             refused.append(Refusal("colocated", self._no_room(least), len(everywhere.found)))
         return FleetPlans(sorted(found, key=lambda one: one.step_s), refused)
 
-    def _colocated(self, plans: Plans) -> Iterator[FleetFound]:
-        total, layouts = self.search.cluster.gpus, self._replicas(self.search.cluster.gpus)[0]
+    def _colocated(self, plans: Plans, layouts: list[Layout]) -> Iterator[FleetFound]:
+        total = self.search.cluster.gpus
         for learner in plans.found[:LEARNERS]:
             room = self.search.cluster.gpu.memory_bytes - learner.memory.total_bytes
             if rollout := self._best(layouts, total, room):
                 yield self._joined(True, total, total, learner, rollout)
 
-    def _disaggregated(self, plans: Plans, learner_gpus: int, layouts: list[Layout]) -> Iterator[FleetFound]:
+    def _disaggregated(self, learners: list[Found], learner_gpus: int, layouts: list[Layout]) -> Iterator[FleetFound]:
         rollout_gpus = self.search.cluster.gpus - learner_gpus
         rollout = self._best(layouts, rollout_gpus, self.search.cluster.gpu.memory_bytes)
         if rollout is not None:
-            yield from (self._joined(False, learner_gpus, rollout_gpus, learner, rollout) for learner in plans.found[:LEARNERS])
+            yield from (self._joined(False, learner_gpus, rollout_gpus, learner, rollout) for learner in learners)
 
     def _joined(self, colocated: bool, learner_gpus: int, rollout_gpus: int, learner: Found, rollout: RolloutFound) -> FleetFound:
         one = FleetFound(colocated, learner_gpus, rollout_gpus, learner, rollout, refit_s(self.search.model, self.search.cluster), 0.0)
@@ -116,7 +117,7 @@ class FleetSearch:
         samples = self.answers.samples
         rows = max(1, self.search.config.rollout.batch_size // samples) * samples
         while rows >= samples:
-            replica = Replica(self.search.model, layout, rows, self.answers, self.search.cluster)
+            replica = self._replica(layout, rows)
             memory = replica.memory()
             if memory.total_bytes <= room:
                 return RolloutFound(layout, replicas, rows, memory, replica.times(replicas))
@@ -124,6 +125,15 @@ class FleetSearch:
             fits = int((room - fixed) / max(1.0, (memory.total_bytes - fixed) / rows)) // samples * samples
             rows = min(rows - samples, max(fits, 0))
         return None
+
+    @cached_property
+    def _numels(self) -> dict[Layout, tuple[int, int, int]]:
+        return {}
+
+    def _replica(self, layout: Layout, rows: int) -> Replica:
+        if layout not in self._numels:
+            self._numels[layout] = rank_numels(self.search.model, layout)
+        return Replica(self.search.model, layout, self._numels[layout], rows, self.answers, self.search.cluster)
 
     def _replicas(self, gpus: int) -> tuple[list[Layout], list[Refusal]]:
         """Layouts of one replica, inside a node, and those that rules or memory refuse."""
@@ -146,7 +156,7 @@ class FleetSearch:
 
     def _too_large(self, layout: Layout) -> UserError:
         samples, gpu = self.answers.samples, self.search.cluster.gpu
-        memory = Replica(self.search.model, layout, samples, self.answers, self.search.cluster).memory()
+        memory = self._replica(layout, samples).memory()
         what = (
             f"a rank with the {samples} rows of one prompt needs {memory.total_bytes / GIB:.1f} GiB ({memory.weights_bytes / GIB:.1f} of weights, "
             f"{(memory.cache_bytes + memory.compaction_bytes) / GIB:.1f} of cache) and {gpu.name} has {gpu.memory_bytes / GIB:.1f} GiB"

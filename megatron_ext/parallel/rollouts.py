@@ -81,17 +81,18 @@ class GenerationTimes:
 
 @dataclass(frozen=True)
 class Replica:
-    """One world of rollout ranks. `batch` rows are decoded side by side by each of its `layout.dp` lanes."""
+    """One world of rollout ranks. `batch` rows are decoded side by side by each of its `layout.dp` lanes. `numels` of `rank_numels`."""
 
     model: ModelConfig
     layout: Layout
+    numels: tuple[int, int, int]
     batch: int
     answers: Answers
     cluster: Cluster
 
     def memory(self) -> RolloutMemory:
         model, answers, layout, rows = self.model, self.answers, self.layout, self.batch
-        weights, width = rank_weights_bytes(model, layout), _width(model)
+        weights, width = _width(model) * sum(self.numels), _width(model)
         cache = rows * answers.capacity * self._cache_token_bytes()
         taps = len(model.clvr.taps) if model.clvr.enabled else 0
         keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
@@ -145,7 +146,7 @@ class Replica:
         groups = model.num_attention_heads // model.num_query_groups
         length = self.answers.prompt_tokens + self.answers.response_tokens / 2
         cache = rows * length * self._cache_token_bytes() * (1 + 2 * groups if groups > 1 else 1)
-        experts, dense = rank_numels(model, layout)
+        experts, dense, _ = self.numels
         together = rows * layout.dp if layout.ep > 1 else rows
         touched = 1 - (1 - model.experts_per_token / model.num_experts) ** together
         return ((dense + experts * touched) * _width(model) + cache) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
@@ -179,15 +180,11 @@ def answers_of(config: RunConfig, prompt_tokens: int, response_tokens: float | N
     return Answers(config.rl.prompts_per_step, config.rl.rollouts_per_prompt, prompt_tokens, response_tokens or most, most, tiles)
 
 
-def rank_numels(model: ModelConfig, layout: Layout) -> tuple[int, int]:
-    """Elements of (experts, all the rest but the encoder) on a rollout rank."""
+def rank_numels(model: ModelConfig, layout: Layout) -> tuple[int, int, int]:
+    """Elements on a rollout rank of (experts, all the rest, the encoder with its projector). There are no buffers, and so no padding."""
     runs = chunk_runs(model, layout, pipeline_stages(model, 1)[0]).all()
-    return sum(run.numel for run in runs if run.part == "experts"), sum(run.numel for run in runs if run.part not in ("experts", "vision", "projector"))
-
-
-def rank_weights_bytes(model: ModelConfig, layout: Layout) -> int:
-    """No buffers, and so no padding."""
-    return _width(model) * sum(run.numel for run in chunk_runs(model, layout, pipeline_stages(model, 1)[0]).all())
+    experts, encoder = (sum(run.numel for run in runs if run.part in parts) for parts in (("experts",), ("vision", "projector")))
+    return experts, sum(run.numel for run in runs) - experts - encoder, encoder
 
 
 def replica_layout(tp: int, ep: int) -> Layout:

@@ -14,7 +14,7 @@ layers. `--why` judges these too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -32,6 +32,8 @@ from megatron_ext.parallel.workload import Workload
 MOST_TP, MOST_CP = 16, 16
 INTERLEAVED = 48
 """How many of the fastest pipelines are tried interleaved."""
+SMALLER = 300
+"""How many of the fastest layouts are tried on fewer devices."""
 GIB = 2**30
 
 
@@ -116,6 +118,20 @@ class Search:
                 layouts = [replace(one.layout, vpp=vpp) for vpp in self._interleavings(one.layout.pp)]
                 found += [result for layout in layouts if (result := self._best(layout, refused))]
         return Plans(sorted(found, key=_slowness), refused.families())
+
+    def smaller(self, gpus: int, found: Sequence[Found], count: int) -> list[Found]:
+        """The first `count` of layouts found here that can also be on fewer devices, where data parallelism is all that shrinks and memory only grows; the
+        fastest first."""
+        other, kept = self.on(gpus), list[Found]()
+        for one in found[:SMALLER]:
+            layout = one.layout
+            if gpus % (layout.tp * layout.cp * layout.pp) or gpus // layout.pp % (layout.ep * layout.etp):
+                continue
+            result = other._best(replace(layout, dp=gpus // (layout.tp * layout.cp * layout.pp), num_ranks=gpus), _Refused())
+            kept += [result] if result else []
+            if len(kept) == count:
+                break
+        return sorted(kept, key=_slowness)
 
     def judge(self, layout: Layout, recompute: str | None = None, micro_rows: int | None = None) -> Found | list[UserError]:
         """One layout: what is predicted of it, or everything that refuses it. Unlike `run` it judges layouts that would not be tried."""
