@@ -57,7 +57,7 @@ class Printer:
         work, cluster, gpu = self.search.work, self.search.cluster, self.search.cluster.gpu
         parameters = count_parameters(self.search.model)
         image = f"{work.row_tiles} image tile{'s' * (work.row_tiles != 1)}"
-        self._say(f"{self.search.config.name}: {parameters.total / 1e9:.2f} G parameters, {parameters.active / 1e9:.2f} G active a token", "bold")
+        self._say(f"{self.search.config.name}: {_count(parameters.total)} parameters, {_count(parameters.active)} active a token", "bold")
         self._say(f"  {work.stage}: {work.rows} rows a step, at most {work.row_tokens} and on average {work.mean_row_tokens:g} tokens, {image} each")
         if self.fleet is not None:
             answers = self.fleet.answers
@@ -232,6 +232,14 @@ def _one_of_each(rules: Sequence[Refusal]) -> list[Refusal]:
     for one in rules:
         seen.setdefault("".join(letter for letter in f"{one.error.where} {one.error.problem}" if not letter.isdigit()), one)
     return list(seen.values())
+
+
+def _count(number: int) -> str:
+    """
+    >>> _count(30_880_000_000), _count(474_000)
+    ('30.88 G', '0.47 M')
+    """
+    return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _share(part: float, whole: float) -> str:
