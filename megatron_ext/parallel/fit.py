@@ -102,8 +102,12 @@ class Sizer:
             self._states[key] = state, (sum(dense.numel for dense, _, _ in chunks), sum(experts.numel for _, experts, _ in chunks))
         return self._states[key]
 
-    def memory(self, layout: Layout, recompute: str, micro_rows: int, limit: float = math.inf) -> Memory:
-        """Of the fullest rank, or of the first that needs more than `limit`."""
+    def memory(self, layout: Layout, recompute: str, micro_rows: int) -> Memory:
+        """Of the fullest rank."""
+        return self.of_rank(layout, self.fullest(layout, recompute, micro_rows)[0], recompute, micro_rows)
+
+    def fullest(self, layout: Layout, recompute: str, micro_rows: int, limit: float = math.inf) -> tuple[int, float]:
+        """The pipeline rank that needs the most, or the first that needs more than `limit`, and how many bytes that is."""
         shapes, fullest, most = self._shapes(layout, micro_rows), 0, -1.0
         shared = self._shared_bytes(layout, shapes)
         for rank in self.telling_ranks(layout):
@@ -112,7 +116,10 @@ class Sizer:
                 fullest, most = rank, need
             if most > limit:
                 break
-        return self._memory(layout, fullest, recompute, shapes)
+        return fullest, most
+
+    def of_rank(self, layout: Layout, rank: int, recompute: str, micro_rows: int) -> Memory:
+        return self._memory(layout, rank, recompute, self._shapes(layout, micro_rows))
 
     def _shapes(self, layout: Layout, micro_rows: int) -> Activations:
         key = layout.tp, layout.cp, layout.ep, layout.etp, micro_rows

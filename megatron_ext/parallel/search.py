@@ -14,7 +14,7 @@ layers. `--why` judges these too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -177,17 +177,17 @@ class Search:
         if not rows:
             refused.batch(self, layout)
             return None
-        kinds, limit = recompute or self.recompute, self.cluster.gpu.memory_bytes
-        least = self.sizer.memory(layout, kinds[-1], rows[-1], limit)
-        if least.total_bytes > limit:
-            refused.memory(self, layout, least)
+        kinds, limit, sizer = recompute or self.recompute, self.cluster.gpu.memory_bytes, self.sizer
+        rank, least = sizer.fullest(layout, kinds[-1], rows[-1], limit)
+        if least > limit:
+            refused.memory(self, layout, least, lambda: sizer.of_rank(layout, rank, kinds[-1], rows[-1]))
             return None
         found: list[Found] = []
         for kind in kinds:
             for count in rows:
-                memory = least if (kind, count) == (kinds[-1], rows[-1]) else self.sizer.memory(layout, kind, count, limit)
-                if memory.total_bytes <= limit:
-                    found.append(self.evaluate(layout, kind, count, memory))
+                rank, need = sizer.fullest(layout, kind, count, limit)
+                if need <= limit:
+                    found.append(self.evaluate(layout, kind, count, sizer.of_rank(layout, rank, kind, count)))
                     break
             if found and found[-1].micro_rows == rows[0]:
                 break
@@ -295,15 +295,16 @@ class _Refused:
         error = self._families[name].error if name in self._families else search.problems(layout, search.work.micro_rows)[0]
         self._note(name, error)
 
-    def memory(self, search: Search, layout: Layout, memory: Memory) -> None:
+    def memory(self, search: Search, layout: Layout, need_bytes: float, memory: Callable[[], Memory]) -> None:
+        """`memory` is asked for only where it is the family's smallest."""
         words = (("TP", layout.tp), ("PP", layout.pp), ("EP", layout.ep), ("ETP", layout.etp if layout.etp != layout.tp or layout.ep > 1 else 1))
         name = "x".join(f"{axis}{size}" for axis, size in words if size > 1) or "DP"
         known = self._families.get(name)
-        if known is not None and known.memory is not None and known.memory.total_bytes <= memory.total_bytes:
+        if known is not None and known.memory is not None and known.memory.total_bytes <= need_bytes:
             self._note(name, known.error)
             return
-        count = known.layouts + 1 if known is not None else 1
-        self._families[name] = Refusal(name, memory_error(memory, search.cluster), count, memory)
+        smallest, count = memory(), known.layouts + 1 if known is not None else 1
+        self._families[name] = Refusal(name, memory_error(smallest, search.cluster), count, smallest)
 
     def _note(self, name: str, error: UserError) -> None:
         known = self._families.get(name)
