@@ -244,13 +244,6 @@ def _rollout(config: RunConfig) -> Problems:
             f"{rollout.max_new_tokens} after an image of {tokens_per_tile(model.vision)} tokens exceeds model.max_positions = {model.max_positions}",
             "generate fewer tokens or raise the model's positions",
         )
-    longest = config.data.max_length + rollout.max_new_tokens
-    if config.data.kind == "jsonl" and longest > model.max_positions:
-        yield UserError(
-            "rollout.max_new_tokens",
-            f"{rollout.max_new_tokens} after a prompt of data.max_length = {config.data.max_length} exceeds model.max_positions = {model.max_positions}",
-            "generate fewer tokens, or shorten the rows",
-        )
     if rollout.parallel.engine != "megatron":
         yield UserError("rollout.parallel.engine", f"{rollout.parallel.engine} trains, and rollouts do not", "remove it; parallel.engine is the learner's")
     if rollout.top_k > model.vocab_size:

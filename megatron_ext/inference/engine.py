@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron_ext.batch import NO_TILES, Prompt, Rollout, RouteTrace, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.config.sizes import expert_layers
+from megatron_ext.errors import UserError
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.generation import Memory, decode, prefill
@@ -65,6 +66,7 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], samples: int, *, seeds: Callable[[int, int], int], version: int, greedy: bool = False) -> list[Rollout]:
         """`samples` rollouts of every prompt, prompt by prompt. Greedy ignores seeds. Collective over the replica's ranks."""
+        self._require_room(prompts)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -79,6 +81,13 @@ class Engine:
             return rollouts
         finally:
             self.model.train(was_training)
+
+    def _require_room(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where a prompt and the longest answer to it have more positions than the model."""
+        longest, most = max((len(prompt.tokens_S) for prompt in prompts), default=0), self.model.model_config.max_positions
+        if longest + self.config.max_new_tokens > most:
+            problem = f"{self.config.max_new_tokens} after a prompt of {longest} tokens exceeds model.max_positions = {most}"
+            raise UserError("rollout.max_new_tokens", problem, "generate fewer tokens, or shorten the prompts")
 
     def _chunk(self, prompts: list[Prompt], samples: int, seeds_R: np.ndarray, version: int, greedy: bool) -> list[Rollout]:
         idle = not prompts

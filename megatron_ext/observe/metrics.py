@@ -17,10 +17,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_ext.errors import DataError
+from megatron_ext.observe.metrics_file import FILE_NAME, Record, lines, read_metrics, series
 
-FILE_NAME = "metrics.jsonl"
-Record = dict[str, float]
+__all__ = ["FILE_NAME", "MetricsWriter", "Record", "read_metrics", "series"]
 
 
 class MetricsWriter:
@@ -60,39 +59,12 @@ class MetricsWriter:
     def _continue_at(self, step: int) -> None:
         self._continued = True
         if self._path.exists():
-            kept = [line for line, record in _lines(self._path) if record["step"] < step]
+            kept = [line for line, record in lines(self._path) if record["step"] < step]
             partial = self._path.with_suffix(".jsonl.partial")
             partial.write_text("".join(kept), encoding="utf-8")
             partial.replace(self._path)
         if self._events is not None:  # tells TensorBoard to hide what it holds from this step on
             self._events.add_event(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
-
-
-def read_metrics(folder: Path) -> list[Record]:
-    """The lines of a stage in order, non-finite numbers as floats; empty without a file. A malformed line is a DataError, except a last one cut short."""
-    path = folder / FILE_NAME
-    return [record for _, record in _lines(path)] if path.exists() else []
-
-
-def series(records: list[Record], name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of one metric, where it was written."""
-    rows = [(record["step"], record[name]) for record in records if name in record]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
-def _lines(path: Path) -> list[tuple[str, Record]]:
-    found: list[tuple[str, Record]] = []
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):  # the writer was stopped in the middle of its last line
-            break
-        try:
-            record = {name: float(value) for name, value in json.loads(line).items()}
-            record["step"] = int(record["step"])
-        except (ValueError, TypeError, AttributeError, KeyError):
-            raise DataError(f"{path}:{number}", "is not a line of metrics", "remove the line, or the file to start it afresh") from None
-        found.append((line, record))
-    return found
 
 
 def _to_json(value: float) -> float | str:

@@ -48,14 +48,7 @@ class Layout:
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "parallel") -> list[UserError]:
     """Every reason why this model cannot have this layout, each with the values that would work; an empty list when it can."""
-    layout = Layout.of(parallel)
-    return [
-        *_check_grid(parallel, layout, where),
-        *_check_experts(model, parallel, where),
-        *_check_tensors(model, layout, where),
-        *_check_pipeline(model, parallel, where),
-        *_check_engine(parallel, layout, where),
-    ]
+    return [*_check_forward(model, parallel, where), *_check_gradients(parallel, Layout.of(parallel), where)]
 
 
 def check_rollout_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "rollout.parallel") -> list[UserError]:
@@ -68,7 +61,28 @@ def check_rollout_layout(model: ModelConfig, parallel: ParallelConfig, where: st
         )
         if value > 1
     ]
-    return problems or check_layout(model, parallel, where)
+    return problems or _check_forward(model, parallel, where)
+
+
+def _check_forward(model: ModelConfig, parallel: ParallelConfig, where: str) -> list[UserError]:
+    """What it takes to run the model."""
+    layout = Layout.of(parallel)
+    return [
+        *_check_grid(parallel, layout, where),
+        *_check_experts(model, parallel, where),
+        *_check_tensors(model, layout, where),
+        *_check_pipeline(model, parallel, where),
+        *_check_engine(parallel, layout, where),
+    ]
+
+
+def _check_gradients(parallel: ParallelConfig, layout: Layout, where: str) -> list[UserError]:
+    """What it takes to train it. Without expert parallelism Megatron takes experts for dense parameters, and sums their gradients over the wrong ranks where
+    they are split otherwise."""
+    if parallel.ep > 1 or layout.etp == parallel.tp:
+        return []
+    what = f"experts split {layout.etp} ways over a tensor-parallel group of {parallel.tp}, without expert parallelism, would learn from a part of their tokens"
+    return [UserError(f"{where}.etp", what, f"use {parallel.tp}, or ep above 1")]
 
 
 def _check_grid(parallel: ParallelConfig, layout: Layout, where: str) -> list[UserError]:
@@ -130,9 +144,6 @@ def _check_engine(parallel: ParallelConfig, layout: Layout, where: str) -> list[
     if parallel.overlap_param_gather or parallel.overlap_grad_reduce is not None:
         field = "overlap_param_gather" if parallel.overlap_param_gather else "overlap_grad_reduce"
         problems.append(UserError(f"{where}.{field}", f"is a setting of Megatron's data parallelism, {needs}", "remove it; overlap_comm is DeepSpeed's own"))
-    if parallel.ep == 1 and layout.etp != parallel.tp:
-        what = f"experts split {layout.etp} ways over a tensor-parallel group of {parallel.tp}, without expert parallelism, need groups {needs}"
-        problems.append(UserError(f"{where}.etp", what, f"use {parallel.tp}, or ep above 1"))
     if parallel.deepspeed is None:
         problems.append(
             UserError(f"{where}.deepspeed", f"is missing, but {where}.engine = deepspeed needs its JSON file", "for example deepspeed_configs/zero2.json")

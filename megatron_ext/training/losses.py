@@ -40,10 +40,12 @@ def masked_nll(logprobs_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.
 
 
 TOKENS_PER_ROW = "data/tokens_per_row"
+POSITIONS_PER_ROW = "data/positions_per_row"
+TILES_PER_ROW = "data/tiles_per_row"
 
 
 class NextToken:
-    """The objective of both supervised stages: (sum of losses, number of targets, tokens per row)."""
+    """The objective of both supervised stages: (sum of losses, number of targets, and per row its tokens, its positions with padding, its image tiles)."""
 
     def forward(self, model: DistributedDataParallel, batch: Microbatch) -> torch.Tensor:
         return model(batch.inputs)
@@ -55,4 +57,5 @@ class NextToken:
         targets_BS, mask_BS = (frame.take(decided(x_BS)) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
         loss, num_tokens = masked_nll(token_logprobs(logits_SBV, targets_BS, bare.tp_group), mask_BS)
         counted = frame.local_S is None or bare.cp_group.rank() == 0
-        return loss, num_tokens, {TOKENS_PER_ROW: Metric(batch.num_tokens if counted else 0, batch.num_samples if counted else 0)}
+        of_rows = {TOKENS_PER_ROW: batch.num_tokens, POSITIONS_PER_ROW: batch.inputs.tokens_BS.numel(), TILES_PER_ROW: len(batch.inputs.tiles_ICHW)}
+        return loss, num_tokens, {name: Metric(total if counted else 0, batch.num_samples if counted else 0) for name, total in of_rows.items()}

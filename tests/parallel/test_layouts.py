@@ -71,7 +71,7 @@ LONG = {
     "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT", "PP2, a language model alone", "EP2, every other layer dense",
 }  # fmt: skip
 """Journeys: each of their features is in another case too."""
-METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "clvr/tap0/gate", "clvr/tap2/gate")
+METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "data/tiles_per_row", "clvr/tap0/gate", "clvr/tap2/gate")
 
 
 @cache

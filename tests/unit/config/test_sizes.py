@@ -35,6 +35,14 @@ def test_internvl3_5_30b_a3b_has_the_published_number_of_parameters() -> None:
     assert found.clvr / 3 == pytest.approx(9.44e6, rel=0.005)
 
 
+def test_internvl3_5_241b_a28b_has_the_published_number_of_parameters() -> None:
+    """Published: 5.5 B vision + 235.1 B language, 22 B of it active. Its vision count includes the projector."""
+    found = count_parameters(load_config(None, ["model.preset=internvl3_5_241b_a28b"]).config.model)
+    assert found.vision + found.projector == pytest.approx(5.5e9, rel=0.02)
+    assert found.total - found.vision - found.projector - found.clvr == pytest.approx(235.1e9, rel=0.002)
+    assert found.active - found.vision - found.projector - found.clvr == pytest.approx(22e9, rel=0.02)
+
+
 @pytest.mark.parametrize("overrides", SHAPES)
 def test_the_formula_counts_what_the_model_has(overrides: list[str], tmp_path: Path) -> None:
     from megatron_ext.device import session

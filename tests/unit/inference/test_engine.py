@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from megatron_ext.batch import Prompt, Rollout, route_digest
+from megatron_ext.batch import NO_TILES, Prompt, Rollout, route_digest
 from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.errors import UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
@@ -40,6 +43,13 @@ def test_rollouts_come_prompt_by_prompt_and_end_at_their_end_token_or_at_the_lim
         ends = np.flatnonzero(rollout.response_T == EOS)
         assert (ends.tolist() == [len(rollout.response_T) - 1]) if rollout.finish == "stop" else (len(ends) == 0 and len(rollout.response_T) == 12)
         assert rollout.version == 3 and IMAGE not in rollout.response_T and rollout.response_T.max() < 60
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(engine: Engine) -> None:
+    (prompt,) = small_prompts(1)
+    long = replace(prompt, tokens_S=np.full(501, 9, np.int32), tiles=NO_TILES)
+    with pytest.raises(UserError, match=r"rollout.max_new_tokens: 12 after a prompt of 501 tokens exceeds model.max_positions = 512"):
+        generate(engine, [long])
 
 
 def test_log_probs_and_routes_equal_a_full_forward_with_replay(engine: Engine) -> None:

@@ -52,6 +52,11 @@ def test_sequence_parallelism_comes_with_tensor_parallelism() -> None:
         ({"num_ranks": 4, "pp": 2, "ep": 4}, "parallel.ep: the 2 ranks of a pipeline stage do not divide by etp * ep = 1 * 4; use ep = 1 or 2"),
         ({"num_ranks": 3, "cp": 2}, "parallel.num_ranks: 3 ranks do not divide by tp * pp * cp = 2; use a multiple of 2, or tp = 1 or 3"),
         (
+            {"num_ranks": 4, "tp": 2, "etp": 1},
+            "parallel.etp: experts split 1 ways over a tensor-parallel group of 2, without expert parallelism, would learn from a part of their tokens; "
+            "use 2, or ep above 1",
+        ),
+        (
             {"num_ranks": 2, "overlap_param_gather": True, "overlap_grad_reduce": False},
             "parallel.overlap_param_gather: needs parallel.overlap_grad_reduce, which is false; set both, or neither",
         ),
@@ -84,6 +89,7 @@ def test_a_rollout_replica_has_neither_pipeline_stages_nor_shared_sequences() ->
     assert len(found) == 2
     assert found[0].startswith("rollout.parallel.pp: 2: pipeline stages would wait for each other at every token; use 1")
     assert check_rollout_layout(MODEL, ParallelConfig(num_ranks=2, tp=2)) == []
+    assert check_rollout_layout(MODEL, ParallelConfig(num_ranks=2, tp=2, etp=1)) == [], "whole experts on both ranks: nothing is learnt there"
 
 
 def test_rows_divide_by_two_parts_a_context_parallel_rank_and_by_tp() -> None:

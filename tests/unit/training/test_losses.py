@@ -6,7 +6,7 @@ import torch
 
 from megatron_ext.batch.metric import Metric
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.losses import TOKENS_PER_ROW, NextToken, masked_nll
+from megatron_ext.training.losses import POSITIONS_PER_ROW, TILES_PER_ROW, TOKENS_PER_ROW, NextToken, masked_nll
 from tests.support.training import own_microbatches, start
 
 
@@ -27,4 +27,4 @@ def test_position_s_is_scored_on_the_token_after_it(context: ParallelContext) ->
     expected = torch.nn.functional.cross_entropy(logits[rows, positions], batch.inputs.tokens_BS[rows, positions + 1], reduction="sum")
     torch.testing.assert_close(loss, expected)
     assert int(count) == len(rows)
-    assert metrics == {TOKENS_PER_ROW: Metric(batch.num_tokens, 8)}
+    assert metrics == {TOKENS_PER_ROW: Metric(batch.num_tokens, 8), POSITIONS_PER_ROW: Metric(8 * 24, 8), TILES_PER_ROW: Metric(8, 8)}

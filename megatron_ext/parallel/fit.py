@@ -1,0 +1,272 @@
+"""Whether a learner's layout fits the memory of a device: the bytes of its fullest rank by part, and what its host needs. Without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_ext.config.schema import ModelConfig
+from megatron_ext.parallel.activations import CPU, GPU, Activations, Microbatch
+from megatron_ext.parallel.hardware import Gpu
+from megatron_ext.parallel.memory import PartState, State, bucket_of, frozen_state, part_state, total
+from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.stages import Stage, pipeline_stages
+from megatron_ext.parallel.tensors import Run, chunk_runs
+from megatron_ext.parallel.workload import Workload
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of pipeline rank `rank`. `workspace_bytes`: what one layer's backward pass needs for a moment; never while the logits are there. `host_bytes`: of
+    this rank, beside the device: the copy of an asynchronous save, and the rows of a step."""
+
+    rank: int
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    reference_bytes: int
+    decoder_bytes: int
+    vision_bytes: int
+    clvr_bytes: int
+    inputs_bytes: int
+    logits_bytes: int
+    workspace_bytes: int
+    communication_bytes: int
+    context_bytes: int
+    allowance_bytes: int
+    host_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.state_bytes + self.step_bytes + self.communication_bytes + self.context_bytes + self.allowance_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """There from the start to the end."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.reference_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """There at the peak of a step."""
+        return self.decoder_bytes + self.vision_bytes + self.clvr_bytes + self.inputs_bytes + max(self.logits_bytes, self.workspace_bytes)
+
+
+class Sizer:
+    """Memory of one model and workload under many layouts; what layouts share is computed once."""
+
+    def __init__(self, model: ModelConfig, work: Workload, gpu: Gpu, overlaps: bool, recompute_layers: int = 1) -> None:
+        self.model, self.work, self.gpu, self.overlaps, self.recompute_layers = model, work, gpu, overlaps, recompute_layers
+        self._allowance = gpu.allowance
+        self._stages: dict[tuple[int, int], tuple[Stage, ...]] = {}
+        self._runs: dict[tuple[int, ...], tuple[list[Run], list[Run], State]] = {}
+        self._parts: dict[tuple[int | None, ...], PartState] = {}
+        self._states: dict[tuple[int, ...], tuple[State, tuple[int, int]]] = {}
+        self._kept: dict[tuple[object, ...], tuple[int, int, int]] = {}
+        self._traits: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self._workspaces: dict[tuple[object, ...], int] = {}
+        self._activations: dict[tuple[int, ...], Activations] = {}
+        self._telling: dict[tuple[int, int], list[int]] = {}
+
+    def stages(self, layout: Layout) -> tuple[Stage, ...]:
+        key = layout.pp, layout.vpp
+        if key not in self._stages:
+            self._stages[key] = pipeline_stages(self.model, layout.pp, layout.vpp, self.work.training.vision)
+        return self._stages[key]
+
+    def telling_ranks(self, layout: Layout) -> list[int]:
+        """Pipeline ranks of which one is the fullest. An earlier rank has no fewer micro-batches in flight, so that one which holds no more than an earlier
+        rank does, chunk by chunk, is none of them."""
+        key = layout.pp, layout.vpp
+        if key not in self._telling:
+            stages, kept = self.stages(layout), list[tuple[int, list[int]]]()
+            for rank in range(layout.pp):
+                holds = [number for stage in stages[rank :: layout.pp] for number in (*_kind(stage), len(stage.sends), stage.sends_features)]
+                if not any(all(more >= less for more, less in zip(earlier, holds, strict=True)) for _, earlier in kept):
+                    kept.append((rank, holds))
+            self._telling[key] = [rank for rank, _ in kept]
+        return self._telling[key]
+
+    def numels(self, layout: Layout, rank: int) -> tuple[int, int]:
+        """Elements of a pipeline rank's dense and expert buffers."""
+        return self._held(layout, rank)[1]
+
+    def state(self, layout: Layout, rank: int) -> State:
+        """Of the first data-parallel rank, whose shards hold no padding from the end of a bucket."""
+        return self._held(layout, rank)[0]
+
+    def _held(self, layout: Layout, rank: int) -> tuple[State, tuple[int, int]]:
+        key = layout.tp, layout.ep, layout.etp, layout.dp * layout.cp, layout.pp, layout.vpp, rank
+        if key not in self._states:
+            chunks = [self._chunk(layout, stage, rank) for stage in self.stages(layout)[rank :: layout.pp]]
+            state = total([state for dense, experts, frozen in chunks for state in (dense.state, experts.state, frozen)])
+            self._states[key] = state, (sum(dense.numel for dense, _, _ in chunks), sum(experts.numel for _, experts, _ in chunks))
+        return self._states[key]
+
+    def memory(self, layout: Layout, recompute: str, micro_rows: int) -> Memory:
+        """Of the fullest rank."""
+        return self.of_rank(layout, self.fullest(layout, recompute, micro_rows)[0], recompute, micro_rows)
+
+    def fullest(self, layout: Layout, recompute: str, micro_rows: int, limit: float = math.inf) -> tuple[int, float]:
+        """The pipeline rank that needs the most, or the first that needs more than `limit`, and how many bytes that is."""
+        shapes, fullest, most = self._shapes(layout, micro_rows), 0, -1.0
+        shared = self._shared_bytes(layout, shapes)
+        for rank in self.telling_ranks(layout):
+            need = self._need_bytes(layout, rank, recompute, shapes) + shared
+            if need > most:
+                fullest, most = rank, need
+            if most > limit:
+                break
+        return fullest, most
+
+    def of_rank(self, layout: Layout, rank: int, recompute: str, micro_rows: int) -> Memory:
+        return self._memory(layout, rank, recompute, self._shapes(layout, micro_rows))
+
+    def _shapes(self, layout: Layout, micro_rows: int) -> Activations:
+        key = layout.tp, layout.cp, layout.ep, layout.etp, micro_rows
+        if key not in self._activations:
+            batch = Microbatch(micro_rows, self.work.row_tokens, self.work.row_tiles, self.work.packed)
+            kernels = GPU if self.gpu.fused_kernels else CPU
+            self._activations[key] = Activations(self.model, layout, batch, self.work.training.vision, kernels)
+        return self._activations[key]
+
+    def _chunk(self, layout: Layout, stage: Stage, rank: int) -> tuple[PartState, PartState, State]:
+        """Dense parameters, experts, and what is frozen."""
+        bucket, kind, bf16 = bucket_of(stage, layout, self.overlaps), _kind(stage), self.model.dtype == "bf16"
+        split = layout.tp, layout.ep, layout.etp, *kind
+        if split not in self._runs:
+            runs = chunk_runs(self.model, layout, stage, self.work.training)
+            self._runs[split] = runs.trained(False), runs.trained(True), frozen_state(runs, bf16)
+        dense, experts, frozen = self._runs[split]
+        dense_key = layout.tp, layout.ep == 1, layout.dp * layout.cp, bucket, *kind
+        if dense_key not in self._parts:
+            self._parts[dense_key] = part_state(dense, layout.dp * layout.cp, 0, bf16, bucket)
+        expert_key = layout.ep, layout.etp, layout.edp, bucket, len(stage.layers)
+        if expert_key not in self._parts:
+            self._parts[expert_key] = part_state(experts, layout.edp, 0, bf16, bucket)
+        return self._parts[dense_key], self._parts[expert_key], frozen
+
+    def _traits_of(self, layout: Layout, rank: int) -> list[tuple[int, ...]]:
+        """What decides what the chunks of a rank keep of a micro-batch."""
+        key = layout.pp, layout.vpp, rank
+        if key not in self._traits:
+            stages = self.stages(layout)[rank :: layout.pp]
+            self._traits[key] = [(*_kind(stage), len(stage.sends), stage.sends_features, stage.receives_features) for stage in stages]
+        return self._traits[key]
+
+    def _keep(self, shapes: Activations, stage: Stage, traits: tuple[int, ...], recompute: str) -> tuple[int, int, int]:
+        key = id(shapes), recompute, traits
+        if key not in self._kept:
+            self._kept[key] = _kept(shapes, stage, recompute, self.recompute_layers)
+        return self._kept[key]
+
+    def _workspace(self, shapes: Activations, recompute: str, asks: bool) -> int:
+        """The backward pass of a layer, with what is computed again for it."""
+        key = id(shapes), recompute, asks
+        if key not in self._workspaces:
+            again = {"none": 0, "selective": shapes.attention_bytes, "full": self.recompute_layers * shapes.layer_bytes}[recompute]
+            taps = shapes.tap_query_bytes * (2 if recompute == "full" else 1) if asks else 0
+            self._workspaces[key] = shapes.workspace_bytes + again + taps
+        return self._workspaces[key]
+
+    def _step_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> tuple[int, int, int, int, int]:
+        """At the peak of a step: decoder, vision, CLVR, logits, workspace."""
+        stages = self.stages(layout)[rank :: layout.pp]
+        flying = in_flight(layout, rank, -(-(self.work.per_update() // layout.dp) // shapes.batch.rows))
+        decoder = vision = clvr = 0
+        for count, stage, traits in zip(flying, stages, self._traits_of(layout, rank), strict=True):
+            of_decoder, of_vision, of_clvr = self._keep(shapes, stage, traits, recompute)
+            decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
+        logits = shapes.logits_bytes(self.work.stage == "rl") if stages[-1].last else 0
+        return decoder, vision, clvr, logits, self._workspace(shapes, recompute, any(stage.asks for stage in stages))
+
+    def _need_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> float:
+        """What differs between the ranks of a layout."""
+        state, reference = self.state(layout, rank), self.work.has_reference
+        decoder, vision, clvr, logits, workspace = self._step_bytes(layout, rank, recompute, shapes)
+        step = decoder + vision + clvr + max(logits, workspace)
+        return state.total_bytes + state.weights_bytes * reference + step * (1 + self._allowance)
+
+    def _shared_bytes(self, layout: Layout, shapes: Activations) -> float:
+        """What does not."""
+        return self._communication_bytes(layout, shapes) + self.gpu.context_bytes + self._inputs_bytes(layout) * (1 + self._allowance)
+
+    def _communication_bytes(self, layout: Layout, shapes: Activations) -> int:
+        """A communicator for every kind of group, the gathered sequence of tensor parallelism, and the tokens that experts exchange."""
+        sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.edp, layout.num_ranks)
+        moved = 2 * shapes.positions * self.model.hidden_size * shapes.width * (layout.tp > 1)
+        moved += 2 * shapes.slice * self.model.experts_per_token * self.model.hidden_size * shapes.width * (layout.ep > 1)
+        return int(sum(size > 1 for size in sizes) * self.gpu.communicator_bytes) + moved
+
+    def _inputs_bytes(self, layout: Layout) -> int:
+        """The rows of a step on the device, which are there all at once: token ids and masks, pictures in float32, and for rl the recorded routes in int16."""
+        routes = 2 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        return self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2 * 4)
+
+    def _host_bytes(self, layout: Layout, state: State) -> int:
+        """The same rows in host memory, pictures as bytes, routes as int16 and gates beside them in float16; and the copy of an asynchronous save."""
+        routes = 4 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        rows = self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2)
+        return rows + (state.weights_bytes + state.optimizer_bytes) * self.work.async_save
+
+    def _memory(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> Memory:
+        state, inputs = self.state(layout, rank), self._inputs_bytes(layout)
+        decoder, vision, clvr, logits, workspace = self._step_bytes(layout, rank, recompute, shapes)
+        return Memory(
+            rank=rank,
+            weights_bytes=state.weights_bytes,
+            gradients_bytes=state.gradients_bytes,
+            optimizer_bytes=state.optimizer_bytes,
+            reference_bytes=state.weights_bytes if self.work.has_reference else 0,
+            decoder_bytes=decoder,
+            vision_bytes=vision,
+            clvr_bytes=clvr,
+            inputs_bytes=inputs,
+            logits_bytes=logits,
+            workspace_bytes=workspace,
+            communication_bytes=self._communication_bytes(layout, shapes),
+            context_bytes=int(self.gpu.context_bytes),
+            allowance_bytes=int(self._allowance * (decoder + vision + clvr + max(logits, workspace) + inputs)),
+            host_bytes=self._host_bytes(layout, state),
+        )
+
+
+def in_flight(layout: Layout, rank: int, count: int) -> list[int]:
+    """Micro-batches whose activations a pipeline rank holds at once, by chunk, of `count`. 1F1B: as many as stages follow; interleaved: Megatron's warm-up of
+    2 (pp - rank - 1) + (vpp - 1) pp passes and one more, taken in groups of pp by chunk.
+
+    >>> layout = Layout(tp=1, sp=False, pp=4, vpp=1, cp=1, ep=1, etp=1, dp=1, num_ranks=4)
+    >>> [in_flight(layout, rank, 8) for rank in range(4)]
+    [[4], [3], [2], [1]]
+    """
+    if layout.vpp == 1:
+        return [min(count, layout.pp - rank)]
+    left = min(count * layout.vpp, 2 * (layout.pp - rank - 1) + (layout.vpp - 1) * layout.pp + 1)
+    held, chunk = [0] * layout.vpp, 0
+    while left:
+        taken = min(left, layout.pp)
+        held[chunk % layout.vpp] += taken
+        left, chunk = left - taken, chunk + 1
+    return held
+
+
+def _kind(stage: Stage) -> tuple[int, ...]:
+    """What decides which parameters a stage has."""
+    return len(stage.layers), len(stage.asks), stage.first, stage.last, stage.runs_vision
+
+
+def _kept(shapes: Activations, stage: Stage, recompute: str, block: int) -> tuple[int, int, int]:
+    """Bytes of one micro-batch in flight on one chunk: decoder with projector and output layer, vision, CLVR."""
+    layers, taps = len(stage.layers), len(stage.asks)
+    if recompute == "full":
+        blocks = -(-layers // block)
+        decoder, clvr = blocks * shapes.stream_bytes, taps * (shapes.tap_image_bytes + shapes.stream_bytes)
+    else:
+        attention = shapes.attention_bytes if recompute == "selective" else 0
+        decoder, clvr = layers * (shapes.layer_bytes - attention), taps * shapes.tap_bytes
+    decoder += shapes.payload_bytes(stage)
+    if stage.first:
+        decoder += shapes.projector_bytes
+    if stage.last:
+        decoder += shapes.head_bytes
+    vision = shapes.vision_bytes(stage.runs_vision) if stage.runs_vision or stage.receives_features else 0
+    return decoder, vision, clvr

@@ -1,0 +1,204 @@
+"""What a rollout replica holds and how fast it answers, as `inference/engine.py` does it: static rows, one token a step. Without torch.
+
+    memory    weights + cache of `batch` rows of prompt and response + their CLVR keys and values, a copy for every row + what a step needs
+    step      the larger of what it reads from memory and of what it computes, and for every layer its launches and collectives
+    answer    waves of `batch` rows: prompts once, then as many steps as a response is long
+
+Of the cache a step reads all keys and values up to the row's length, copies them for the query heads that share them, and reads the copies (`SdpaCore`).
+Responses are taken to be equally long: a wave lasts as long as its longest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_ext.config.sizes import count_parameters, vision_tokens
+from megatron_ext.parallel.activations import Activations, Microbatch
+from megatron_ext.parallel.hardware import Cluster
+from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.stages import pipeline_stages
+from megatron_ext.parallel.tensors import chunk_runs
+from megatron_ext.parallel.work import Work
+
+COMPACTION = 0.375
+"""Of the cache: its keys, or its values, are copied for the three quarters of rows that still run (`engine.COMPACT_BELOW`)."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a step asks of the fleet: `prompts` of `prompt_tokens`, `samples` responses each of `response_tokens` on average and `most_tokens` at most."""
+
+    prompts: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: float
+    most_tokens: int
+    tiles: int
+
+    @property
+    def capacity(self) -> int:
+        """Positions that a row of the cache reserves."""
+        return self.prompt_tokens + self.most_tokens
+
+
+@dataclass(frozen=True)
+class RolloutMemory:
+    """Bytes of one rollout rank; `host_bytes`: routes and gates of the rows, and the weights that arrive."""
+
+    weights_bytes: int
+    cache_bytes: int
+    compaction_bytes: int
+    vision_cache_bytes: int
+    workspace_bytes: int
+    communication_bytes: int
+    context_bytes: int
+    allowance_bytes: int
+    host_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(getattr(self, name) for name in self.__dataclass_fields__ if name != "host_bytes")
+
+
+@dataclass(frozen=True)
+class GenerationTimes:
+    """Seconds of all answers of a step. Of a decode step, `memory_s` or `compute_s`, whichever is longer, is in `decode_s`."""
+
+    prefill_s: float
+    decode_s: float
+    launches_s: float
+    communication_s: float
+    waves: int
+    step_memory_s: float
+    step_compute_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.prefill_s + self.decode_s + self.launches_s + self.communication_s
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One world of rollout ranks. `batch` rows are decoded side by side by each of its `layout.dp` lanes. `numels` of `rank_numels`."""
+
+    model: ModelConfig
+    layout: Layout
+    numels: tuple[int, int, int]
+    batch: int
+    answers: Answers
+    cluster: Cluster
+
+    def memory(self) -> RolloutMemory:
+        model, answers, layout, rows = self.model, self.answers, self.layout, self.batch
+        weights, width = _width(model) * sum(self.numels), _width(model)
+        cache = rows * answers.capacity * self._cache_token_bytes()
+        taps = len(model.clvr.taps) if model.clvr.enabled else 0
+        keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
+        vision = rows * taps * 2 * answers.tiles * vision_tokens(model.vision) * keys * width
+        compaction = int(COMPACTION * cache)
+        workspace = max(self._decode_bytes(), self._prefill_bytes())
+        groups = sum(size > 1 for size in (layout.tp, layout.dp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
+        routes = rows * answers.most_tokens * model.num_layers * model.experts_per_token * (3 if model.num_experts <= 256 else 4)
+        host = routes + 3 * width * count_parameters(model).total
+        gpu = self.cluster.gpu
+        allowance = int(gpu.allowance * (cache + compaction + vision + workspace))
+        communication = int(groups * gpu.communicator_bytes)
+        return RolloutMemory(weights, cache, compaction, vision, workspace, communication, int(gpu.context_bytes), allowance, host)
+
+    def times(self, replicas: int) -> GenerationTimes:
+        """`replicas` of these share the prompts."""
+        answers, model, gpu = self.answers, self.model, self.cluster.gpu
+        lanes = replicas * self.layout.dp
+        per_wave = max(1, self.batch // answers.samples)
+        prompts = -(-answers.prompts // lanes)
+        waves = -(-prompts // per_wave)
+        rows = min(self.batch, prompts * answers.samples)
+        memory_s, compute_s = self._memory_s(rows), self._compute_s(rows)
+        steps = waves * answers.response_tokens
+        launches_s = steps * gpu.layer_overhead_s * model.num_layers
+        communication_s = steps * model.num_layers * self._exchange_s(rows)
+        prefill = self._prefill_s(min(prompts, per_wave)) * waves
+        return GenerationTimes(prefill, steps * max(memory_s, compute_s), launches_s, communication_s, waves, memory_s, compute_s)
+
+    def _cache_token_bytes(self) -> int:
+        model = self.model
+        return 2 * model.num_layers * (model.num_query_groups // self.layout.tp) * model.head_dim * _width(model)
+
+    def _decode_bytes(self) -> int:
+        """One layer's keys and values repeated for all heads, and the logits in float32 with what sampling makes of them."""
+        model, rows = self.model, self.batch
+        grouped = model.num_attention_heads > model.num_query_groups
+        repeated = 2 * rows * self.answers.capacity * model.num_attention_heads // self.layout.tp * model.head_dim * _width(model) if grouped else 0
+        return repeated + 16 * rows * model.vocab_size
+
+    def _prefill_bytes(self) -> int:
+        """One layer of all prompts of a wave, or one layer of the encoder over their tiles."""
+        shapes = self._prompt_shapes(max(1, self.batch // self.answers.samples))
+        vision = self.model.vision
+        tiles = shapes.batch.tiles * (vision_tokens(vision) + 1) * (3 * vision.hidden_size + vision.ffn_hidden_size) * shapes.width
+        return max(shapes.layer_bytes, tiles)
+
+    def _memory_s(self, rows: int) -> float:
+        """Reading the weights that a step touches, and the cache."""
+        model, gpu, layout = self.model, self.cluster.gpu, self.layout
+        groups = model.num_attention_heads // model.num_query_groups
+        length = self.answers.prompt_tokens + self.answers.response_tokens / 2
+        cache = rows * length * self._cache_token_bytes() * (1 + 2 * groups if groups > 1 else 1)
+        experts, dense, _ = self.numels
+        together = rows * layout.dp if layout.ep > 1 else rows
+        touched = 1 - (1 - model.experts_per_token / model.num_experts) ** together
+        return ((dense + experts * touched) * _width(model) + cache) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
+
+    def _compute_s(self, rows: int) -> float:
+        model, gpu = self.model, self.cluster.gpu
+        active = count_parameters(model)
+        lanes = rows * (active.active - active.vision - active.projector) / self.layout.tp
+        return 2 * lanes / (gpu.flops(model.dtype) * gpu.mfu)
+
+    def _exchange_s(self, rows: int) -> float:
+        """Of one layer: two sums over tensor parallelism, two exchanges over experts."""
+        hidden, width, layout, cluster = self.model.hidden_size, _width(self.model), self.layout, self.cluster
+        tensor = 2 * 2 * cluster.collective_s(rows * hidden * width, layout.tp, 1)
+        experts = 2 * cluster.all_to_all_s(rows / layout.tp * self.model.experts_per_token * hidden * width, layout.ep, layout.etp)
+        return tensor + experts + 2 * cluster.collective_s(rows * self.model.experts_per_token * hidden * width, layout.etp, 1) * (layout.ep > 1)
+
+    def _prefill_s(self, prompts: int) -> float:
+        work, gpu = Work(self._prompt_shapes(prompts), self.cluster), self.cluster.gpu
+        layers, taps = self.model.num_layers, len(self.model.clvr.taps) if self.model.clvr.enabled else 0
+        total = (work.attention() + work.experts()).times(layers) + work.vision() + work.projector()
+        total = total + work.tap().times(taps) if taps else total
+        return total.flops / (gpu.flops(self.model.dtype) * gpu.mfu) + total.tp_s + total.ep_s + total.passes * gpu.layer_overhead_s
+
+    def _prompt_shapes(self, prompts: int) -> Activations:
+        return Activations(self.model, self.layout, Microbatch(prompts, self.answers.prompt_tokens, self.answers.tiles, False), False)
+
+
+def answers_of(config: RunConfig, prompt_tokens: int, response_tokens: float | None, tiles: int) -> Answers:
+    most = config.rollout.max_new_tokens
+    return Answers(config.rl.prompts_per_step, config.rl.rollouts_per_prompt, prompt_tokens, response_tokens or most, most, tiles)
+
+
+def rank_numels(model: ModelConfig, layout: Layout) -> tuple[int, int, int]:
+    """Elements on a rollout rank of (experts, all the rest, the encoder with its projector). There are no buffers, and so no padding."""
+    runs = chunk_runs(model, layout, pipeline_stages(model, 1)[0]).all()
+    experts, encoder = (sum(run.numel for run in runs if run.part in parts) for parts in (("experts",), ("vision", "projector")))
+    return experts, sum(run.numel for run in runs) - experts - encoder, encoder
+
+
+def replica_layout(tp: int, ep: int) -> Layout:
+    """The smallest replica with this tensor and expert parallelism."""
+    ranks = math.lcm(tp, ep if ep > 1 else tp)
+    return Layout.of(ParallelConfig(num_ranks=ranks, tp=tp, ep=ep))
+
+
+def refit_s(model: ModelConfig, cluster: Cluster) -> float:
+    """From the learner to the fleet, as `rl/weight_sync.py` does it: rank 0 hashes the whole model and broadcasts it from its host; every rollout rank hashes
+    what arrived before it loads it."""
+    size, gpu = _width(model) * count_parameters(model).total, cluster.gpu
+    return 2 * size / gpu.digest_bytes_per_s + size / gpu.host_network_bytes_per_s
+
+
+def _width(model: ModelConfig) -> int:
+    return 2 if model.dtype == "bf16" else 4

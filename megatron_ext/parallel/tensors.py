@@ -1,0 +1,132 @@
+"""Which parameters one pipeline stage of one rank holds, in the order in which the model names them: pure arithmetic, without torch.
+
+Written from the model's own modules (`model/assembly.py` and below), not from totals, because Megatron pads its buffers parameter by parameter
+(`buffers.py`): what a total hides is what a rank allocates. `tests/parallel/test_plan_memory.py` holds it against built models in every tested layout, and
+`tests/unit/parallel/test_tensors.py` against `config.sizes.count_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
+from megatron_ext.config.sizes import vision_tokens
+from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.stages import Stage
+
+PARTS = ("vision", "projector", "embeddings", "attention", "router", "experts", "norms", "clvr")
+"""As in `config.sizes.Parameters`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` repetitions of parameters of `numels` elements, one after another. `sharded_by_experts`: other data-parallel ranks hold other experts in their
+    place, so that they have a buffer of their own. `own_bucket`: Megatron gives the parameter a bucket to itself."""
+
+    part: str
+    numels: tuple[int, ...]
+    count: int = 1
+    sharded_by_experts: bool = False
+    own_bucket: bool = False
+    trains: bool = True
+
+    @property
+    def numel(self) -> int:
+        return sum(self.numels) * self.count
+
+
+@dataclass(frozen=True)
+class Training:
+    """What of the model does not train."""
+
+    vision: bool = True
+    routers: bool = True
+
+
+@dataclass(frozen=True)
+class ChunkRuns:
+    """The parameters of one model chunk on one rank: `layer`, repeated `layers` times, stands between the others."""
+
+    before: tuple[Run, ...]
+    layer: tuple[Run, ...]
+    layers: int
+    after: tuple[Run, ...]
+
+    def all(self) -> list[Run]:
+        """In the order of `named_parameters()`."""
+        return [*self.before, *self.layer * self.layers, *self.after]
+
+    def trained(self, sharded_by_experts: bool) -> list[Run]:
+        """Those of one of the two kinds of buffers, in the same order, in as few runs as say the same."""
+
+        def chosen(runs: tuple[Run, ...]) -> list[Run]:
+            return [run for run in runs if run.trains and run.sharded_by_experts == sharded_by_experts]
+
+        layer = chosen(self.layer)
+        if len(layer) == 1:
+            layers = [replace(layer[0], count=layer[0].count * self.layers)]
+        elif all(run.count == 1 for run in layer):
+            layers = [Run("layers", tuple(numel for run in layer for numel in run.numels), self.layers)] if layer else []
+        else:
+            layers = layer * self.layers
+        return [*chosen(self.before), *layers, *chosen(self.after)]
+
+
+def chunk_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Training = Training()) -> ChunkRuns:
+    """What a rank of this layout holds of one stage."""
+    before: list[Run] = []
+    if stage.runs_vision:
+        before += _vision(model.vision, training.vision)
+    if stage.first:
+        before += [_projector(model.vision, model.hidden_size), Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,))]
+    after = [_tap(model.clvr, model.hidden_size, model.vision.hidden_size, layout.tp) for _ in stage.asks]
+    if stage.last:
+        after += [Run("norms", (model.hidden_size,)), *_output(model, layout.tp, stage.first)]
+    return ChunkRuns(tuple(before), tuple(_layer(model, layout, training.routers)), len(stage.layers), tuple(after))
+
+
+def _layer(model: ModelConfig, layout: Layout, routers_train: bool) -> list[Run]:
+    """Megatron's TransformerLayer: norm, attention (projection before qkv), q and k norms, norm, router, experts in turn fc1 [2 F / etp, H], fc2."""
+    hidden, tp = model.hidden_size, layout.tp
+    query, key_value = model.num_attention_heads * model.head_dim // tp, model.num_query_groups * model.head_dim // tp
+    ffn = model.expert_ffn_hidden_size // layout.etp
+    return [
+        Run("norms", (hidden,)),
+        Run("attention", (query * hidden, (query + 2 * key_value) * hidden)),
+        Run("norms", (model.head_dim, model.head_dim, hidden)),
+        Run("router", (model.num_experts * hidden,), trains=routers_train),
+        Run("experts", (2 * ffn * hidden, hidden * ffn), model.num_experts // layout.ep, sharded_by_experts=layout.ep > 1),
+    ]
+
+
+def _vision(vision: VisionConfig, trains: bool) -> Iterator[Run]:
+    """Whole on every rank that has it. A module's own parameters come before those of its children."""
+    width, ffn = vision.hidden_size, vision.ffn_hidden_size
+    norm = (width, width) if vision.norm == "layernorm" else (width,)
+    qkv = (3 * width**2, 3 * width) if vision.qkv_bias else (3 * width**2,)
+    qk_norm = (width, width) if vision.qk_norm else ()
+    yield Run("vision", (width, (vision_tokens(vision) + 1) * width, 3 * vision.patch_size**2 * width, width), trains=trains)
+    layer = (width, width, *norm, *norm, *qkv, width**2, width, *qk_norm, ffn * width, ffn, width * ffn, width)
+    yield Run("vision", layer, vision.num_layers, trains=trains)
+
+
+def _projector(vision: VisionConfig, hidden: int) -> Run:
+    width = vision.hidden_size * vision.downsample**2
+    return Run("projector", (width, width, width * hidden, hidden, hidden**2, hidden))
+
+
+def _tap(clvr: ClvrConfig, hidden: int, vision_hidden: int, tp: int) -> Run:
+    query, key_value = clvr.num_heads * clvr.head_dim // tp, clvr.num_kv_heads * clvr.head_dim // tp
+    gate = (1,) if clvr.gate == "tanh_gate" else ()
+    norms, thumbnail = (vision_hidden, vision_hidden, hidden), vision_hidden
+    return Run(
+        "clvr", (thumbnail, *gate, *norms, hidden * query, vision_hidden * key_value, vision_hidden * key_value, clvr.head_dim, clvr.head_dim, query * hidden)
+    )
+
+
+def _output(model: ModelConfig, tp: int, with_embedding: bool) -> list[Run]:
+    """Tied to an embedding on the same stage it has no weight; tied to one on another stage it has a copy."""
+    if model.tie_embeddings and with_embedding:
+        return []
+    return [Run("embeddings", (model.vocab_size // tp * model.hidden_size,), own_bucket=model.tie_embeddings)]

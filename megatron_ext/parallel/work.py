@@ -1,0 +1,165 @@
+"""The arithmetic and the traffic of one micro-batch on one rank, by formula. Without torch.
+
+A product of [m, k] and [k, n] is 2 m k n operations (FLOPs); the backward pass of a layer costs two forward passes. Attention counts the half of the scores
+that a causal mask leaves. T, s, Te as in `activations.py`. Traffic of a decoder layer in its forward pass, H and K as there, b bytes a number:
+
+    tensor parallel    gather T H b in front of the attention, scatter T H b behind it           backward: both again, and the gather for the weights' gradient
+    expert parallel    an all-to-all of s K H b to the experts and one back                      backward: both again
+    expert tensor      gather and scatter Te H b of the experts' tokens                          backward: both again
+    context parallel   gather keys and values, 2 T cp kv b                                       backward: scatter their gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
+from megatron_ext.parallel.activations import Activations
+from megatron_ext.parallel.hardware import Cluster
+from megatron_ext.parallel.stages import Stage
+
+VIT_LAYER, TAP = 0.25, 0.5
+"""How many decoder layers' worth of kernels a ViT layer and a tap launch: 12 and 25 of about 50, counted in the modules."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of a part of the model: operations, and the seconds of communication by kind, of a forward pass; `passes`: decoder layers' worth of launches."""
+
+    flops: float = 0.0
+    tp_s: float = 0.0
+    ep_s: float = 0.0
+    cp_s: float = 0.0
+    passes: float = 0.0
+
+    def __add__(self, other: Costs) -> Costs:
+        return Costs(self.flops + other.flops, self.tp_s + other.tp_s, self.ep_s + other.ep_s, self.cp_s + other.cp_s, self.passes + other.passes)
+
+    def times(self, factor: float, tp: float | None = None) -> Costs:
+        """`factor` times as much; of tensor-parallel communication `tp` times."""
+        return Costs(self.flops * factor, self.tp_s * (factor if tp is None else tp), self.ep_s * factor, self.cp_s * factor, self.passes * factor)
+
+    def backward(self, tp: float = 1.0) -> Costs:
+        """Twice the arithmetic, the same communication but for `tp` times the tensor-parallel one."""
+        return Costs(2 * self.flops, tp * self.tp_s, self.ep_s, self.cp_s, self.passes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Forward costs of the parts of one micro-batch."""
+
+    shapes: Activations
+    cluster: Cluster
+
+    def attention(self) -> Costs:
+        model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
+        query, keys = model.num_attention_heads * model.head_dim / layout.tp, model.num_query_groups * model.head_dim / layout.tp
+        hidden, b = model.hidden_size, self.shapes.width
+        linear = 2 * T * hidden * (2 * query + 2 * keys)
+        scores = 4 * T * self.shapes.batch.row_tokens / 2 * query
+        tp_s = 2 * self.cluster.collective_s(T * hidden * b, layout.tp, 1)
+        cp_s = self.cluster.collective_s(2 * T * layout.cp * keys * b, layout.cp, layout.tp)
+        return Costs(linear + scores, tp_s=tp_s, cp_s=cp_s, passes=0.4)
+
+    def experts(self) -> Costs:
+        model, layout, s = self.shapes.model, self.shapes.layout, self.shapes.slice
+        hidden, b, top = model.hidden_size, self.shapes.width, model.experts_per_token
+        here = s * top * layout.etp
+        flops = 2 * s * hidden * model.num_experts + 6 * here * hidden * model.expert_ffn_hidden_size / layout.etp
+        exchange = 2 * self.cluster.all_to_all_s(s * top * hidden * b, layout.ep, layout.etp)
+        gather = 2 * self.cluster.collective_s(here * hidden * b, layout.etp, 1)
+        return Costs(flops, tp_s=gather, ep_s=exchange, passes=0.6)
+
+    def tap(self) -> Costs:
+        clvr, layout, T = self.shapes.model.clvr, self.shapes.layout, self.shapes.positions
+        vision, hidden = self.shapes.model.vision, self.shapes.model.hidden_size
+        heads, keys = clvr.num_heads * clvr.head_dim / layout.tp, clvr.num_kv_heads * clvr.head_dim / layout.tp
+        seen = vision_tokens(vision)
+        image = 4 * self.shapes.batch.tiles * seen * vision.hidden_size * keys
+        query = 4 * T * hidden * heads + 4 * T * self.shapes.batch.visible[1] * seen * heads
+        return Costs(image + query, tp_s=2 * self.cluster.collective_s(T * hidden * self.shapes.width, layout.tp, 1), passes=TAP)
+
+    def vision(self) -> Costs:
+        """The whole encoder over this micro-batch's tiles, on every tensor- and context-parallel rank alike."""
+        vision = self.shapes.model.vision
+        tokens, wide = vision_tokens(vision) + 1, vision.hidden_size
+        layer = 2 * tokens * (4 * wide**2 + 2 * wide * vision.ffn_hidden_size) + 4 * tokens**2 * wide
+        patches = 2 * tokens * 3 * vision.patch_size**2 * wide
+        return Costs(self.shapes.batch.tiles * (vision.num_layers * layer + patches), passes=VIT_LAYER * vision.num_layers)
+
+    def projector(self) -> Costs:
+        vision, hidden = self.shapes.model.vision, self.shapes.model.hidden_size
+        small = tokens_per_tile(vision)
+        return Costs(2 * self.shapes.batch.tiles * small * (vision.hidden_size * vision.downsample**2 * hidden + hidden**2))
+
+    def head(self) -> Costs:
+        model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
+        gather = self.cluster.collective_s(T * model.hidden_size * self.shapes.width, layout.tp, 1)
+        return Costs(2 * T * model.hidden_size * model.vocab_size / layout.tp, tp_s=gather)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Of one micro-batch: a decoder layer, a tap, the encoder, the projector, the output layer."""
+
+    layer: Costs
+    tap: Costs
+    vision: Costs
+    projector: Costs
+    head: Costs
+
+    def of(self, held: Held) -> Costs:
+        """Of what a pipeline rank holds."""
+        total = self.layer.times(held.layers)
+        for cost, count in ((self.tap, held.taps), (self.vision, held.encoders), (self.projector, held.first), (self.head, held.last)):
+            if count:
+                total += cost.times(count)
+        return total
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a pipeline rank holds of the model, and what it sends: `messages` a micro-batch, with `streams` hidden states and `features` sets of ViT
+    features."""
+
+    layers: int
+    taps: int
+    encoders: int
+    first: int
+    last: int
+    messages: int
+    streams: int
+    features: int
+
+
+def held_by(stages: Sequence[Stage]) -> Held:
+    """Of one rank's chunks."""
+    sending = [stage for stage in stages if not stage.last]
+    return Held(
+        sum(len(stage.layers) for stage in stages),
+        sum(len(stage.asks) for stage in stages),
+        sum(stage.runs_vision for stage in stages),
+        sum(stage.first for stage in stages),
+        sum(stage.last for stage in stages),
+        len(sending),
+        sum(1 + len(stage.sends) for stage in sending),
+        sum(stage.sends_features for stage in sending),
+    )
+
+
+def parts(work: Work, recompute: str, vision_trains: bool, has_taps: bool, gradients: bool) -> Parts:
+    """Forward costs; with `gradients` those of the backward pass, of everything that trains and of what is computed again, are added."""
+    attention, experts = work.attention(), work.experts()
+    layer, tap = attention + experts, work.tap() if has_taps else Costs()
+    vision, projector, head = work.vision(), work.projector(), work.head()
+    if not gradients:
+        return Parts(layer, tap, vision, projector, head)
+    again = {"none": Costs(), "selective": attention, "full": layer}[recompute]
+    return Parts(
+        layer + attention.backward(tp=1.5) + experts.backward() + again,
+        tap.times(1 + (recompute == "full")) + tap.backward(tp=1.5),
+        vision + vision.backward() if vision_trains else vision,
+        projector + projector.backward(),
+        head + head.backward(tp=2),
+    )

@@ -1,0 +1,51 @@
+"""The planner's weights, gradients and optimizer states are those of built models, to the byte, on every rank of every layout that the tests train."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+from megatron_ext.config.schema import ParallelConfig
+from megatron_ext.parallel.local import run_ranks
+from megatron_ext.parallel.memory import learner_state
+from megatron_ext.parallel.tensors import Training
+from tests.parallel.test_layouts import CASES as TRAINED
+from tests.support.layouts import TAPS, Case
+from tests.support.models import small_config
+from tests.support.sizes import held_by_rank
+
+MORE = {
+    "bf16, DP2": Case(ParallelConfig(num_ranks=2), changes={"dtype": "bf16"}),
+    "bf16, EP2, odd sizes": Case(ParallelConfig(num_ranks=2, ep=2), changes={"dtype": "bf16", "hidden_size": 36, "head_dim": 6, "expert_ffn_hidden_size": 22}),
+    "odd sizes, DP3": Case(ParallelConfig(num_ranks=3), changes={"hidden_size": 36, "head_dim": 6, "expert_ffn_hidden_size": 22}),
+    "bf16, PP2 VPP2, frozen ViT": Case(ParallelConfig(num_ranks=2, pp=2, vpp=2), train_vision=False, changes={"dtype": "bf16"}),
+    "no CLVR, TP2 EP2": Case(ParallelConfig(num_ranks=2, tp=2, ep=2), changes={"clvr": TAPS.model_copy(update={"enabled": False})}),
+    "one gate fixed, CP2": Case(ParallelConfig(num_ranks=2, cp=2), changes={"clvr": TAPS.model_copy(update={"gate": "zero_out"})}),
+    "tied embeddings, one stage": Case(ParallelConfig(num_ranks=1), changes={"tie_embeddings": True}),
+    "overlapped, DP4": Case(ParallelConfig(num_ranks=4, overlap_grad_reduce=True, overlap_param_gather=True)),
+}
+PLANNED = {name: case for name, case in TRAINED.items() if not {"num_experts", "dense_layers", "vision"} & case.changes.keys()}
+"""Models with vision, and with experts in every layer: `plan` refuses the others."""
+CASES = {**PLANNED, **MORE}
+
+
+@cache
+def _measured(ranks: int) -> dict[str, list[dict[str, Any]]]:
+    """All cases of a world size in one launch."""
+    names = [name for name, case in CASES.items() if case.parallel.num_ranks == ranks]
+    of_ranks = run_ranks(held_by_rank, ranks, [CASES[name] for name in names], timeout_s=100)
+    return {name: [found[number] for found in of_ranks] for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_gradients_and_optimizer_states_are_predicted_to_the_byte_on_every_rank(name: str) -> None:
+    case = CASES[name]
+    model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+    overlaps = bool(case.parallel.overlap_grad_reduce or case.parallel.overlap_param_gather)
+    for found in _measured(case.parallel.num_ranks)[name]:
+        predicted = learner_state(model, case.parallel, found["place"], Training(vision=case.train_vision), overlaps)
+        assert (predicted.weights_bytes, predicted.gradients_bytes, predicted.optimizer_bytes) == (found["weights"], found["gradients"], found["optimizer"]), (
+            found
+        )

@@ -1,0 +1,118 @@
+"""The verb `plan`: what an operator sees, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.cli.main import main
+from megatron_ext.config.load import load_config
+from megatron_ext.parallel.plan import check_layout, check_rollout_layout
+
+ROOT = Path(__file__).parents[3]
+SFT, RL = (str(ROOT / "examples" / "internvl3_5_30b_a3b" / name) for name in ("sft.yaml", "rl.yaml"))
+TINY = str(ROOT / "examples" / "tiny.yaml")
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    assert main(["plan", *arguments]) == code
+    said = capsys.readouterr()
+    return said.err if code else said.out
+
+
+def test_layouts_are_ranked_and_the_refused_ones_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, SFT, "--gpus", "64", "--top", "3")
+    assert "64 x h100-80gb (79.1 GiB) on 8 nodes" in said
+    assert "assumed, not measured" in said
+    assert "8 does not divide model.num_query_groups = 4" in said
+    rates = [float(line.split()[-3].replace(",", "")) for line in said.splitlines() if line.strip()[:2] in ("1 ", "2 ", "3 ")]
+    assert len(rates) == 3
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_one_layout_is_told_by_part_and_against_the_fastest(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, SFT, "--gpus", "64", "--why", "TP2xPP2xEP8")
+    assert "TP2xPP2xEP8, DP16, recompute full, 1 row a micro-batch" in said
+    for part in ("gradients, float32", "optimizer (this rank's shard)", "activations of the ViT", "expert parallel", "pipeline bubble", "of 79.1"):
+        assert part in said
+    assert "against TP4xEP8" in said
+
+
+def test_a_layout_that_is_refused_is_told_with_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, SFT, "--gpus", "64", "--why", "TP8xEP8", code=2)
+    assert "parallel.tp: 8 does not divide model.num_query_groups = 4; use 1, 2 or 4" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([SFT, "--gpus", "64", "--gpu", "h1000"], "--gpu: there is no type 'h1000'"),
+        ([SFT, "--gpus", "0"], "--gpus: 0 is not a number of devices"),
+        ([SFT, "--gpus", "12"], "--gpus: 12 do not fill nodes of --gpus-per-node 8"),
+        ([SFT, "--gpus", "64", "--only", "xp=2"], "--only: 'xp=2' is no axis with a size"),
+        ([SFT, "--gpus", "64", "--why", "TP4xFOO"], "'foo' in 'TP4xFOO' is no part of a layout"),
+        ([SFT, "--gpus", "64", "--why", "PP3"], "--gpus 64 do not divide by tp * cp * pp = 3"),
+        ([SFT, "--gpus", "64", "--why", "TP4xDP8"], "DP8 is not what --gpus 64 leave over tp * cp * pp = 4"),
+        ([SFT, "--gpus", "64", "--row-tokens", "99999"], "--row-tokens: 99999 is not above 0 and at most data.max_length = 16384"),
+        ([SFT, "--gpus", "64", "--row-tiles", "100"], "--row-tiles: 100 tiles take 25600 image tokens, and data.max_length = 16384"),
+        ([RL, "--gpus", "64", "--prompt-tokens", "9000"], "--prompt-tokens: 9000 and rollout.max_new_tokens = 32768 exceed model.max_positions = 40960"),
+        ([SFT, "--gpus", "1"], "--gpus 1: no layout fits h100-80gb"),
+        ([SFT, "--gpus", "8", "sft.gobal_batch=3"], "did you mean sft.global_batch"),
+        (
+            [TINY, "--gpus", "2", "parallel.engine=deepspeed", f"parallel.deepspeed={ROOT}/deepspeed_configs/zero1.json"],
+            "parallel.engine: deepspeed is not planned",
+        ),
+        ([TINY, "--gpus", "2", "model.num_experts=0", "earl.enabled=false"], "model.num_experts: is not planned"),
+        ([TINY, "--gpus", "2", "--calibrate", "nowhere"], "nowhere is not the folder of a run"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_answered_with_what_would(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in plan(capsys, *arguments, code=2)
+
+
+def test_rollouts_share_the_devices_or_have_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    said = json.loads(plan(capsys, RL, "--gpus", "64", "--gpu", "h200", "--response-tokens", "6000", "--json"))
+    best = said["found"][0]
+    assert said["stage"] == "rl"
+    assert best["learner_gpus"] + best["rollout_gpus"] == 64 or best["colocated"]
+    assert best["step_s"] == pytest.approx(best["learner"]["step_s"] + sum(best["rollout"]["times"][part] for part in PARTS) + best["refit_s"])
+    assert max(best["learner"]["memory_bytes"], best["rollout"]["memory_bytes"]) <= 139.8 * 2**30
+    assert any(one["family"] == "rollouts TP8" and "8 does not divide model.num_query_groups = 4" in one["error"] for one in said["refused"])
+
+
+PARTS = ("prefill_s", "decode_s", "launches_s", "communication_s")
+
+
+@pytest.mark.parametrize("source", [SFT, RL])
+def test_what_is_emitted_is_a_configuration_that_training_accepts(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = plan(capsys, source, "--gpus", "64", "--gpu", "h200", "--emit", str(tmp_path / "plan"))
+    assert f"written: {tmp_path}/plan/config.yaml" in said
+    resolved = load_config(tmp_path / "plan" / "config.yaml")
+    config = resolved.config
+    assert check_layout(config.model, config.parallel) == check_rollout_layout(config.model, config.rollout.parallel) == []
+    used = config.parallel.num_ranks + (config.rollout.replicas * config.rollout.parallel.num_ranks if source == RL else 0)
+    assert used in (64, 128)
+    assert config.sft.optimizer == load_config(source).config.sft.optimizer
+    assert "parallel.num_ranks" not in resolved.origins or "# plan" in (tmp_path / "plan" / "config.yaml").read_text()
+    script = (tmp_path / "plan" / "run.sbatch").read_text()
+    assert "#SBATCH --nodes=8" in script
+    assert f"srun megatron-ext run {tmp_path}/plan/config.yaml" in script
+    subprocess.run(["bash", "-n", str(tmp_path / "plan" / "run.sbatch")], check=True)
+    assert "is there already" in plan(capsys, source, "--gpus", "64", "--gpu", "h200", "--emit", str(tmp_path / "plan"), code=2)
+
+
+def test_planning_imports_neither_torch_nor_numpy() -> None:
+    code = f"""
+import sys
+from megatron_ext.cli.main import main
+assert main(["plan", {SFT!r}, "--gpus", "8", "--gpu", "h200"]) == 0
+assert main(["plan", {RL!r}, "--gpus", "64", "--gpu", "h200"]) == 0
+heavy = {{"torch", "numpy", "ray", "megatron", "deepspeed", "transformers", "tensorboard"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
