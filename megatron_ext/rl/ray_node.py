@@ -1,0 +1,179 @@
+"""The nodes of a Ray cluster over several machines: one process on each, started together by srun, all ending with the run.
+
+    node 0     the driver: opens the desk -> ... -> starts Ray, says where -> trains -> says leave, stops Ray -> ... -> ends, and so closes the desk
+    node 1..   go to the desk               -> [where]  ray start --address    -> [leave]  end Ray's processes here  -> [closed]  end
+
+The desk is a TCP connection from each node, over which nothing travels but Ray's address; it closes however the driver ends. Who may join the cluster is
+decided by a token, which comes in a private file. Nothing is ended by name: other jobs of the same user on the same machines are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.errors import RankFailed
+from megatron_ext.rl.ray_cluster import cluster_variables, end_leftovers, private_folder, read_token
+
+DESK_TIMEOUT_S = 600.0
+"""How long a node looks for the desk: the driver's node may be slow to load Python."""
+LEAVE_TIMEOUT_S = 10.0
+POLL_S = 0.5
+LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """A cluster over several machines, as its driver knows it. `addresses[0]` is its own; `token` is a private file that all of them can read."""
+
+    addresses: tuple[str, ...]
+    token: Path
+    desk: Desk
+
+
+class Desk:
+    """Where the other nodes wait for what the driver says. Made by `open_desk()`."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self._said, self._nodes = listener, "", list[socket.socket]()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def say(self, word: str) -> None:
+        """To those who wait, and to those who come later."""
+        with self._lock:
+            self._said = word
+            for node in self._nodes:
+                _send(node, word)
+
+    def dismiss(self) -> None:
+        """Has the nodes end their part of the cluster, and waits a moment for it."""
+        self.say(LEAVE)
+        deadline = time.monotonic() + LEAVE_TIMEOUT_S
+        for node in self._nodes:
+            node.settimeout(max(0.1, deadline - time.monotonic()))
+            with suppress(OSError):
+                node.recv(1)
+
+    def close(self) -> None:
+        self._listener.close()
+        for node in self._nodes:
+            node.close()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                node, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with self._lock:
+                self._nodes.append(node)
+                _send(node, self._said)
+
+
+@contextmanager
+def open_desk(address: str, port: int) -> Iterator[Desk]:
+    desk = Desk(socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET))
+    try:
+        yield desk
+    finally:
+        desk.close()
+
+
+def serve_node(addresses: tuple[str, ...], number: int, port: int, token: Path) -> None:
+    """The life of node 1 and the following: part of the cluster whenever there is one, until the driver ends. Raises RankFailed when Ray ends by itself."""
+    secret = read_token(token)
+    with _connected(addresses[0], port) as desk, private_folder(secret) as folder:
+        raylet: _Raylet | None = None
+        try:
+            while (word := _heard(desk)) != "":
+                if raylet is not None:
+                    raylet.require_alive()
+                if word == LEAVE:
+                    if raylet is not None:
+                        raylet.end()
+                        raylet = None
+                    desk.sendall(b".")
+                elif word is not None:
+                    raylet = _Raylet(word, addresses[number], folder)
+        finally:
+            if raylet is not None:
+                raylet.end()
+
+
+class _Raylet:
+    """This node's part of the cluster at `ray`."""
+
+    def __init__(self, ray: str, address: str, folder: Path) -> None:
+        import torch
+
+        self._token, self._log = folder / "token", folder / "ray.log"
+        options = {
+            "address": ray,
+            "node-ip-address": address,
+            "temp-dir": folder / "s",
+            "num-cpus": os.cpu_count(),
+            "num-gpus": torch.cuda.device_count(),
+            "min-worker-port": 0,  # free ones, where the default is a range that two jobs of a node would share
+            "max-worker-port": 0,
+            "log-color": "false",
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, env={**os.environ, **cluster_variables(self._token)}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        print(f"joining the Ray cluster at {ray} as {address}", flush=True)
+
+    def require_alive(self) -> None:
+        if self._process.poll() is not None:
+            raise RankFailed(f"Ray ended on this node with exit code {self._process.returncode}:\n{self._log.read_text(errors='replace')[-3000:]}")
+
+    def end(self) -> None:
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVE_TIMEOUT_S / 2)
+        end_leftovers(self._token)
+        self._process.wait()
+
+
+@contextmanager
+def _connected(address: str, port: int) -> Iterator[socket.socket]:
+    deadline = time.monotonic() + DESK_TIMEOUT_S
+    while True:
+        try:
+            connection = socket.create_connection((address, port), timeout=5)
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RankFailed(f"the driver is not to be found at {address} port {port} after {DESK_TIMEOUT_S:.0f} s: {error}") from None
+            time.sleep(POLL_S)
+    with connection:
+        connection.settimeout(POLL_S)
+        yield connection
+
+
+def _send(node: socket.socket, word: str) -> None:
+    """A node that has gone is missed by the cluster, which says so better."""
+    if word:
+        with suppress(OSError):
+            node.sendall(f"{word}\n".encode())
+
+
+def _heard(desk: socket.socket) -> str | None:
+    """The last word of the driver, None for nothing new, "" once it has gone."""
+    try:
+        return (desk.recv(1024).decode().split() or [""])[-1]
+    except TimeoutError:
+        return None
+    except OSError:
+        return ""
