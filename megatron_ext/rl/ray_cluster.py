@@ -55,15 +55,13 @@ def local_cluster(num_cpus: int, num_gpus: int = 0) -> Iterator[Path]:
 @contextmanager
 def spanning_cluster(nodes: Nodes, num_cpus: int, num_gpus: int = 0) -> Iterator[Path]:
     """Starts Ray on this node, has the others join, and yields the private folder once all are there. Ends with every process of it, here and there."""
-    with (
-        private_folder(read_token(nodes.token)) as folder,
-        _started(folder, {}, num_cpus=num_cpus, num_gpus=num_gpus, _node_ip_address=nodes.addresses[0]) as ray,
-    ):
-        nodes.desk.say(ray.get_runtime_context().gcs_address)
+    with private_folder(read_token(nodes.token)) as folder:
         try:
-            _await_nodes(ray, nodes.addresses)
-            yield folder
-        finally:
+            with _started(folder, {}, num_cpus=num_cpus, num_gpus=num_gpus, _node_ip_address=nodes.addresses[0]) as ray:
+                nodes.desk.say(ray.get_runtime_context().gcs_address)
+                _await_nodes(ray, nodes.addresses)
+                yield folder
+        finally:  # after Ray's end here: a driver that is still there would be told of lost nodes
             nodes.desk.dismiss()
 
 

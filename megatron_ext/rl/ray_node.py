@@ -1,6 +1,6 @@
 """The nodes of a Ray cluster over several machines: one process on each, started together by srun, all ending with the run.
 
-    node 0     the driver: opens the desk -> ... -> starts Ray, says where -> trains -> says leave, stops Ray -> ... -> ends, and so closes the desk
+    node 0     the driver: opens the desk -> ... -> starts Ray, says where -> trains -> stops Ray, says leave -> ... -> ends, and so closes the desk
     node 1..   go to the desk               -> [where]  ray start --address    -> [leave]  end Ray's processes here  -> [closed]  end
 
 The desk is a TCP connection from each node, over which nothing travels but Ray's address; it closes however the driver ends. Who may join the cluster is
