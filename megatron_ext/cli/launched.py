@@ -65,7 +65,7 @@ def launched(environment: Environment) -> Iterator[Launch | None]:
         from megatron_ext.rl.ray_node import Nodes, open_desk
 
         read_token(logs / TOKEN)
-        with open_desk(addresses[0], port) as desk:
+        with open_desk(addresses[0], port, count) as desk:
             yield Launch(stop_file=logs / STOP, nodes=Nodes(addresses, logs / TOKEN, desk))
     else:
         from megatron_ext.rl.ray_node import serve_node
@@ -78,7 +78,8 @@ class TaskRecord:
     """A launched task's own account of its end, for the post-mortem. A command that no launcher has started keeps none."""
 
     def __init__(self, environment: Environment) -> None:
-        logs, self._task = environment.get("MEGATRON_EXT_LOGS"), int(environment.get("SLURM_PROCID", "0"))
+        self._task = int(environment.get("SLURM_PROCID", "0"))
+        logs = environment.get("MEGATRON_EXT_LOGS") if "MEGATRON_EXT_TASKS" in environment else None
         self._file = None if logs is None else Path(logs) / f"rank-{self._task:04d}.json"
         self._node = environment.get("SLURMD_NODENAME", "?")
         self.write(None)

@@ -1,7 +1,7 @@
 """The nodes of a Ray cluster over several machines: one process on each, started together by srun, all ending with the run.
 
-    node 0     the driver: opens the desk -> ... -> starts Ray, says where -> trains -> stops Ray, says leave -> ... -> ends, and so closes the desk
-    node 1..   go to the desk               -> [where]  ray start --address    -> [leave]  end Ray's processes here  -> [closed]  end
+    node 0     opens the desk, waits for all -> (runs the command, the driver: starts Ray, says where -> trains -> stops Ray, says leave) -> closes the desk
+    node 1..   go to the desk                -> ([where]  ray start --address -> [leave]  end Ray's processes here)                      -> [closed]  end
 
 The desk is a TCP connection from each node, over which nothing travels but Ray's address; it closes however the driver ends. Who may join the cluster is
 decided by a token, which comes in a private file. Nothing is ended by name: other jobs of the same user on the same machines are left alone.
@@ -24,7 +24,7 @@ from megatron_ext.errors import RankFailed
 from megatron_ext.rl.ray_cluster import cluster_variables, end_leftovers, private_folder, read_token
 
 DESK_TIMEOUT_S = 600.0
-"""How long a node looks for the desk: the driver's node may be slow to load Python."""
+"""How long nodes wait for each other: some may be slow to load Python."""
 LEAVE_TIMEOUT_S = 10.0
 POLL_S = 0.5
 LEAVE = "leave"
@@ -43,16 +43,15 @@ class Desk:
     """Where the other nodes wait for what the driver says. Made by `open_desk()`."""
 
     def __init__(self, listener: socket.socket) -> None:
-        self._listener, self._said, self._nodes = listener, "", list[socket.socket]()
-        self._lock = threading.Lock()
+        self._listener, self._nodes = listener, list[socket.socket]()
+        self._changed = threading.Condition()
         threading.Thread(target=self._receive, daemon=True).start()
 
     def say(self, word: str) -> None:
-        """To those who wait, and to those who come later."""
-        with self._lock:
-            self._said = word
-            for node in self._nodes:
-                _send(node, word)
+        """To all who wait."""
+        for node in self._nodes:
+            with suppress(OSError):  # a node that has gone is missed by the cluster, which says so better
+                node.sendall(f"{word}\n".encode())
 
     def dismiss(self) -> None:
         """Has the nodes end their part of the cluster, and waits a moment for it."""
@@ -63,7 +62,15 @@ class Desk:
             with suppress(OSError):
                 node.recv(1)
 
+    def await_nodes(self, count: int) -> None:
+        """Returns when so many have come."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._nodes) >= count, DESK_TIMEOUT_S):
+                raise RankFailed(f"{count - len(self._nodes)} of {count} other nodes did not come within {DESK_TIMEOUT_S:.0f} s: their logs say why")
+
     def close(self) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # ends `accept`, which closing alone does not
         self._listener.close()
         for node in self._nodes:
             node.close()
@@ -74,15 +81,17 @@ class Desk:
                 node, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            with self._lock:
+            with self._changed:
                 self._nodes.append(node)
-                _send(node, self._said)
+                self._changed.notify()
 
 
 @contextmanager
-def open_desk(address: str, port: int) -> Iterator[Desk]:
+def open_desk(address: str, port: int, num_nodes: int) -> Iterator[Desk]:
+    """Yields once the other nodes are there, so that none is left looking for a driver that has ended."""
     desk = Desk(socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET))
     try:
+        desk.await_nodes(num_nodes - 1)
         yield desk
     finally:
         desk.close()
@@ -160,13 +169,6 @@ def _connected(address: str, port: int) -> Iterator[socket.socket]:
     with connection:
         connection.settimeout(POLL_S)
         yield connection
-
-
-def _send(node: socket.socket, word: str) -> None:
-    """A node that has gone is missed by the cluster, which says so better."""
-    if word:
-        with suppress(OSError):
-            node.sendall(f"{word}\n".encode())
 
 
 def _heard(desk: socket.socket) -> str | None:
