@@ -10,6 +10,7 @@ decided by a token, which comes in a private file. Nothing is ended by name: oth
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import RankFailed
-from megatron_ext.rl.ray_cluster import cluster_variables, end_leftovers, private_folder, read_token
+from megatron_ext.rl.ray_cluster import cluster_variables, private_folder, read_token
 
 DESK_TIMEOUT_S = 600.0
 """How long nodes wait for each other: some may be slow to load Python."""
@@ -124,7 +125,7 @@ class _Raylet:
     def __init__(self, ray: str, address: str, folder: Path) -> None:
         import torch
 
-        self._token, self._log = folder / "token", folder / "ray.log"
+        self._log = folder / "ray.log"
         options = {
             "address": ray,
             "node-ip-address": address,
@@ -139,7 +140,7 @@ class _Raylet:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *words]
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                command, env={**os.environ, **cluster_variables(self._token)}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env={**os.environ, **cluster_variables(folder / "token")}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         print(f"joining the Ray cluster at {ray} as {address}", flush=True)
 
@@ -148,11 +149,25 @@ class _Raylet:
             raise RankFailed(f"Ray ended on this node with exit code {self._process.returncode}:\n{self._log.read_text(errors='replace')[-3000:]}")
 
     def end(self) -> None:
-        self._process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(LEAVE_TIMEOUT_S / 2)
-        end_leftovers(self._token)
-        self._process.wait()
+        """At once: nothing here is worth keeping, and a node that is asked politely tells a cluster that may have gone. Its processes share a session."""
+        deadline = time.monotonic() + LEAVE_TIMEOUT_S / 2
+        while (left := _session(self._process.pid)) and time.monotonic() < deadline:
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            self._process.wait()
+            time.sleep(0.05)
+
+
+def _session(leader: int) -> list[int]:
+    """The processes that live in the session of this one."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(entry.name))
+    return found
 
 
 @contextmanager

@@ -33,11 +33,11 @@ up() {
         mkdir -p "$DIR/spool.n$node"
         slurmd -c -N "n$node" -f "$SLURM_CONF"
     done
-    until (($(sinfo -h -N -t idle -o %N 2> /dev/null | wc -l) == nodes)); do
+    until (($(sinfo -h -N -p main -t idle -o %N 2> /dev/null | wc -l) == nodes)); do
         ((SECONDS < deadline)) || { echo "error: the nodes did not come up; see $DIR/*.log" >&2; exit 1; }
         sleep 0.1
     done
-    sinfo -N
+    sinfo
 }
 
 down() {
