@@ -89,7 +89,7 @@ def slurm() -> Finding:
     up = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
     if up.returncode != 0:
         reason = (up.stderr.strip().splitlines() or ["no answer"])[-1]
-        return Finding("note", "slurm", f"{version}, but its controller does not answer ({reason}): set SLURM_CONF, or start it")
+        return Finding("note", "slurm", f"{version or 'sbatch is here'}, but its controller does not answer ({reason}): set SLURM_CONF, or start it")
     return Finding("ok", "slurm", version)
 
 

@@ -101,6 +101,7 @@ def open_desk(address: str, port: int, num_nodes: int) -> Iterator[Desk]:
 def serve_node(addresses: tuple[str, ...], number: int, port: int, token: Path) -> None:
     """The life of node 1 and the following: part of the cluster whenever there is one, until the driver ends. Raises RankFailed when Ray ends by itself."""
     secret = read_token(token)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is cancelled leaves no folder behind
     with _connected(addresses[0], port) as desk, private_folder(secret) as folder:
         raylet: _Raylet | None = None
         try:

@@ -56,15 +56,15 @@ class Slurm:
         return "\n".join(f"--- {path}\n{path.read_text()}" for path in [*self.folder.glob(f"*-{job}.log"), *self.folder.glob(f"runs/*/logs/{job}.*/*.log")])
 
 
-def processes_of(job: str, task: int | None = None) -> list[int]:
-    """Ids of the Python and Ray processes of a job, or of one of its tasks."""
+def processes_of(job: str, task: int | None = None) -> dict[int, str]:
+    """The Python and Ray processes of a job, or of one of its tasks: their command lines by id."""
     wanted = {f"SLURM_JOB_ID={job}".encode()} | (set() if task is None else {f"SLURM_PROCID={task}".encode()})
-    found = []
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             inherited, command = set((entry / "environ").read_bytes().split(b"\0")), (entry / "cmdline").read_bytes()
         except OSError:
             continue  # it has just ended, or belongs to another user
         if wanted <= inherited and (b"python" in command or b"ray" in command):
-            found.append(int(entry.name))
+            found[int(entry.name)] = command.replace(b"\0", b" ").decode()
     return found
