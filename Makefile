@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/megatron-ext
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft discover rl test check format journeys clean
+.PHONY: help setup pretrain sft discover rl test check format journeys slurm clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=examples/tiny.yaml] [ARGS=\"section.field=value ...\"] [PYTHON=python3]"
@@ -46,6 +46,9 @@ test: $(STAMP)  ## the tests: unit, parallel, architecture
 
 journeys: $(STAMP)  ## the long tests: whole recipes as a user types them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m journey --timeout 1800 $(ARGS)
+
+slurm: $(STAMP)  ## the tests of SLURM jobs, on a cluster of this machine; needs its packages: tools/slurm_local/cluster.sh install, as root
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/journeys/test_slurm.py $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import floors
 	$(BIN)/ruff check .

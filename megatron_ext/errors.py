@@ -61,6 +61,12 @@ class RankFailed(RuntimeError):
     """A rank of a multi-process run died or raised: names the rank and carries its traceback."""
 
 
+class LeaderEnded(Exception):
+    """Another rank has ended the run before this one had something to do; that rank says why."""
+
+    exit_code = EXIT_OK
+
+
 class StoppedForRequeue(Exception):
     """Stopped on request at a step boundary with a checkpoint written."""
 

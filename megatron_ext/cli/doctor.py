@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
+from shutil import which
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     accelerators = [apex(), transformer_engine()]
-    findings = [_python(), *_required(), *accelerators, *_devices(), *kernel_families(*(finding.verdict == "ok" for finding in accelerators))]
+    findings = [_python(), *_required(), *accelerators, *_devices(), slurm(), *kernel_families(*(finding.verdict == "ok" for finding in accelerators))]
     width = max(len(finding.name) for finding in findings)
     print(f"megatron-ext {__version__}")
     for finding in findings:
@@ -75,6 +77,20 @@ def kernel_families(has_apex: bool, has_transformer_engine: bool) -> list[Findin
         Finding("note" if choice.lost else "ok", name, f"{choice.kernel} ({choice.reason})" + (f"; lost: {choice.lost}" if choice.lost else ""))
         for name, choice in choices.items()
     ]
+
+
+def slurm() -> Finding:
+    """Whether jobs can be submitted from here."""
+    if which("sbatch") is None:
+        return Finding(
+            "note", "slurm", "no sbatch here: `submit --dry-run` writes jobs, a login node submits them; tools/slurm_local/ is a cluster to try them on"
+        )
+    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    up = subprocess.run(["sinfo", "--noheader"], capture_output=True, text=True, check=False)
+    if up.returncode != 0:
+        reason = (up.stderr.strip().splitlines() or ["no answer"])[-1]
+        return Finding("note", "slurm", f"{version or 'sbatch is here'}, but its controller does not answer ({reason}): set SLURM_CONF, or start it")
+    return Finding("ok", "slurm", version)
 
 
 def _python() -> Finding:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from megatron_ext.cli.launched import Launch
 from megatron_ext.cli.marks import DONE, STARTED, Mark, differences, now, read_mark, settings_of, versions
 from megatron_ext.cli.run_folder import RunFolder, move_aside
 from megatron_ext.cli.stages import STAGES, Stage, needs, sections
 from megatron_ext.config.load import Resolved, explain
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import StoppedForRequeue, UserError
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,22 @@ class Executor:
     config: RunConfig
     run: RunFolder
     force: bool
+    launch: Launch = field(default_factory=Launch)
 
     def execute(self, stage: Stage, label: str = "") -> None:
         """Brings one stage to its end. Raises UserError when a stage it needs is not done, or its settings changed and `force` is not given."""
+        ranks = self.launch.ranks
+        began = time.monotonic()
+        if not ranks.agree(stage.name, lambda: self._begin(stage, label)) or not (ranks.lead or stage.supervised):
+            return
+        result = stage.execute(self.config, self.run, self.launch)
+        if ranks.lead:
+            self._finish(stage, label, result, round(time.monotonic() - began, 1))
+
+    def _begin(self, stage: Stage, label: str) -> bool:
+        """Whether there is something to do. Then it is marked as started."""
+        if self.launch.stop_asked:
+            raise StoppedForRequeue(f"stopped before {stage.name}: run again to resume")
         folder = stage.folder(self.run)
         wanted = Mark(stage.name, settings_of(self.config, sections(stage, self.config)), self._inputs(stage), now(), versions=versions())
         done, started = read_mark(folder / DONE), read_mark(folder / STARTED)
@@ -33,13 +48,16 @@ class Executor:
             done = started = None
         if done is not None:
             print(f"{label}{stage.name}: done at {done.finished_at}, skipped", flush=True)
-            return
+            return False
         print(f"{label}{stage.name}: {'resuming' if started else 'starting'} in {folder}", flush=True)
-        began = time.monotonic()
         wanted.write(folder, STARTED)
-        result = stage.execute(self.config, self.run)
-        seconds = round(time.monotonic() - began, 1)
-        replace(wanted, finished_at=now(), seconds=seconds, result=json.loads(json.dumps(result, default=str))).write(folder, DONE)
+        return True
+
+    def _finish(self, stage: Stage, label: str, result: dict[str, Any], seconds: float) -> None:
+        folder = stage.folder(self.run)
+        started = read_mark(folder / STARTED)
+        assert started is not None
+        replace(started, finished_at=now(), seconds=seconds, result=json.loads(json.dumps(result, default=str))).write(folder, DONE)
         print(f"{label}{stage.name}: done in {seconds:g} s", flush=True)
 
     def _inputs(self, stage: Stage) -> dict[str, str]:

@@ -18,7 +18,8 @@ from importlib import import_module
 from typing import NoReturn
 
 from megatron_ext import __version__
-from megatron_ext.errors import EXIT_OK, EXIT_REQUEUE, EXIT_USER, ConfigError, StoppedForRequeue, UserError
+from megatron_ext.cli.launched import TaskRecord
+from megatron_ext.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, EXIT_USER, ConfigError, LeaderEnded, StoppedForRequeue, UserError
 
 PROGRAM = "megatron-ext"
 EXIT_INTERRUPTED = 130
@@ -44,6 +45,8 @@ VERBS = {
     "generate": ("generate", "answer one question about one image"),
     "plan": ("plan", "say which layouts fit a number of GPUs, and how fast each would be"),
     "convert": ("convert", "take checkpoints from Hugging Face, and back"),
+    "submit": ("submit", "write the SLURM job of a stage, or of each, and submit it"),
+    "postmortem": ("postmortem", "say which rank of a SLURM job failed first, and its last lines"),
     "report": ("report", "write the HTML report of a run"),
     "doctor": ("doctor", "say what is installed, what is missing, what is wrong"),
 }
@@ -62,6 +65,17 @@ _EPILOG = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Failures of our own travel on as exceptions."""
     _quieten_megatron()
+    record = TaskRecord(os.environ)
+    try:
+        code = _run(argv)
+    except BaseException:
+        record.write(EXIT_FAILURE)
+        raise
+    record.write(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
@@ -70,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StoppedForRequeue as stopped:
         print(f"stopped: {stopped}. The same command resumes it.", file=sys.stderr)
         return EXIT_REQUEUE
+    except LeaderEnded as ended:
+        print(ended, file=sys.stderr)
+        return ended.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

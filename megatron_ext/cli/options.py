@@ -23,13 +23,18 @@ def add_force_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="start a stage again whose settings changed; its old folder is renamed, not deleted")
 
 
-def resolve(args: argparse.Namespace) -> Resolved | None:
-    """The checked configuration; or None when `--explain` or `--dry-run` has said all that was asked."""
+def load(args: argparse.Namespace) -> Resolved:
+    """The checked configuration."""
     if args.config is None:
         raise UserError(args.verb, "needs a configuration file", f"for example `megatron-ext {args.verb} examples/tiny.yaml`")
     if "=" in args.config:
         raise UserError(args.config, "stands where the configuration file is expected", f"write `megatron-ext {args.verb} CONFIG {args.config}`")
-    resolved = load_config(Path(args.config), args.overrides, [layout_problems])
+    return load_config(Path(args.config), args.overrides, [layout_problems])
+
+
+def resolve(args: argparse.Namespace) -> Resolved | None:
+    """The checked configuration; or None when `--explain` or `--dry-run` has said all that was asked."""
+    resolved = load(args)
     if args.explain:
         print(explain(resolved), end="")
         return None

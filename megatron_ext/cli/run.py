@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_ext.cli.execute import Executor, open_run
 from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
 from megatron_ext.cli.stages import STAGES, recipe
+from megatron_ext.cli.work import work
 from megatron_ext.errors import EXIT_OK
 
 
@@ -25,12 +25,8 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     if resolved is None:
         return EXIT_OK
-    stages = recipe(args.until, resolved.config)
-    folder = open_run(resolved)
-    with folder.locked():
-        executor = Executor(resolved.config, folder, args.force)
-        for number, stage in enumerate(stages, start=1):
-            executor.execute(stage, f"[{number}/{len(stages)}] ")
+    folder = work(resolved, recipe(args.until, resolved.config), args.force)
+    if folder is not None:
         conclude(folder.root)
     return EXIT_OK
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_ext.cli.execute import Executor, open_run
 from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
 from megatron_ext.cli.stages import STAGES
+from megatron_ext.cli.work import work
 from megatron_ext.errors import EXIT_OK
 
 
@@ -23,7 +23,5 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     if resolved is None:
         return EXIT_OK
-    folder = open_run(resolved)
-    with folder.locked():
-        Executor(resolved.config, folder, args.force).execute(STAGES[args.verb])
+    work(resolved, [STAGES[args.verb]], args.force)
     return EXIT_OK

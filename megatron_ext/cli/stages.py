@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.cli.launched import Launch
 from megatron_ext.cli.run_folder import RunFolder
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
@@ -22,37 +23,39 @@ from megatron_ext.errors import UserError
 @dataclass(frozen=True)
 class Stage:
     """`sections`: the parts of the configuration, or single fields, that this stage adds to those of the stages it needs.
-    `outputs`: what it owns in the run's folder, its own folder first."""
+    `outputs`: what it owns in the run's folder, its own folder first. `supervised`: every rank that a launcher has started takes part in it."""
 
     name: str
     needs: tuple[str, ...]
     sections: tuple[str, ...]
     outputs: tuple[str, ...]
-    execute: Callable[[RunConfig, RunFolder], dict[str, Any]]
+    execute: Callable[[RunConfig, RunFolder, Launch], dict[str, Any]]
+    supervised: bool = False
 
     def folder(self, run: RunFolder) -> Path:
         return run.root / self.outputs[0]
 
 
-def _tokenizer(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _tokenizer(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.data.tokenizer import train_tokenizer
 
     return {"tokenizer": str(train_tokenizer(config.data, run.tokenizer, config.seed))}
 
 
-def _pretrain(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _pretrain(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.training.stage import run_supervised
 
-    return run_supervised(config, "pretrain", run.root / "pretrain", config.pretrain.init_from)
+    return run_supervised(config, "pretrain", run.root / "pretrain", config.pretrain.init_from, launch.ranks, launch.stop_file)
 
 
-def _sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.training.stage import run_supervised
 
-    return run_supervised(config, "sft", run.root / "sft", config.sft.init_from or run.checkpoints("pretrain"))
+    init_from = config.sft.init_from or run.checkpoints("pretrain")
+    return run_supervised(config, "sft", run.root / "sft", init_from, launch.ranks, launch.stop_file)
 
 
-def _discover(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     if not config.model.num_experts:
         raise UserError("discover", "finds clusters of experts, and the model has none (model.num_experts = 0)", "leave this stage out")
     import numpy as np
@@ -78,17 +81,17 @@ def _discover(config: RunConfig, run: RunFolder) -> dict[str, Any]:
     return {"clusters": {found.skill: found.status for found in clusters.skills}}
 
 
-def _rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _rl(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.rl.run import run_rl
 
-    return run_rl(config, run.root / "rl", run.start_of_rl(config), run.clusters)
+    return run_rl(config, run.root / "rl", run.start_of_rl(config), run.clusters, stop_file=launch.stop_file, nodes=launch.nodes)
 
 
-def _evaluate_sft(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _evaluate_sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters if config.model.num_experts else None)
 
 
-def _evaluate_rl(config: RunConfig, run: RunFolder) -> dict[str, Any]:
+def _evaluate_rl(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters if config.model.num_experts else None)
 
 
@@ -104,8 +107,8 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("tokenizer", (), ("data", "seed"), ("tokenizer",), _tokenizer),
-        Stage("pretrain", ("tokenizer",), ("model", "pretrain"), ("pretrain",), _pretrain),
-        Stage("sft", ("pretrain",), ("sft",), ("sft",), _sft),
+        Stage("pretrain", ("tokenizer",), ("model", "pretrain"), ("pretrain",), _pretrain, supervised=True),
+        Stage("sft", ("pretrain",), ("sft",), ("sft",), _sft, supervised=True),
         Stage("discover", ("sft",), ("discover", "rollout", "rl.reward"), ("discover",), _discover),
         Stage("evaluate-sft", ("sft", "discover"), ("evaluate", "rollout", "rl.reward"), ("evaluate/sft", "evaluate/sft.json"), _evaluate_sft),
         Stage("rl", ("sft", "discover"), ("rl", "earl", "rollout"), ("rl",), _rl),

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch._C._distributed_c10d import Store
 
 from megatron_ext import device
 from megatron_ext.config.schema import ParallelConfig
@@ -60,9 +61,13 @@ class ParallelContext:
         return self.pp_rank == self.layout.pp - 1
 
 
+MeetingPoint: TypeAlias = "str | Store"
+"""Where the ranks of a world meet: a URL (file:// or tcp://), or a store that all of them have joined."""
+
+
 @contextmanager
-def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, init_method: str, seed: int, timeout_s: float = 120) -> Iterator[ParallelContext]:
-    """Joins the world at `init_method` (file:// or tcp://) and lays the grid over it. Everything is destroyed on the way out.
+def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, meeting: MeetingPoint, seed: int, timeout_s: float = 120) -> Iterator[ParallelContext]:
+    """Joins the world at `meeting` and lays the grid over it. Everything is destroyed on the way out.
 
     `seed` starts the random numbers, and those that Megatron's tracker keeps apart: ranks of one tensor-parallel group differ where dropout must differ.
     """
@@ -74,7 +79,8 @@ def open_parallel(parallel: ParallelConfig, rank: int, world_size: int, init_met
         if torch.cuda.is_available():
             torch.cuda.set_device(rank % torch.cuda.device_count())
         where = device.device()
-        dist.init_process_group(device.backend(), init_method=init_method, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        place: dict[str, Any] = {"init_method": meeting} if isinstance(meeting, str) else {"store": meeting}
+        dist.init_process_group(device.backend(), **place, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=layout.tp,

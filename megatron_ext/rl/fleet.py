@@ -5,7 +5,7 @@
     publish          learner -> every rollout rank  all stage and verify, then all load; repeated in a new group when the broadcast fails
 
 The driver moves prompts, rollouts and verdicts; weights go from rank to rank. A rank that dies ends the run with an error that names it; the latest
-checkpoint is where to resume. All ranks are on this machine: they meet over files and the loopback address.
+checkpoint is where to resume. Where ranks are and meet, on one machine or on several, is for their host to say.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 from megatron_ext.rl.weight_sync import Meeting
 
 SYNC_ATTEMPTS = 3
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -58,16 +57,18 @@ def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Pat
     names = [f"rollout replica {replica} rank {rank}" for replica in range(config.rollout.replicas) for rank in range(per_replica)]
     workers = board.host.start(RolloutRank, names)
 
-    def place(world: str, rank: int, size: int) -> Place:
-        return Place(rank, size, f"file://{board.host.folder}/{world}.store")
+    def places(world: str, ranks: Sequence[Rank]) -> list[Place]:
+        point = board.host.meeting_point(world, ranks[0])
+        return [Place(number, len(ranks), point, board.host.address(rank)) for number, rank in enumerate(ranks)]
 
-    calls = [Call(rank, "open", (config, stage_dir, init_from, place("learner", number, len(learners)))) for number, rank in enumerate(learners)]
-    for number, rank in enumerate(workers):
-        replica, within = divmod(number, per_replica)
-        calls.append(Call(rank, "open", (config, place(f"replica-{replica}", within, per_replica))))
+    calls = [Call(rank, "open", (config, stage_dir, init_from, place)) for rank, place in zip(learners, places("learner", learners), strict=True)]
+    for replica in range(config.rollout.replicas):
+        ranks = workers[replica * per_replica : (replica + 1) * per_replica]
+        calls += [Call(rank, "open", (config, place)) for rank, place in zip(ranks, places(f"replica-{replica}", ranks), strict=True)]
     opened = board.ask(calls, deadlines.open_s)
-    port = board.ask([Call(learners[0], "open_store", (LOOPBACK,))], deadlines.open_s)[0]
-    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, port)
+    host = board.host.address(learners[0])
+    port = board.ask([Call(learners[0], "open_store", (host,))], deadlines.open_s)[0]
+    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, host, port)
     return MegatronFleet(board, config, deadlines, workers, opened[len(learners) :]), learner
 
 
@@ -77,6 +78,7 @@ class Weights:
 
     version: int
     senders: tuple[Rank, ...]
+    host: str
     port: int
 
 
@@ -84,10 +86,18 @@ class MegatronLearner:
     """See `loop.Learner`."""
 
     def __init__(
-        self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], places: Sequence[LearnerPlace], pad_id: int, port: int
+        self,
+        board: Switchboard,
+        config: RunConfig,
+        deadlines: Deadlines,
+        ranks: Sequence[Rank],
+        places: Sequence[LearnerPlace],
+        pad_id: int,
+        host: str,
+        port: int,
     ) -> None:
         self._board, self._config, self._deadlines, self._ranks, self._places = board, config, deadlines, tuple(ranks), places
-        self._pad_id, self._port = pad_id, port
+        self._pad_id, self._host, self._port = pad_id, host, port
         self.finished_steps = places[0].finished_steps
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
@@ -105,7 +115,7 @@ class MegatronLearner:
         return {**answers[0], "perf/peak_memory_bytes": max(answer["perf/peak_memory_bytes"] for answer in answers)}
 
     def weights(self) -> Weights:
-        return Weights(self.finished_steps, self._ranks, self._port)
+        return Weights(self.finished_steps, self._ranks, self._host, self._port)
 
     def save(self, step: int) -> None:
         self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
@@ -138,7 +148,7 @@ class MegatronFleet:
         """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them."""
         for attempt in range(1, SYNC_ATTEMPTS + 1):
             self._generation += 1
-            meeting = Meeting(LOOPBACK, weights.port, self._generation, 1 + len(self._ranks), self._deadlines.sync_s)
+            meeting = Meeting(weights.host, weights.port, self._generation, 1 + len(self._ranks), self._deadlines.sync_s)
             sends = [Call(rank, "send_weights", (meeting,)) for rank in weights.senders]
             receives = [Call(rank, "receive_weights", (meeting, place, weights.version)) for place, rank in enumerate(self._ranks, start=1)]
             answers = self._board.ask([*sends, *receives], 2 * self._deadlines.sync_s, settle=(WeightSyncError,))

@@ -25,10 +25,11 @@ from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.parallel.store import open_store
 from megatron_ext.rl.batching import Shard, microbatches
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
-from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
-from megatron_ext.rl.weight_sync import Meeting, join_meeting, open_store, pack, send
+from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
+from megatron_ext.rl.weight_sync import Meeting, join_meeting, pack, send
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.loop import peak_memory_bytes
@@ -51,11 +52,12 @@ class LearnerRank:
 
     def open(self, config: RunConfig, stage_dir: Path, init_from: Path, place: Place) -> LearnerPlace:
         """Joins the learner's world; resumes from the stage's latest checkpoint, or starts from the weights of `init_from`."""
-        loopback_gloo()
+        confine_gloo(place.address)
         checkpoints = stage_dir / CHECKPOINTS
         self._config = config
         self._world = ExitStack()  # stays open as long as the process
-        self._context = self._world.enter_context(open_parallel(config.parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
+        world = open_parallel(config.parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S)
+        self._context = self._world.enter_context(world)
         self._tokenizer = load_tokenizer(config.tokenizer_dir)
         self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
         reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []

@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_ext.errors import RankFailed, RouteMismatch, UserError, WeightSyncError
 from megatron_ext.parallel.forkserver import ForkedProcess
-from megatron_ext.rl.ranks import Rank
+from megatron_ext.rl.ranks import LOOPBACK, Rank
 
 CARRIED = (UserError, RouteMismatch, WeightSyncError)
 """Errors that cross from a rank to the driver as they are; any other becomes RankFailed with the rank's traceback."""
@@ -31,6 +31,12 @@ class LocalHost:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._processes: list[ForkedProcess] = []
+
+    def address(self, rank: Rank) -> str:
+        return LOOPBACK
+
+    def meeting_point(self, world: str, first: Rank) -> str:
+        return f"file://{self.folder}/{world}.store"
 
     def start(self, role: type, names: Sequence[str]) -> list[Rank]:
         ranks = []

@@ -12,11 +12,13 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ext.errors import RankFailed
 
+LOOPBACK = "127.0.0.1"
 POLL_S = 0.5
 """The longest single wait: Python runs signal handlers in between."""
 WORLD_TIMEOUT_S = 1800.0
@@ -35,7 +37,13 @@ class Host(Protocol):
     """Where ranks live."""
 
     folder: Path
-    """A private folder of this machine for the rendezvous files of the ranks' process groups."""
+    """A private folder of this machine."""
+
+    def address(self, rank: Rank) -> str:
+        """Where the other ranks reach this one."""
+
+    def meeting_point(self, world: str, first: Rank) -> str:
+        """The URL at which the ranks of a new world meet; `first` is its rank 0."""
 
     def start(self, role: type, names: Sequence[str]) -> list[Rank]:
         """One new process for each name, holding `role()`."""
@@ -87,14 +95,18 @@ class Switchboard:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank joins its world."""
+    """Where a rank joins its world. `address` is where the others reach it."""
 
     rank: int
     world_size: int
-    init_method: str
+    meeting_point: str
+    address: str
 
 
-def loopback_gloo() -> None:
-    """Keeps gloo's connections inside this machine, for the process that calls it: it would listen on the outside address otherwise."""
-    names = [name for _, name in socket.if_nameindex()]
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if "lo" in names else "lo0"
+def confine_gloo(address: str) -> None:
+    """Keeps gloo's connections inside this machine where the ranks meet on its loopback address, for the process that calls it: gloo would listen on the
+    outside address otherwise.
+    """
+    if ip_address(address).is_loopback:
+        names = [name for _, name in socket.if_nameindex()]
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo" if "lo" in names else "lo0"

@@ -1,7 +1,9 @@
-"""A Ray cluster of our own on this machine, for the length of a `with` block: no outside socket, a token of its own, nothing left behind.
+"""A Ray cluster of our own, for the length of a `with` block: a token of its own, no dashboard, nothing left behind.
 
-    with local_cluster(num_cpus=2) as folder:      folder: private (0700), short, removed at the end
-        ...                                        folder/token: the cluster's authentication token (0600); folder/s: Ray's sessions, logs and sockets
+    with local_cluster(num_cpus=2) as folder:               on this machine alone, with no outside socket
+    with spanning_cluster(nodes, num_cpus=2) as folder:     led by this machine, joined by others (`ray_node.py`); authentication is not to be had without
+
+    folder: private (0700), short, removed at the end       folder/token: the authentication token (0600); folder/s: Ray's sessions, logs and sockets
 
 Ray makes its own temporary folder world-readable, so it lives inside a private one. Every process of the cluster inherits the path of the token file, which
 no other process has: by it what is left after a shutdown is found and ended, however the shutdown went. An existing cluster of this machine is never joined.
@@ -21,11 +23,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from megatron_ext.errors import UserError
+from megatron_ext.errors import RankFailed, UserError
 from megatron_ext.parallel.environment import environment
 
+if TYPE_CHECKING:
+    from megatron_ext.rl.ray_node import Nodes
+
 OBJECT_STORE_BYTES = 200 << 20
+"""On one machine; on nodes of a cluster, which are there for nothing else, Ray takes what it thinks fit."""
+NODES_TIMEOUT_S = 300.0
+"""How long the cluster waits for its nodes, all of which are on their way."""
 LEAVE_GRACE_S = 5.0
 """How long Ray's processes may take to leave after a shutdown; then they are killed."""
 
@@ -33,32 +42,80 @@ LEAVE_GRACE_S = 5.0
 @contextmanager
 def local_cluster(num_cpus: int, num_gpus: int = 0) -> Iterator[Path]:
     """Starts Ray, yields the private folder, and ends every process that was started."""
-    folder = Path(tempfile.mkdtemp(prefix="mx-", dir="/tmp"))  # socket paths below it stop at 107 bytes: the system's temporary folder may be too long
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    try:
-        with environment(_variables(token)):
-            ray = _import_ray()
-            try:
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    num_gpus=num_gpus,
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    logging_level="ERROR",
-                    log_to_driver=True,
-                    _temp_dir=str(folder / "s"),
-                    _system_config={"health_check_period_ms": 1000},
-                )
-                _require_loopback(ray.get_runtime_context().gcs_address)
+    # Binds every socket to the loopback address; undocumented on Linux, so a test watches it.
+    loopback = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    with (
+        private_folder(secrets.token_hex(32)) as folder,
+        _started(folder, loopback, num_cpus=num_cpus, num_gpus=num_gpus, object_store_memory=OBJECT_STORE_BYTES) as ray,
+    ):
+        _require_loopback(ray.get_runtime_context().gcs_address)
+        yield folder
+
+
+@contextmanager
+def spanning_cluster(nodes: Nodes, num_cpus: int, num_gpus: int = 0) -> Iterator[Path]:
+    """Starts Ray on this node, has the others join, and yields the private folder once all are there. Ends with every process of it, here and there."""
+    with private_folder(read_token(nodes.token)) as folder:
+        try:
+            with _started(folder, {}, num_cpus=num_cpus, num_gpus=num_gpus, _node_ip_address=nodes.addresses[0]) as ray:
+                nodes.desk.say(ray.get_runtime_context().gcs_address)
+                _await_nodes(ray, nodes.addresses)
                 yield folder
-            finally:
-                ray.shutdown()
-                end_leftovers(token)
+        finally:  # after Ray's end here: a driver that is still there would be told of lost nodes
+            nodes.desk.dismiss()
+
+
+@contextmanager
+def private_folder(token: str) -> Iterator[Path]:
+    """A folder for one node of one cluster, with the token in it. Socket paths below it stop at 107 bytes, for which the system's temporary folder may be
+    too long."""
+    folder = Path(tempfile.mkdtemp(prefix="mx-", dir="/tmp"))
+    file = folder / "token"
+    file.touch(mode=0o600)
+    file.write_text(token)
+    try:
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_token(path: Path) -> str:
+    """The token that the nodes of a cluster share. Raises UserError where there is none, or one that others could read: such a cluster is not started."""
+    if not path.exists() or not (token := path.read_text().strip()):
+        raise UserError(str(path), "holds no token: anyone in the network could run programs in this Ray cluster", "write a long random word into it")
+    if (mode := path.stat().st_mode & 0o777) & 0o077:
+        raise UserError(str(path), f"can be read by others (mode {mode:o})", f"chmod 600 {path}")
+    return token
+
+
+@contextmanager
+def _started(folder: Path, variables: dict[str, str], **options: Any) -> Iterator[ModuleType]:
+    token = folder / "token"
+    with environment({**cluster_variables(token), **variables}):
+        ray = _import_ray()
+        try:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=True,
+                _temp_dir=str(folder / "s"),
+                _system_config={"health_check_period_ms": 1000},
+                **options,
+            )
+            yield ray
+        finally:
+            ray.shutdown()
+            end_leftovers(token)
+
+
+def _await_nodes(ray: ModuleType, addresses: tuple[str, ...]) -> None:
+    deadline = time.monotonic() + NODES_TIMEOUT_S
+    while missing := set(addresses) - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}:
+        if time.monotonic() > deadline:
+            late = ", ".join(sorted(missing))
+            raise RankFailed(f"{len(missing)} of {len(addresses)} nodes did not join the Ray cluster within {NODES_TIMEOUT_S:.0f} s: {late}")
+        time.sleep(0.2)
 
 
 def cluster_processes(token: Path) -> list[int]:
@@ -104,13 +161,13 @@ def _require_loopback(address: str) -> None:
         )
 
 
-def _variables(token: Path) -> dict[str, str]:
+def cluster_variables(token: Path) -> dict[str, str]:
+    """The environment of every process of a cluster."""
     import_path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]  # ranks must find this package wherever the driver was started
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds every socket to the loopback address; undocumented on Linux, so a test watches it
         "RAY_memory_monitor_refresh_ms": "0",  # else Ray kills ranks when other programs of the machine use its memory
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",  # else every rank repeats what libraries warn of, such as accelerators that are not installed

@@ -22,7 +22,7 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, loopback_gloo
+from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
 
 
@@ -42,10 +42,10 @@ class RolloutRank:
 
     def open(self, config: RunConfig, place: Place) -> Lane:
         """Joins the replica's world and builds the model, whose weights are random until the first `load_weights`."""
-        loopback_gloo()
+        confine_gloo(place.address)
         parallel = config.rollout.parallel
         self._world = ExitStack()  # stays open as long as the process
-        self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.init_method, config.seed, WORLD_TIMEOUT_S))
+        self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S))
         tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)

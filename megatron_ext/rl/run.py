@@ -36,6 +36,7 @@ from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
 from megatron_ext.rl.loop import Metrics, Recipe, run_loop
 from megatron_ext.rl.ranks import Host, Switchboard
+from megatron_ext.rl.ray_node import Nodes
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reward_pool import RewardPool
 from megatron_ext.training.stopping import stop_on_signals
@@ -46,10 +47,19 @@ LAST_SAVE_S = 60.0
 """How long an error waits for the checkpoint that is being saved: a learner that is lost will not finish it."""
 
 
-def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: Path | None, deadlines: fleets.Deadlines = fleets.DEADLINES) -> Metrics:
-    """Improves `sft_checkpoint` for `config.rl.steps` steps. Returns the last metrics and `step`. Raises StoppedForRequeue when a signal stopped it.
+def run_rl(
+    config: RunConfig,
+    stage_dir: Path,
+    sft_checkpoint: Path,
+    clusters: Path | None,
+    deadlines: fleets.Deadlines = fleets.DEADLINES,
+    stop_file: Path | None = None,
+    nodes: Nodes | None = None,
+) -> Metrics:
+    """Improves `sft_checkpoint` for `config.rl.steps` steps. Returns the last metrics and `step`. Raises StoppedForRequeue when a signal stopped it, or
+    `stop_file` appeared.
 
-    `clusters` is `expert_clusters.json`; with `earl.enabled` it must be there and of this model.
+    `clusters` is `expert_clusters.json`; with `earl.enabled` it must be there and of this model. Without `nodes` all ranks are on this machine.
     """
     if (latest_step(stage_dir / CHECKPOINTS) or -1) >= config.rl.steps:
         return read_metrics(stage_dir)[-1]
@@ -57,10 +67,10 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
     tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
-    with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config) as host, stop_on_signals() as stop:
+    with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config, nodes) as host, stop_on_signals(stop_file) as stop:
         fleet, learner = fleets.start(Switchboard(host), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
         first = learner.finished_steps
-        if stop.received is not None:
+        if stop.asked:
             raise StoppedForRequeue(f"stopped before step {first + 1}: run again to resume")
         with MetricsWriter(stage_dir) as writer, stage_progress("rl", config.rl.steps, first) as progress:
             record = Recorder(stage_dir, writer, progress, fleets.num_ranks(config))
@@ -71,7 +81,7 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
                 credit=Credit(config, found, tokenizer.tag_ids, stage_dir),
                 save_every=config.rl.save_every,
                 after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
-                stop_requested=lambda: stop.received is not None,
+                stop_requested=lambda: stop.asked,
             )
             with waiting_for_saves(learner.finish_saving, lambda: learner.finish_saving(LAST_SAVE_S)):
                 run_loop(recipe, fleet, scorer, learner, first)
@@ -87,8 +97,10 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
 
 
 @contextmanager
-def open_host(config: RunConfig) -> Iterator[Host]:
+def open_host(config: RunConfig, nodes: Nodes | None = None) -> Iterator[Host]:
     """Where the ranks live."""
+    if config.rl.fleet == "local" and nodes is not None:
+        raise UserError("rl.fleet", f"local cannot reach {len(nodes.addresses)} nodes", "use ray, or one node")
     if config.rl.fleet == "local":
         from megatron_ext.rl.local_fleet import local_host
 
@@ -97,7 +109,7 @@ def open_host(config: RunConfig) -> Iterator[Host]:
     else:
         from megatron_ext.rl.ray_fleet import ray_host
 
-        with ray_host(fleets.num_ranks(config)) as host:
+        with ray_host(fleets.num_ranks(config), nodes) as host:
             yield host
 
 

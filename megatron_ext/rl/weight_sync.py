@@ -12,7 +12,6 @@ when the driver has heard from all of them, and a failed broadcast is repeated i
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from megatron_ext.checkpoint.full_tensors import digest
 from megatron_ext.errors import WeightSyncError
+from megatron_ext.parallel.store import join_store
 
 BUCKET_BYTES = 32 << 20
 SENDER = 0
@@ -100,17 +100,10 @@ def unpack(parcel: Parcel, version: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def open_store(host: str, timeout_s: float) -> TCPStore:
-    """The meeting place, on a free port of this address alone. It lives as long as the value is kept; `.port` tells where."""
-    listener = socket.create_server((host, 0))
-    port = listener.getsockname()[1]
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach())
-
-
 def join_meeting(meeting: Meeting, rank: int, store: TCPStore | None = None) -> ProcessGroupGloo:
     """This rank's side of the broadcast group. The sender brings the store that it opened; receivers connect to it."""
     timeout = timedelta(seconds=meeting.timeout_s)
-    store = store or TCPStore(meeting.host, meeting.port, is_master=False, timeout=timeout)
+    store = store or join_store(meeting.host, meeting.port, meeting.timeout_s)
     return ProcessGroupGloo(PrefixStore(f"sync/{meeting.generation}", store), rank, meeting.num_ranks, timeout)
 
 

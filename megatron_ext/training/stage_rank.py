@@ -18,7 +18,7 @@ from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import stage_progress
-from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.parallel.groups import MeetingPoint, ParallelContext, open_parallel
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.loop import Report, train
@@ -31,11 +31,13 @@ from megatron_ext.training.text_stream import TextStream
 _SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}
 
 
-def train_rank(rank: int, world_size: int, init_method: str, config: RunConfig, stage: Stage, stage_dir: Path, init_from: Path | None) -> dict[str, float]:
+def train_rank(
+    rank: int, world_size: int, meeting: MeetingPoint, config: RunConfig, stage: Stage, stage_dir: Path, init_from: Path | None, stop_file: Path | None
+) -> dict[str, float]:
     """The stage on this rank. Returns the last metrics and `step`."""
     settings: TrainConfig = getattr(config, stage)
     checkpoints = stage_dir / CHECKPOINTS
-    with stop_on_signals() as stop, open_parallel(config.parallel, rank, world_size, init_method, config.seed) as context:
+    with stop_on_signals(stop_file) as stop, open_parallel(config.parallel, rank, world_size, meeting, config.seed) as context:
         tokenizer = load_tokenizer(config.tokenizer_dir)
         engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, stage_dir, context)

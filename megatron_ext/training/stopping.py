@@ -1,8 +1,9 @@
-"""Stopping on request: a signal that reaches any rank makes all ranks stop after the same step.
+"""Stopping on request: a signal that reaches any rank, or a file that appears, makes all ranks stop after the same step.
 
-    SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 -> noted -> asked for at the step boundary, agreed by all ranks -> checkpoint -> StoppedForRequeue (exit code 75)
+    SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 -> noted  |
+    a stop file                                   | -> asked for at the step boundary, agreed by all ranks -> checkpoint -> StoppedForRequeue (exit code 75)
 
-A second Ctrl-C does not wait for the step.
+A second Ctrl-C does not wait for the step. The file is for a scheduler's script: unlike a signal it cannot come too early, and reaches nobody else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -19,10 +21,15 @@ from megatron_ext.training.stage_names import STOP_SIGNALS
 
 
 class StopRequest:
-    """Whether this rank was asked to stop."""
+    """Whether this process was asked to stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
         self.received: signal.Signals | None = None
+
+    @property
+    def asked(self) -> bool:
+        return self.received is not None or (self._file is not None and self._file.exists())
 
     def note(self, number: int, _: FrameType | None) -> None:
         if self.received == signal.SIGINT and number == signal.SIGINT:
@@ -30,18 +37,19 @@ class StopRequest:
         self.received = signal.Signals(number)
 
     def agreed(self, context: ParallelContext) -> bool:
-        """Whether any rank was asked to stop. Collective over the whole world, so all ranks get the same answer."""
+        """Whether any rank was asked to stop; rank 0 looks for the file. Collective over the whole world, so all ranks get the same answer."""
+        mine = self.asked if context.rank == 0 else self.received is not None
         if context.world_size == 1:
-            return self.received is not None
-        asked = torch.tensor(int(self.received is not None), dtype=torch.int32, device=context.device)
+            return mine
+        asked = torch.tensor(int(mine), dtype=torch.int32, device=context.device)
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return bool(asked.item())
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(file: Path | None = None) -> Iterator[StopRequest]:
     """Catches the stop signals for a while. Call from the main thread."""
-    request = StopRequest()
+    request = StopRequest(file)
     before = {number: signal.signal(number, request.note) for number in STOP_SIGNALS}
     try:
         yield request

@@ -93,7 +93,7 @@ def test_help_and_version_answer_without_a_configuration() -> None:
     assert megatron_ext("--version").stdout.startswith("megatron-ext 0.")
     assert "examples:" in megatron_ext("--help").stdout
     assert megatron_ext().returncode == 2
-    for verb in ("run", "tokenizer", "pretrain", "sft", "discover", "rl", "evaluate", "generate", "report", "doctor"):
+    for verb in ("run", "tokenizer", "pretrain", "sft", "discover", "rl", "evaluate", "generate", "submit", "postmortem", "report", "doctor"):
         done = megatron_ext(verb, "--help")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(f"usage: megatron-ext {verb}")

@@ -150,7 +150,11 @@ def test_ranks_that_follow_each_other_are_on_different_gpus():
     assert [bundle["GPU"] for bundle in bundles] == [1, 1, 1, 1] and share["num_gpus"] == 0.5
     assert place_ranks(4, 4)[1]["num_gpus"] == 1.0
     assert place_ranks(3, 1)[1]["num_gpus"] == 0.33
-    assert "num_gpus" not in place_ranks(4, 0)[1] and len(place_ranks(4, 0)[0]) == 4
+
+
+def test_without_gpus_ranks_take_turns_on_the_nodes():
+    bundles, share = place_ranks(num_ranks=5, num_gpus=0, num_nodes=2)
+    assert bundles == [{"CPU": 0.03}, {"CPU": 0.03}] and "num_gpus" not in share
 
 
 def test_a_failing_run_leaves_nothing_behind_and_restores_the_environment():

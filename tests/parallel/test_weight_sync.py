@@ -16,7 +16,7 @@ from megatron_ext.errors import RankFailed, WeightSyncError
 from megatron_ext.rl import weight_sync
 from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
 from megatron_ext.rl.local_fleet import local_host
-from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.ranks import LOOPBACK, Call, Place, Rank, Switchboard
 from megatron_ext.rl.weight_sync import Manifest, Parcel, pack, unpack
 from tests.support.rl_run import prepare, rl_config
 from tests.support.roles import OpenLearner, OpenRollout, flip_one_byte
@@ -35,7 +35,7 @@ class Party:
     port: int
 
     def publish(self, version: int = 0) -> dict[str, float]:
-        return self.fleet.publish(Weights(version, tuple(self.learners), self.port))
+        return self.fleet.publish(Weights(version, tuple(self.learners), LOOPBACK, self.port))
 
     def learner_weights(self) -> dict[str, str]:
         return self.board.ask([Call(rank, "weights") for rank in self.learners], 60)[0]
@@ -53,12 +53,12 @@ def start(host: object, config: RunConfig, checkpoint: object, learner: Parallel
     rollouts = host.start(OpenRollout, [f"rollout replica {replica} rank 0" for replica in range(replicas)])
 
     def place(world: str, rank: int, size: int) -> Place:
-        return Place(rank, size, f"file://{host.folder}/{world}")
+        return Place(rank, size, f"file://{host.folder}/{world}", LOOPBACK)
 
     calls = [Call(rank, "open", (config, config.run_dir / "rl", checkpoint, place("learner", n, len(learners)))) for n, rank in enumerate(learners)]
     calls += [Call(rank, "open", (config, place(f"replica-{n}", 0, 1))) for n, rank in enumerate(rollouts)]
     opened = board.ask(calls, 120)
-    (port,) = board.ask([Call(learners[0], "open_store", ("127.0.0.1",))], 60)
+    (port,) = board.ask([Call(learners[0], "open_store", (LOOPBACK,))], 60)
     return Party(board, learners, rollouts, MegatronFleet(board, config, DEADLINES, rollouts, opened[len(learners) :]), port)
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 
 from megatron_ext.errors import UserError
+from megatron_ext.rl.ranks import Place, confine_gloo
 
 
 class Clerk:
@@ -30,3 +31,15 @@ class Clerk:
 
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def world(self, place: Place) -> float:
+        """The sum over its world of rank + 1, each summand from its own rank."""
+        import torch
+        import torch.distributed as dist
+
+        confine_gloo(place.address)
+        dist.init_process_group("gloo", init_method=place.meeting_point, rank=place.rank, world_size=place.world_size)
+        total = torch.tensor(place.rank + 1.0)
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return float(total)

@@ -64,6 +64,17 @@ def test_an_accelerator_that_is_there_is_named_and_a_wrong_one_is_as_good_as_non
     assert "torch's AdamW" in line and "apex" not in sys.modules
 
 
+def test_it_says_whether_jobs_can_be_submitted_from_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.slurm().verdict == "note" and "no sbatch here" in doctor.slurm().text
+    for name, words in (("sbatch", "echo slurm-wlm 24.11.5"), ("sinfo", "echo error: no controller >&2; exit 1")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{words}\n")
+        (tmp_path / name).chmod(0o755)
+    assert doctor.slurm().text == "slurm-wlm 24.11.5, but its controller does not answer (error: no controller): set SLURM_CONF, or start it"
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n")
+    assert doctor.slurm() == doctor.Finding("ok", "slurm", "slurm-wlm 24.11.5")
+
+
 def test_a_package_that_is_missing_or_too_old_is_told_with_the_command_that_mends_it(install) -> None:
     from packaging.requirements import Requirement
 

@@ -22,7 +22,7 @@ class Bench:
         self.stop = False
 
     def stage(self, name: str) -> Stage:
-        def body(config, run):
+        def body(config, run, launch):
             self.ran.append(name)
             path = run.root / name / "result.txt"
             path.write_text(f"steps {config.pretrain.steps}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_a_signal_lets_the_step_finish_then_saves_and_stops(context: ParallelCon
         read, _, saved = run(context, TrainConfig(steps=5, global_batch=8), stop, stop_before=1)
     assert read == [0, 1, -1]
     assert saved == [2]
+
+
+def test_a_file_that_appears_stops_after_the_step_like_a_signal(context: ParallelContext, tmp_path: Path) -> None:
+    with stop_on_signals(tmp_path / "STOP") as stop:
+        assert run(context, TrainConfig(steps=2, global_batch=8), stop)[2] == [2]
+        (tmp_path / "STOP").touch()
+        read, _, saved = run(context, TrainConfig(steps=5, global_batch=8), stop)
+    assert read == [0, -1]
+    assert saved == [1]
 
 
 def test_a_signal_in_the_last_step_comes_too_late_to_stop(context: ParallelContext) -> None:
