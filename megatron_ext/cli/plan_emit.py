@@ -1,8 +1,8 @@
-"""`plan --emit DIR`: the layout as a configuration that every verb takes, and a batch script for SLURM."""
+"""`plan --emit DIR`: the layout as a configuration that every verb takes, and the job that `submit` writes of it."""
 
 from __future__ import annotations
 
-import shlex
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,22 +32,20 @@ def emit(folder: Path, source: Path, overrides: Sequence[str], config: RunConfig
     folder.mkdir(parents=True, exist_ok=True)
     header = f"# Of {source}, laid out by `megatron-ext plan` for {search.cluster.gpus} x {search.cluster.gpu.name}; what it changed has the origin `plan`."
     paths[0].write_text(f"{header}\n{explain(Resolved(resolved.config, origins))}", encoding="utf-8")
-    nodes = -(-search.cluster.gpus // search.cluster.per_node)
-    paths[1].write_text(render_sbatch(paths[0], nodes, min(search.cluster.gpus, search.cluster.per_node)), encoding="utf-8")
+    paths[1].write_text(_job(paths[0], resolved.config, search), encoding="utf-8")
     return paths
 
 
-def render_sbatch(config: Path, nodes: int, gpus_per_node: int) -> str:
-    """A SLURM script that runs the recipe of a configuration: one task a node, which starts the ranks of its devices."""
-    return (
-        "#!/bin/bash\n"
-        f"#SBATCH --nodes={nodes}\n"
-        "#SBATCH --ntasks-per-node=1\n"
-        f"#SBATCH --gpus-per-node={gpus_per_node}\n"
-        "#SBATCH --exclusive\n"
-        "set -euo pipefail\n"
-        f"srun megatron-ext run {shlex.quote(str(config))}\n"
-    )
+def _job(config: Path, resolved: RunConfig, search: Search) -> str:
+    """The job that `submit` would hand to SLURM for the planned stage on these devices."""
+    from megatron_ext.cli import submit  # brings jinja2, which planning does not need
+
+    parser = argparse.ArgumentParser()
+    submit.add_arguments(parser)
+    cluster, stage = search.cluster, search.work.stage
+    nodes, gpus = -(-cluster.gpus // cluster.per_node), min(cluster.gpus, cluster.per_node)
+    args = parser.parse_args([str(config), "--until", stage, "--nodes", str(nodes), "--gpus-per-node", str(gpus)])
+    return submit.render(resolved, stage, args)
 
 
 def _learner_changes(found: Found, stage: str) -> dict[str, Any]:

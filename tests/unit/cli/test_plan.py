@@ -100,7 +100,7 @@ def test_what_is_emitted_is_a_configuration_that_training_accepts(source: str, t
     assert "parallel.num_ranks" not in resolved.origins or "# plan" in (tmp_path / "plan" / "config.yaml").read_text()
     script = (tmp_path / "plan" / "run.sbatch").read_text()
     assert "#SBATCH --nodes=8" in script
-    assert f"srun megatron-ext run {tmp_path}/plan/config.yaml" in script
+    assert f"megatron_ext.cli run {tmp_path}/plan/config.yaml" in script and "scontrol requeue" in script
     subprocess.run(["bash", "-n", str(tmp_path / "plan" / "run.sbatch")], check=True)
     assert "is there already" in plan(capsys, source, "--gpus", "64", "--gpu", "h200", "--emit", str(tmp_path / "plan"), code=2)
 
