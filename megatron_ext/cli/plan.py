@@ -17,14 +17,14 @@ from megatron_ext.cli.plan_tables import Printer
 from megatron_ext.config.load import Resolved, load_config
 from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import EXIT_OK, ConfigError, UserError
-from megatron_ext.parallel.calibrate import Fitted, calibrate
-from megatron_ext.parallel.fleet import FleetFound, FleetPlans, FleetSearch
-from megatron_ext.parallel.hardware import Cluster, find_gpu, read_gpus
-from megatron_ext.parallel.layout_names import Named, parse_name
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.rollouts import answers_of
-from megatron_ext.parallel.search import Found, Plans, Search
-from megatron_ext.parallel.workload import Assumed, StageName, prompt_tokens, tiles_of_a_row, workload
+from megatron_ext.parallel.planner.calibrate import Fitted, calibrate
+from megatron_ext.parallel.planner.fleet import FleetFound, FleetPlans, FleetSearch
+from megatron_ext.parallel.planner.hardware import Cluster, find_gpu, read_gpus
+from megatron_ext.parallel.planner.layout_names import Named, parse_name
+from megatron_ext.parallel.planner.rollouts import answers_of
+from megatron_ext.parallel.planner.search import Found, Plans, Search
+from megatron_ext.parallel.planner.workload import Assumed, StageName, prompt_tokens, tiles_of_a_row, workload
 
 _EPILOG = """Nothing is trained and no GPU is needed: memory and times are predicted by formula; docs/plans.md says what was checked against what.
 A layout is written as TP4xPP2xEP8; what it does not name is 1. Recompute and rows of a micro-batch may follow: TP4xEP8-full-mb2.
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file, such as sft.train_vision=false")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="devices")
     parser.add_argument(
-        "--gpu", default="h100-80gb", metavar="TYPE", help="their type (default h100-80gb): a name of megatron_ext/parallel/gpus.yaml, or its start"
+        "--gpu", default="h100-80gb", metavar="TYPE", help="their type (default h100-80gb): a name of megatron_ext/parallel/planner/gpus.yaml, or its start"
     )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="devices of a node (default 8)")
-    parser.add_argument("--gpus-file", type=Path, metavar="FILE", help="more types, or other numbers, in the form of megatron_ext/parallel/gpus.yaml")
+    parser.add_argument("--gpus-file", type=Path, metavar="FILE", help="more types, or other numbers, in the form of megatron_ext/parallel/planner/gpus.yaml")
     parser.add_argument("--stage", choices=("pretrain", "sft", "rl"), help="default: rl where the file says something of it, else sft, else pretrain")
     parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=N", help="keep axes fixed: tp, cp, pp, vpp, ep, etp")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), help="default: the least that fits")

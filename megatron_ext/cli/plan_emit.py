@@ -11,10 +11,10 @@ from megatron_ext.cli.options import layout_problems
 from megatron_ext.config.load import Resolved, explain, load_config
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.fleet import FleetFound
-from megatron_ext.parallel.layout_names import AXES
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.search import Found, Search
+from megatron_ext.parallel.planner.fleet import FleetFound
+from megatron_ext.parallel.planner.layout_names import AXES
+from megatron_ext.parallel.planner.search import Found, Search
 
 CONFIG, SBATCH = "config.yaml", "run.sbatch"
 

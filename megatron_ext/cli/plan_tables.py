@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_ext.config.sizes import count_parameters
-from megatron_ext.parallel.calibrate import Fitted
-from megatron_ext.parallel.fit import Memory
-from megatron_ext.parallel.fleet import FleetFound, FleetPlans, FleetSearch
-from megatron_ext.parallel.search import GIB, Found, Plans, Refusal, Search
+from megatron_ext.parallel.planner.calibrate import Fitted
+from megatron_ext.parallel.planner.fit import Memory
+from megatron_ext.parallel.planner.fleet import FleetFound, FleetPlans, FleetSearch
+from megatron_ext.parallel.planner.search import GIB, Found, Plans, Refusal, Search
 
 MEMORY_PARTS = {
     "weights": "weights_bytes",

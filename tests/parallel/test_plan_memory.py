@@ -9,8 +9,8 @@ import pytest
 
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.parallel.local import run_ranks
-from megatron_ext.parallel.memory import learner_state
-from megatron_ext.parallel.tensors import Training
+from megatron_ext.parallel.planner.memory import learner_state
+from megatron_ext.parallel.planner.tensors import Training
 from tests.parallel.test_layouts import CASES as TRAINED
 from tests.support.layouts import TAPS, Case
 from tests.support.models import small_config

@@ -9,7 +9,7 @@ import torch
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.parallel.memory import Rank
+from megatron_ext.parallel.planner.memory import Rank
 from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
 from tests.support.layouts import TAPS, Case
 from tests.support.models import IMAGE, small_config

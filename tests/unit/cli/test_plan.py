@@ -59,7 +59,7 @@ def test_a_layout_that_is_refused_is_told_with_exit_code_2(capsys: pytest.Captur
         ([SFT, "--gpus", "64", "--why", "TP4xDP8"], "DP8 is not what --gpus 64 leave over tp * cp * pp = 4"),
         ([SFT, "--gpus", "64", "--row-tokens", "99999"], "--row-tokens: 99999 is not above 0 and at most data.max_length = 16384"),
         ([SFT, "--gpus", "64", "--row-tiles", "100"], "--row-tiles: 100 tiles take 25600 image tokens, and data.max_length = 16384"),
-        ([RL, "--gpus", "64", "--prompt-tokens", "9000"], "--prompt-tokens: 9000 and rollout.max_new_tokens = 32768 exceed model.max_positions = 40960"),
+        ([RL, "--gpus", "64", "--prompt-tokens", "39000"], "--prompt-tokens: 39000 and rollout.max_new_tokens = 4096 exceed model.max_positions = 40960"),
         ([SFT, "--gpus", "1"], "--gpus 1: no layout fits h100-80gb"),
         ([SFT, "--gpus", "8", "sft.gobal_batch=3"], "did you mean sft.global_batch"),
         (

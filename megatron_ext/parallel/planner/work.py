@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
-from megatron_ext.parallel.activations import Activations
-from megatron_ext.parallel.hardware import Cluster
+from megatron_ext.parallel.planner.activations import Activations
+from megatron_ext.parallel.planner.hardware import Cluster
 from megatron_ext.parallel.stages import Stage
 
 VIT_LAYER, TAP = 0.25, 0.5

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from megatron_ext.parallel.tensors import Run
+from megatron_ext.parallel.planner.tensors import Run
 
 ALIGN = 64
 BUCKET_ALIGN = 128

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.config.sizes import count_parameters, vision_tokens
-from megatron_ext.parallel.activations import Activations, Microbatch
-from megatron_ext.parallel.hardware import Cluster
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.activations import Activations, Microbatch
+from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.tensors import chunk_runs
+from megatron_ext.parallel.planner.work import Work
 from megatron_ext.parallel.stages import pipeline_stages
-from megatron_ext.parallel.tensors import chunk_runs
-from megatron_ext.parallel.work import Work
 
 COMPACTION = 0.375
 """Of the cache: its keys, or its values, are copied for the three quarters of rows that still run (`engine.COMPACT_BELOW`)."""

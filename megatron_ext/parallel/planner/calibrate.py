@@ -17,11 +17,11 @@ from megatron_ext.config.load import load_config
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.observe.metrics_file import FILE_NAME, Record, read_metrics
-from megatron_ext.parallel.hardware import Cluster, Gpu
-from megatron_ext.parallel.layout_names import name_of
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.search import Search
-from megatron_ext.parallel.workload import Assumed, Workload, workload
+from megatron_ext.parallel.planner.hardware import Cluster, Gpu
+from megatron_ext.parallel.planner.layout_names import name_of
+from megatron_ext.parallel.planner.search import Search
+from megatron_ext.parallel.planner.workload import Assumed, Workload, workload
 
 STEP, POSITIONS, TILES = "timing_s/step", "data/positions_per_row", "data/tiles_per_row"
 CONSTANTS = ("mfu", "link_efficiency", "layer_overhead_s", "step_overhead_s")

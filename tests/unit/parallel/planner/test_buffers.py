@@ -16,9 +16,9 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.parallel.buffers import Held, buffer
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.parallel.tensors import Run
+from megatron_ext.parallel.planner.buffers import Held, buffer
+from megatron_ext.parallel.planner.tensors import Run
 
 RUNS = st.lists(
     st.builds(Run, st.just("norms"), st.lists(st.integers(1, 300), min_size=1, max_size=3).map(tuple), st.integers(1, 5), own_bucket=st.just(False)),

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import vision_tokens
-from megatron_ext.parallel.activations import CPU, GPU, Activations, Microbatch
-from megatron_ext.parallel.hardware import Cluster
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.work import Held, Parts, Work, parts
-from megatron_ext.parallel.workload import Workload
+from megatron_ext.parallel.planner.activations import CPU, GPU, Activations, Microbatch
+from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.work import Held, Parts, Work, parts
+from megatron_ext.parallel.planner.workload import Workload
 
 _ADAM_BYTES = 44
 """Read and written for each parameter of a rank's shard: gradient (4), two moments (16), float32 weights (8), the weight (4), norm, clipping, division (12)."""

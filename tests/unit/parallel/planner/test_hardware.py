@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.hardware import Cluster, find_gpu, read_gpus
+from megatron_ext.parallel.planner.hardware import Cluster, find_gpu, read_gpus
 
 GPUS = read_gpus()
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_ext.config.load import explain, load_config
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.calibrate import calibrate, fit, read_runs
-from megatron_ext.parallel.hardware import find_gpu, read_gpus
+from megatron_ext.parallel.planner.calibrate import calibrate, fit, read_runs
+from megatron_ext.parallel.planner.hardware import find_gpu, read_gpus
 
 GPU = find_gpu("cpu-core", read_gpus())
 TWO = "parallel.num_ranks=2"

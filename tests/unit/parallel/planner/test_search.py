@@ -10,13 +10,13 @@ import pytest
 from megatron_ext.config.load import load_config
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.hardware import Cluster, find_gpu, read_gpus
-from megatron_ext.parallel.layout_names import parse_name
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.search import Found, Search
-from megatron_ext.parallel.workload import Assumed, workload
+from megatron_ext.parallel.planner.hardware import Cluster, find_gpu, read_gpus
+from megatron_ext.parallel.planner.layout_names import parse_name
+from megatron_ext.parallel.planner.search import Found, Search
+from megatron_ext.parallel.planner.workload import Assumed, workload
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SFT = ROOT / "examples" / "internvl3_5_30b_a3b" / "sft.yaml"
 TINY = ["name=t"]
 

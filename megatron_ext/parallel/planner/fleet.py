@@ -14,10 +14,10 @@ from functools import cached_property
 
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.layout_names import name_of
 from megatron_ext.parallel.plan import Layout, check_rollout_layout
-from megatron_ext.parallel.rollouts import Answers, GenerationTimes, Replica, RolloutMemory, rank_numels, refit_s, replica_layout
-from megatron_ext.parallel.search import GIB, Found, Plans, Refusal, Search
+from megatron_ext.parallel.planner.layout_names import name_of
+from megatron_ext.parallel.planner.rollouts import Answers, GenerationTimes, Replica, RolloutMemory, rank_numels, refit_s, replica_layout
+from megatron_ext.parallel.planner.search import GIB, Found, Plans, Refusal, Search
 
 LEARNERS = 24
 """How many of the fastest learner layouts are paired with rollouts."""

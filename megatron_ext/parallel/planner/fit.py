@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.parallel.activations import CPU, GPU, Activations, Microbatch
-from megatron_ext.parallel.hardware import Gpu
-from megatron_ext.parallel.memory import PartState, State, bucket_of, frozen_state, part_state, total
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.activations import CPU, GPU, Activations, Microbatch
+from megatron_ext.parallel.planner.hardware import Gpu
+from megatron_ext.parallel.planner.memory import PartState, State, bucket_of, frozen_state, part_state, total
+from megatron_ext.parallel.planner.tensors import Run, chunk_runs
+from megatron_ext.parallel.planner.workload import Workload
 from megatron_ext.parallel.stages import Stage, pipeline_stages
-from megatron_ext.parallel.tensors import Run, chunk_runs
-from megatron_ext.parallel.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_ext.config.schema import ClvrConfig, ParallelConfig
-from megatron_ext.parallel.activations import CPU, Activations, Microbatch
-from megatron_ext.parallel.fit import in_flight
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.activations import CPU, Activations, Microbatch
+from megatron_ext.parallel.planner.fit import in_flight
 from megatron_ext.training.microbatches import microbatches
 from tests.support.models import small_config
 from tests.support.training import PAD, start, token_batch

@@ -134,9 +134,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         table = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError("--gpus-file", f"{file} cannot be read ({error.strerror})", "give a YAML file such as megatron_ext/parallel/gpus.yaml") from None
+        raise UserError(
+            "--gpus-file", f"{file} cannot be read ({error.strerror})", "give a YAML file such as megatron_ext/parallel/planner/gpus.yaml"
+        ) from None
     except yaml.YAMLError as error:
-        raise UserError("--gpus-file", f"{file} is not YAML ({error})", "start from megatron_ext/parallel/gpus.yaml") from None
+        raise UserError("--gpus-file", f"{file} is not YAML ({error})", "start from megatron_ext/parallel/planner/gpus.yaml") from None
     if not isinstance(table, dict):
         raise UserError("--gpus-file", f"{file} has no sections", "write `gpus:` and the types below it")
     return table

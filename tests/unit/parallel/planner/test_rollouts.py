@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config.load import load_config
-from megatron_ext.parallel.fleet import FleetSearch, splits
-from megatron_ext.parallel.hardware import Cluster, find_gpu, read_gpus
-from megatron_ext.parallel.rollouts import Answers, Replica, answers_of, rank_numels, refit_s, replica_layout
-from megatron_ext.parallel.search import Search
-from megatron_ext.parallel.workload import Assumed, prompt_tokens, workload
+from megatron_ext.parallel.planner.fleet import FleetSearch, splits
+from megatron_ext.parallel.planner.hardware import Cluster, find_gpu, read_gpus
+from megatron_ext.parallel.planner.rollouts import Answers, Replica, answers_of, rank_numels, refit_s, replica_layout
+from megatron_ext.parallel.planner.search import Search
+from megatron_ext.parallel.planner.workload import Assumed, prompt_tokens, workload
 
-RL = Path(__file__).parents[3] / "examples" / "internvl3_5_30b_a3b" / "rl.yaml"
+RL = Path(__file__).parents[4] / "examples" / "internvl3_5_30b_a3b" / "rl.yaml"
 CONFIG = load_config(RL).config
 H200 = Cluster(find_gpu("h200", read_gpus()), 64, 8)
 

@@ -8,8 +8,8 @@ from megatron_ext.config.load import load_config
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.config.sizes import count_parameters
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.tensors import PARTS, chunk_runs
 from megatron_ext.parallel.stages import pipeline_stages
-from megatron_ext.parallel.tensors import PARTS, chunk_runs
 
 
 @pytest.mark.parametrize("preset", ["tiny", "internvl3_5_30b_a3b"])

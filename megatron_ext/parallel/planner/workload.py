@@ -9,7 +9,7 @@ from typing import Literal
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.tensors import Training
+from megatron_ext.parallel.planner.tensors import Training
 
 StageName = Literal["pretrain", "sft", "rl"]
 

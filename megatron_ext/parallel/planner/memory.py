@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
-from megatron_ext.parallel.buffers import bucket_numel_of, buffer
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.buffers import bucket_numel_of, buffer
+from megatron_ext.parallel.planner.tensors import ChunkRuns, Run, Training, chunk_runs
 from megatron_ext.parallel.stages import Stage, pipeline_stages
-from megatron_ext.parallel.tensors import ChunkRuns, Run, Training, chunk_runs
 
 
 @dataclass(frozen=True)

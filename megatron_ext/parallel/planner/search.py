@@ -21,13 +21,13 @@ from functools import cached_property
 from megatron_ext.config.rules import check_rules
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.parallel.fit import Memory, Sizer
-from megatron_ext.parallel.hardware import Cluster
-from megatron_ext.parallel.layout_names import AXES, RECOMPUTE, name_of
 from megatron_ext.parallel.plan import Layout, check_layout
-from megatron_ext.parallel.times import StepTimes, Timer
-from megatron_ext.parallel.work import Held, held_by
-from megatron_ext.parallel.workload import Workload
+from megatron_ext.parallel.planner.fit import Memory, Sizer
+from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.layout_names import AXES, RECOMPUTE, name_of
+from megatron_ext.parallel.planner.times import StepTimes, Timer
+from megatron_ext.parallel.planner.work import Held, held_by
+from megatron_ext.parallel.planner.workload import Workload
 
 MOST_TP, MOST_CP = 16, 16
 INTERLEAVED = 48
