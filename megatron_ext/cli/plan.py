@@ -33,7 +33,7 @@ examples:
   megatron-ext plan examples/internvl3_5_30b_a3b/sft.yaml --gpus 64
   megatron-ext plan examples/internvl3_5_30b_a3b/sft.yaml --gpus 64 --gpu h200 sft.train_vision=false
   megatron-ext plan examples/internvl3_5_30b_a3b/sft.yaml --gpus 64 --why TP2xPP2xEP8
-  megatron-ext plan examples/internvl3_5_30b_a3b/rl.yaml --gpus 64 --response-tokens 6000
+  megatron-ext plan examples/internvl3_5_30b_a3b/rl.yaml --gpus 64 --gpu h200 --response-tokens 1500
   megatron-ext plan examples/internvl3_5_30b_a3b/sft.yaml --gpus 64 --only tp=1 --emit plans/tp1
   megatron-ext plan examples/tiny.yaml --gpus 2 --gpu cpu-core --gpus-per-node 2 --calibrate runs/tiny"""
 

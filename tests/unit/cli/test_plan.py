@@ -75,7 +75,7 @@ def test_a_question_that_makes_no_sense_is_answered_with_what_would(arguments: l
 
 
 def test_rollouts_share_the_devices_or_have_their_own(capsys: pytest.CaptureFixture[str]) -> None:
-    said = json.loads(plan(capsys, RL, "--gpus", "64", "--gpu", "h200", "--response-tokens", "6000", "--json"))
+    said = json.loads(plan(capsys, RL, "--gpus", "64", "--gpu", "h200", "--response-tokens", "3000", "--json"))
     best = said["found"][0]
     assert said["stage"] == "rl"
     assert best["learner_gpus"] + best["rollout_gpus"] == 64 or best["colocated"]
