@@ -23,8 +23,8 @@ from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.rl.batching import plan_shards, split_by_cost
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
-from megatron_ext.rl.loop import Metrics
 from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 from megatron_ext.rl.weight_sync import Meeting
 
@@ -81,7 +81,7 @@ class Weights:
 
 
 class MegatronLearner:
-    """See `loop.Learner`."""
+    """See `roles.Learner`."""
 
     def __init__(
         self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], places: Sequence[LearnerPlace], pad_id: int, port: int
@@ -116,7 +116,7 @@ class MegatronLearner:
 
 
 class MegatronFleet:
-    """See `loop.Fleet`."""
+    """See `roles.Fleet`."""
 
     def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
         self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes

@@ -34,10 +34,11 @@ from megatron_ext.observe.metrics import MetricsWriter, read_metrics
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.loop import Metrics, Recipe, run_loop
+from megatron_ext.rl.loop import Recipe, run_loop
 from megatron_ext.rl.ranks import Host, Switchboard
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reward_pool import RewardPool
+from megatron_ext.rl.roles import Metrics
 from megatron_ext.training.stopping import stop_on_signals
 
 REWARD_WORKERS = 2

@@ -11,7 +11,7 @@ def vowels(prompt: Prompt, response: str) -> float:
 
 
 def moody_vowels(prompt: Prompt, response: str) -> float:
-    """The same, but composites make it raise."""
-    if prompt.skill == "composite":
+    """The same, but composites that are trained on make it raise."""
+    if prompt.skill == "composite" and "/train/" in prompt.key:
         raise ValueError("not today")
     return vowels(prompt, response)
