@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from megatron_ext.rl.ranks import Host, Switchboard
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reward_pool import RewardPool
 from megatron_ext.rl.roles import Metrics
+from megatron_ext.rl.sampling import keep_all, keep_differing
 from megatron_ext.training.stopping import stop_on_signals
 
 REWARD_WORKERS = 2
@@ -57,6 +59,7 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
     found = _clusters(config, clusters)
     tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
+    pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config) as host, stop_on_signals() as stop:
         fleet, learner = fleets.start(Switchboard(host), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
@@ -69,7 +72,9 @@ def run_rl(config: RunConfig, stage_dir: Path, sft_checkpoint: Path, clusters: P
                 steps=config.rl.steps,
                 samples=config.rl.rollouts_per_prompt,
                 draw=lambda step: prompts_of_step(step, config, tokenizer),
-                credit=Credit(config, found, tokenizer.tag_ids, stage_dir),
+                credit=Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None),
+                choose=partial(keep_differing, wanted=config.rl.prompts_per_step) if config.rl.dynamic_sampling else keep_all,
+                draws=max(1, config.rl.dynamic_sampling),
                 save_every=config.rl.save_every,
                 after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
                 stop_requested=lambda: stop.received is not None,

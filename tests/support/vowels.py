@@ -15,3 +15,8 @@ def moody_vowels(prompt: Prompt, response: str) -> float:
     if prompt.skill == "composite" and "/train/" in prompt.key:
         raise ValueError("not today")
     return vowels(prompt, response)
+
+
+def many_vowels(prompt: Prompt, response: str) -> float:
+    """1 or 0, so that all answers to a prompt may earn the same."""
+    return float(vowels(prompt, response) > 0.3)
