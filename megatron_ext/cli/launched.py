@@ -61,8 +61,8 @@ def launched(environment: Environment) -> Iterator[Launch | None]:
     elif count == 1:
         yield Launch(stop_file=logs / STOP)
     elif number == 0:
-        from megatron_ext.rl.ray_private import read_token
         from megatron_ext.rl.ray_node import Nodes, open_desk
+        from megatron_ext.rl.ray_private import read_token
 
         read_token(logs / TOKEN)
         with open_desk(addresses[0], port, count) as desk:

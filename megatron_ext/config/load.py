@@ -1,6 +1,6 @@
 """From a YAML file and overrides to one `RunConfig`, with the origin of every value.
 
-    defaults <- preset <- file.yaml <- a.b.c=value         each layer overwrites single values, not whole sections
+    defaults <- preset <- algorithm <- file.yaml <- a.b.c=value         each layer overwrites single values, not whole sections
         -> strict validation -> rules between fields -> Resolved
 
 Everything that is wrong is reported at once: unknown keys with what was probably meant, wrong types, broken rules, each with field, place and remedy.
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.messages import plain_words
 from megatron_ext.config.presets import PRESETS
 from megatron_ext.config.rules import check_rules
@@ -32,7 +33,8 @@ Check = Callable[[RunConfig], list[UserError]]
 
 @dataclass(frozen=True)
 class Resolved:
-    """A valid configuration. `origins` maps every dotted field to `default`, `preset <name>`, `<file>:<line>` or `command line`."""
+    """A valid configuration. `origins` maps every dotted field to `default`, `preset <name>`, `algorithm <name>`, `<file>:<line>` or
+    `command line`."""
 
     config: RunConfig
     origins: dict[str, str]
@@ -46,7 +48,8 @@ def load_config(path: Path | str | None, overrides: Sequence[str] = (), checks: 
     builder = _Builder()
     located = read_yaml(Path(path)) if path is not None else Located({}, "default")
     given = builder.parse_overrides(overrides)
-    builder.apply_preset(_preset_name(located, given))
+    builder.apply_preset(_named(located, given, "model", "preset", "tiny"))
+    builder.apply_algorithm(_named(located, given, "rl", "algorithm", "grpo"))
     builder.merge(located, RunConfig, "")
     for dotted, value in given.items():
         builder.override(dotted, value)
@@ -101,6 +104,11 @@ class _Builder:
             self._problem("model.preset", chosen.origin, f"there is no preset {chosen.value!r}", remedy)
         else:
             self.merge(_located(preset, f"preset {chosen.value}"), RunConfig, "")
+
+    def apply_algorithm(self, chosen: Located) -> None:
+        """A name that does not exist is left to the validation, which knows those that do."""
+        parts = ALGORITHMS.get(chosen.value, {}) if isinstance(chosen.value, str) else {}
+        self.merge(_located({"rl": parts}, f"algorithm {chosen.value}"), RunConfig, "")
 
     def merge(self, located: Located, section: type[BaseModel], prefix: str) -> None:
         for key, item in located.value.items():
@@ -213,13 +221,14 @@ def _located(value: Any, origin: str) -> Located:
     return Located({key: _located(item, origin) for key, item in value.items()} if isinstance(value, dict) else value, origin)
 
 
-def _preset_name(located: Located, given: dict[str, Any]) -> Located:
-    if "model.preset" in given:
-        return Located(given["model.preset"], COMMAND_LINE)
-    model = located.value.get("model")
-    if model is not None and isinstance(model.value, dict) and "preset" in model.value:
-        return Located(model.value["preset"].value, model.value["preset"].origin)
-    return Located("tiny", "default")
+def _named(located: Located, given: dict[str, Any], section: str, field: str, default: str) -> Located:
+    """What the command line, the file or nobody says about a field that names further values."""
+    if f"{section}.{field}" in given:
+        return Located(given[f"{section}.{field}"], COMMAND_LINE)
+    inside = located.value.get(section)
+    if inside is not None and isinstance(inside.value, dict) and field in inside.value:
+        return Located(inside.value[field].value, inside.value[field].origin)
+    return Located(default, "default")
 
 
 def _did_you_mean(word: str, words: list[str], cutoff: float = 0.6) -> str:

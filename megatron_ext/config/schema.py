@@ -20,6 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Correction, KlEstimator, KlPlacement, Surrogate
+
 
 class Section(BaseModel):
     """A frozen section whose unknown keys are errors. `config/load.py` also refuses numbers written as strings."""
@@ -281,12 +283,41 @@ class RLConfig(Section):
     """Optimizer steps per batch of rollouts."""
     mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
     """Weights of the suite's kinds of question. A JSONL file is asked from as it is."""
-    algorithm: Literal["grpo", "dr_grpo"] = "grpo"
+    algorithm: Algorithm = "grpo"
+    """A name for parts of the objective, the fields from here to `icepop_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
+    part that is set by itself wins."""
+    advantage: Advantage = "grpo"
+    """How rewards become advantages: within the group (`grpo`: over its spread; `dr_grpo`; `rloo`: against the mean of the others), over the whole batch
+    (`reinforce_pp`; `reinforce_pp_baseline` takes the group's mean off first), or each named reward by itself (`gdpo`)."""
+    reward_weights: dict[str, float] = Field(default_factory=dict)
+    """With `gdpo`: the named parts of the reward and their weights."""
+    overlong_share: float = Field(0.0, ge=0, lt=1)
+    """An answer that reaches into the last this share of `rollout.max_new_tokens` loses reward, linearly; correctness stays what it is. 0: none does."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """What an answer loses that is as long as allowed."""
+    dynamic_sampling: int = Field(0, ge=0)
+    """Groups whose answers all earn the same are set aside, and further prompts are asked in their place until there are `prompts_per_step` groups: at most
+    this many batches of prompts a step, which generation pays for (1: no further ones). 0: every group is trained on."""
+    surrogate: Surrogate = "clip"
+    """What is weighed by advantages: the clipped ratio of each token, of the whole answer (`gspo`), or log-probs by a clipped ratio (`cispo`)."""
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.28, gt=0)
+    """A ratio counts within [1 - clip_low, 1 + clip_high]. With `cispo`, clip_low = 1 is no lower bound."""
     dual_clip: float = Field(3.0, gt=1)
+    """With `clip`: the largest ratio that counts for an answer worse than the others."""
+    aggregation: Aggregation = "token_mean"
+    """How the losses of tokens become one: mean over all tokens; or mean over answers of each answer's mean, of its sum, or of its sum over
+    `rollout.max_new_tokens`."""
     kl_coeff: float = Field(0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy || SFT model); 0 keeps no reference model."""
+    """Weight of the KL to the model that RL started from; 0 keeps no such model. Its memory and one more forward pass a step otherwise."""
+    kl_estimator: KlEstimator = "k3"
+    """Of log-ratios d of the sampled tokens: d, d^2 / 2, or exp(-d) + d - 1."""
+    kl_placement: KlPlacement = "loss"
+    """A term of the loss, or a penalty on the reward of each answer."""
+    mismatch_correction: Correction = "none"
+    """Weight of a token by its probability in the learner over that at rollout: cut at `tis_cap`, or 0 outside `icepop_band`."""
+    tis_cap: float = Field(2.0, ge=1)
+    icepop_band: tuple[float, float] = (0.5, 5.0)
     router_lr_scale: float = Field(0.1, ge=0)
     """The router learns this many times slower; 0 freezes it."""
     replay_routes: bool = True

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_ext.batch import LearnerBatch, Prompt, ScoredRollout, Tiles, route_digest
+from megatron_ext.batch import LearnerBatch, Prompt, Rollout, ScoredRollout, Tiles, route_digest
 from megatron_ext.shapes import check_shape
 
 FILLER_KEY = ""
@@ -59,6 +59,10 @@ class Shard:
             tuple(self.keys_B[row] for row in rows_B),
             tuple(self.digests_B[row] for row in rows_B),
         )
+
+
+def row_key(rollout: Rollout) -> str:
+    return f"{rollout.prompt.key}#{rollout.sample}"
 
 
 def plan_shards(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, *, minibatches: int, dp_size: int, multiple: int, pad_id: int) -> list[list[Shard]]:
@@ -113,7 +117,7 @@ def join(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, rows: int, f
     for row, answer in enumerate(scored):
         _write_row(batch, row, answer)
     filler = (FILLER_KEY,) * (rows - len(scored))
-    keys = tuple(f"{answer.rollout.prompt.key}#{answer.rollout.sample}" for answer in scored)
+    keys = tuple(row_key(answer.rollout) for answer in scored)
     return Shard(batch, lengths_B, keys + filler, tuple(route_digest(answer.rollout.routes.experts_SLK) for answer in scored) + filler)
 
 

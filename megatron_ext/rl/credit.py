@@ -1,6 +1,6 @@
-"""From the rewards of a step to advantages: the group's own comparison, then the EARL bonus.
+"""From the rewards of a step to advantages: shaping, comparison, then the EARL bonus.
 
-    scored rollouts -> table [P, G] -> group_advantages -> + clip(lambda B, ...) -> advantages_R, in the order of the rollouts
+    scored rollouts -> table [P, G] -> + overlong, KL -> advantage.py -> + clip(lambda B, ...) -> advantages_R, in the order of the rollouts
 
 Rollouts that failed leave holes in the table: they take no part in their group's statistics.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,13 @@ from megatron_ext.earl.bonus import EarlBonus, apply_bonus, lambda_at
 from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.spans import Span, tag_spans
 from megatron_ext.earl.statistics import sigma_from
-from megatron_ext.rl.advantage import alike, group_advantages
+from megatron_ext.errors import UserError
+from megatron_ext.rl.advantage import alike, batch_advantages, group_advantages, multi_reward_advantages
+from megatron_ext.rl.shaping import overlong
 
 SIGMA_FILE = "earl_sigma.json"
 TagIds = Mapping[str, tuple[int, int]]
+ReferenceKl = Callable[[Sequence[ScoredRollout]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -57,30 +60,54 @@ class Table:
 
 
 class Credit:
-    """The credit of one run; see `loop.Recipe`. Without clusters there is no bonus.
+    """The credit of one run; see `loop.Recipe`. Without clusters there is no bonus. `reference_kl`: how far answers are from the reference; asked where
+    the reward pays for that.
 
     A skill's sigma comes from discovery. One that discovery does not know (a composite whose sub-tasks are scored) is taken from the first correct answers,
     before RL has changed much, and kept in `stage_dir`, so that a resumed run uses the same.
     """
 
-    def __init__(self, config: RunConfig, clusters: ExpertClusters | None, tags: TagIds, stage_dir: Path) -> None:
+    def __init__(self, config: RunConfig, clusters: ExpertClusters | None, tags: TagIds, stage_dir: Path, reference_kl: ReferenceKl | None = None) -> None:
         self._config, self._clusters, self._tags, self._file = config, clusters, tags, stage_dir / SIGMA_FILE
+        self._reference_kl = reference_kl
         self._sigma: dict[str, float] = {}
         if clusters is not None:
             self._sigma = clusters.sigmas() | (json.loads(self._file.read_text()) if self._file.exists() else {})
 
     def __call__(self, scored: Sequence[ScoredRollout], step: int) -> tuple[np.ndarray, dict[str, float]]:
-        rl = self._config.rl
-        table = Table.of(scored, rl.rollouts_per_prompt)
+        table = Table.of(scored, self._config.rl.rollouts_per_prompt)
         rewards_PG = table.spread(np.array([answer.reward for answer in scored]))
-        advantages_PG = group_advantages(rewards_PG, table.valid_PG, rl.algorithm)
-        metrics = {"reward/frac_zero_std_groups": float(alike(rewards_PG, table.valid_PG).mean())}
+        shaping_R, metrics = self._shaping(scored)
+        advantages_PG = self._advantages(scored, table, rewards_PG + table.spread(shaping_R))
         if self._clusters is not None:
             advantages_PG, earl_metrics = self._with_bonus(self._clusters, scored, table, rewards_PG, advantages_PG, step)
             metrics |= earl_metrics
         advantages_R = table.gather(advantages_PG)
         metrics |= {f"advantage/{name}": float(getattr(advantages_R, name)()) for name in ("mean", "min", "max")}
         return advantages_R, metrics
+
+    def _shaping(self, scored: Sequence[ScoredRollout]) -> tuple[np.ndarray, dict[str, float]]:
+        """What is added to each task reward."""
+        rl, metrics = self._config.rl, {}
+        lengths_R = np.array([len(answer.rollout.response_T) for answer in scored])
+        shaping_R = overlong(lengths_R, self._config.rollout.max_new_tokens, rl.overlong_share, rl.overlong_penalty)
+        if rl.overlong_share > 0:
+            metrics["reward/overlong/mean"] = float(shaping_R.mean())
+        if self._reference_kl is not None:
+            kl_R = rl.kl_coeff * self._reference_kl(scored)
+            shaping_R = shaping_R - kl_R
+            metrics["reward/kl/mean"] = -float(kl_R.mean())
+        return shaping_R, metrics
+
+    def _advantages(self, scored: Sequence[ScoredRollout], table: Table, rewards_PG: np.ndarray) -> np.ndarray:
+        rl = self._config.rl
+        if rl.advantage == "gdpo":
+            named_KPG = np.stack([table.spread(np.array([_part(answer, name) for answer in scored])) for name in rl.reward_weights])
+            return multi_reward_advantages(named_KPG, np.array(list(rl.reward_weights.values())), table.valid_PG)
+        if rl.advantage == "reinforce_pp" or rl.advantage == "reinforce_pp_baseline":
+            tokens_PG = table.spread(np.array([len(answer.rollout.response_T) for answer in scored]))
+            return batch_advantages(rewards_PG, table.valid_PG, tokens_PG, baseline=rl.advantage == "reinforce_pp_baseline")
+        return group_advantages(rewards_PG, table.valid_PG, rl.advantage)
 
     def _with_bonus(
         self, clusters: ExpertClusters, scored: Sequence[ScoredRollout], table: Table, rewards_PG: np.ndarray, task_PG: np.ndarray, step: int
@@ -91,6 +118,7 @@ class Credit:
         if self._learn_sigma(scored, mass_R):
             bonus = EarlBonus(clusters, earl, self._sigma)
         bonus_PG = bonus.bonus(table.spread(mass_R), rewards_PG, table.valid_PG, table.skill_P)
+        bonus_PG[alike(rewards_PG, table.valid_PG)] = 0.0  # an advantage over the batch, or shaping, may leave such a group some
         weight = lambda_at(step, self._config.rl.steps, earl)
         wrong_PG = table.valid_PG & (rewards_PG < earl.correct_threshold)
         advantages_PG = apply_bonus(task_PG, bonus_PG, weight, earl.max_share, wrong_PG)
@@ -125,3 +153,10 @@ class Credit:
         draft.write_text(json.dumps(self._sigma, indent=1))
         draft.replace(self._file)
         return True
+
+
+def _part(answer: ScoredRollout, name: str) -> float:
+    if name not in answer.rewards:
+        given = ", ".join(answer.rewards) or "none"
+        raise UserError(f"rl.reward_weights.{name}", f"the reward of {answer.rollout.prompt.key} has no such part; its parts: {given}", "weigh one that it has")
+    return answer.rewards[name]

@@ -21,10 +21,10 @@ from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.rl.batching import plan_shards, split_by_cost
+from megatron_ext.rl.batching import Shard, plan_shards, row_key, split_by_cost
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
-from megatron_ext.rl.loop import Metrics
 from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 from megatron_ext.rl.weight_sync import Meeting
 
@@ -83,7 +83,7 @@ class Weights:
 
 
 class MegatronLearner:
-    """See `loop.Learner`."""
+    """See `roles.Learner`."""
 
     def __init__(
         self,
@@ -101,18 +101,23 @@ class MegatronLearner:
         self.finished_steps = places[0].finished_steps
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
-        shards = plan_shards(
-            scored,
-            advantages_R,
-            minibatches=self._config.rl.minibatches,
-            dp_size=self._places[0].dp_size,
-            multiple=Layout.of(self._config.parallel).length_multiple,
-            pad_id=self._pad_id,
-        )
+        shards = self._shards(scored, advantages_R, self._config.rl.minibatches)
         calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         answers = self._board.ask(calls, self._deadlines.update_s)
         self.finished_steps = step + 1
         return {**answers[0], "perf/peak_memory_bytes": max(answer["perf/peak_memory_bytes"] for answer in answers)}
+
+    def reference_kl(self, scored: Sequence[ScoredRollout]) -> np.ndarray:
+        """float64 [R]: how far each answer is from the reference, the estimate of the KL summed over its tokens."""
+        shards = self._shards(scored, np.zeros(len(scored)), 1)
+        calls = [Call(rank, "reference_kl", (shards[place.dp_rank][0],)) for rank, place in zip(self._ranks, self._places, strict=True)]
+        found = {key: kl for answer in self._board.ask(calls, self._deadlines.update_s) for key, kl in answer.items()}
+        return np.array([found[row_key(answer.rollout)] for answer in scored])
+
+    def _shards(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int) -> list[list[Shard]]:
+        multiple = Layout.of(self._config.parallel).length_multiple
+        dp_size = self._places[0].dp_size
+        return plan_shards(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
 
     def weights(self) -> Weights:
         return Weights(self.finished_steps, self._ranks, self._host, self._port)
@@ -126,7 +131,7 @@ class MegatronLearner:
 
 
 class MegatronFleet:
-    """See `loop.Fleet`."""
+    """See `roles.Fleet`."""
 
     def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
         self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes

@@ -82,6 +82,10 @@ class LearnerRank:
         self._finished += 1
         return {**_over_minibatches(steps), "timing_s/old_log_prob": old_log_prob_s, "perf/peak_memory_bytes": peak_memory_bytes()}
 
+    def reference_kl(self, shard: Shard) -> dict[str, float]:
+        """See `Policy.reference_kl`."""
+        return self._policy.reference_kl(self._microbatches(shard))
+
     def open_store(self, host: str) -> int:
         """Opens the meeting place of weight publications (rank 0); its port."""
         self._store = open_store(host, STORE_TIMEOUT_S)

@@ -1,9 +1,10 @@
 """One step of reinforcement learning, and the loop around it. Start reading here.
 
-    prompts -> fleet.generate -> scorer.score -> credit -> learner.update -> fleet.publish(learner.weights()) -> next step
-                 rollouts          rewards       advantages                     new weights, new version
+    prompts -> fleet.generate -> scorer.score -> choose -> credit -> learner.update -> fleet.publish(learner.weights()) -> next step
+       ^         rollouts          rewards         |     advantages                     new weights, new version
+       +--- not enough groups to learn from -------+
 
-The loop knows three roles and nothing of how they are made: the same lines run over Ray and Megatron and over ten-line fakes in a unit test. It is
+The loop knows three roles (`roles.py`) and nothing of how they are made: the same lines run over Ray and Megatron and over ten-line fakes in a unit test. It is
 synchronous: every rollout of a step is sampled under the weights that the step then updates.
 """
 
@@ -11,44 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.errors import StoppedForRequeue, UserError
+from megatron_ext.rl.roles import Fleet, Learner, Metrics, Scorer
+from megatron_ext.rl.sampling import Choice, keep_all
 from megatron_ext.rl.stopwatch import Stopwatch
-
-Metrics = dict[str, float]
-
-
-class Fleet(Protocol):
-    """Answers prompts with the weights it was last given."""
-
-    def generate(self, prompts: Sequence[Prompt], samples: int, step: int) -> list[Rollout | FailedRollout]: ...
-    def publish(self, weights: Any) -> Metrics: ...
-
-
-class Scorer(Protocol):
-    """Rewards rollouts; one that cannot be rewarded comes back as a FailedRollout."""
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | FailedRollout]: ...
-
-
-class Learner(Protocol):
-    """Owns the weights. `weights` is whatever its fleet's `publish` understands; `save` writes a checkpoint of `step` finished steps."""
-
-    def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics: ...
-    def weights(self) -> Any: ...
-    def save(self, step: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did; `metrics` joins the numbers of every role with the seconds each took."""
+    """What one step did; `metrics` joins the numbers of every role with the seconds each took. Trained on was `scored`, not what was `set_aside`."""
 
     step: int
     scored: Sequence[ScoredRollout]
+    set_aside: Sequence[ScoredRollout]
     failed: Sequence[FailedRollout]
     advantages_R: np.ndarray
     metrics: Metrics
@@ -56,12 +36,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the loop repeats: which prompts a step draws, how rewards become advantages, when to save and when to stop."""
+    """What the loop repeats: which prompts a step draws, which groups it trains on, how rewards become advantages, when to save and when to stop.
+    Where `choose` has not enough, the step draws again, `draws` times at most: its later draws are those of the numbers from `steps` on."""
 
     steps: int
     samples: int
     draw: Callable[[int], Sequence[Prompt]]
     credit: Callable[[Sequence[ScoredRollout], int], tuple[np.ndarray, Metrics]]
+    choose: Callable[[Sequence[ScoredRollout]], Choice] = keep_all
+    draws: int = 1
     save_every: int = 0
     after_step: Callable[[StepReport], None] = lambda report: None
     stop_requested: Callable[[], bool] = lambda: False
@@ -81,19 +64,22 @@ def run_loop(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, fir
 
 
 def run_step(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, step: int) -> StepReport:
-    """Generates, scores, credits, updates, publishes. Failed rollouts are counted and reported; they are never trained on."""
-    clock = Stopwatch()
-    rollouts = fleet.generate(recipe.draw(step), recipe.samples, step)
-    clock.lap("generate")
-    answers = scorer.score([rollout for rollout in rollouts if isinstance(rollout, Rollout)])
-    clock.lap("reward")
-    scored = [answer for answer in answers if isinstance(answer, ScoredRollout)]
-    failed = [failure for failure in [*rollouts, *answers] if isinstance(failure, FailedRollout)]
+    """Generates, scores, chooses, credits, updates, publishes. Failed rollouts are counted and reported; they are never trained on."""
+    clock, scored, failed = Stopwatch(), list[ScoredRollout](), list[FailedRollout]()
+    for draw in range(recipe.draws):
+        rollouts = fleet.generate(recipe.draw(step + draw * recipe.steps), recipe.samples, step)
+        clock.lap("generate")
+        answers = scorer.score([rollout for rollout in rollouts if isinstance(rollout, Rollout)])
+        clock.lap("reward")
+        scored += [answer for answer in answers if isinstance(answer, ScoredRollout)]
+        failed += [failure for failure in [*rollouts, *answers] if isinstance(failure, FailedRollout)]
+        if (choice := recipe.choose(scored)).enough:
+            break
     if not scored:
         raise UserError(f"step {step}", f"all {len(failed)} rollouts failed; the first: {failed[0].reason}: {failed[0].detail}")
-    advantages_R, metrics = recipe.credit(scored, step)
-    metrics |= learner.update(scored, advantages_R, step)
+    advantages_R, metrics = recipe.credit(choice.kept, step)
+    metrics |= learner.update(choice.kept, advantages_R, step)
     clock.lap("update")
     metrics |= fleet.publish(learner.weights())
     clock.lap("sync")
-    return StepReport(step, scored, failed, advantages_R, metrics | clock.seconds())
+    return StepReport(step, choice.kept, choice.set_aside, failed, advantages_R, metrics | clock.seconds())

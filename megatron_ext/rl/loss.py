@@ -1,21 +1,17 @@
-"""The policy loss: per-token clipped ratio with dual clip, and the k3 estimate of KL(policy || reference). Tensors in; a sum, its divisor and metrics out.
+"""The policy loss of a micro-batch. Tensors in; a sum, its divisor and metrics out.
 
     l = log pi, o = log pi_old (recomputed by the learner), mu = log-prob at rollout, m = response mask;   all [B, S], position s holding the token s
-    r = exp(clamp(l - o, -20, 20))
-    clipped = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
-    pg      = clipped if A >= 0 else min(clipped, -A dual_clip)
-    k3      = exp(-d) + d - 1, d = l - ref
-    loss    = sum_m (pg + kl_coeff k3) / divisor
 
-PPO, arXiv 1707.06347; dual clip, arXiv 1912.09729; two bounds, DAPO, arXiv 2503.14476;
-k3, http://joschu.net/blog/kl-approx.html; verl `compute_policy_loss_vanilla`.
+    loss = sum_m weight (w surrogate(l, o, A) + kl_coeff KL(l, ref)) / divisor          surrogates.py, divergence.py
+           w from o and mu, 1 unless asked for                                          mismatch.py
+           weight and divisor by the aggregation                                        aggregation.py
 
-The divisor is summed over microbatches and ranks before dividing, so the loss is the same however the batch is split.
+The divisor is summed over micro-batches and ranks before dividing, so the loss is the same however the batch is split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,20 +19,29 @@ import torch
 from torch import Tensor
 
 from megatron_ext.batch.metric import Metric
+from megatron_ext.config.algorithms import Aggregation, Correction, KlEstimator, Surrogate
+from megatron_ext.rl.aggregation import Rows, divisor, token_weights
+from megatron_ext.rl.divergence import k3, kl_estimate
+from megatron_ext.rl.mismatch import mismatch_weights
+from megatron_ext.rl.surrogates import answer_ratio, clipped, clipped_weight, dual_clipped, ratio
 from megatron_ext.shapes import check_shape
-
-LOG_RATIO_LIMIT = 20.0
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """`constant_length` unset: the mean over response tokens (GRPO with token mean, DAPO). Set: the divisor is rows x this constant (Dr. GRPO)."""
+    """`longest`: tokens that an answer may have, the constant of `seq_mean_token_sum_norm`. The others are as in `RLConfig`."""
 
+    surrogate: Surrogate = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.28
     dual_clip: float = 3.0
     kl_coeff: float = 0.0
-    constant_length: int | None = None
+    kl_estimator: KlEstimator = "k3"
+    correction: Correction = "none"
+    tis_cap: float = 2.0
+    icepop_band: tuple[float, float] = (0.5, 5.0)
+    aggregation: Aggregation = "token_mean"
+    longest: int = 1
 
 
 class PolicyLoss(NamedTuple):
@@ -57,87 +62,89 @@ def policy_loss(
     *,
     ref_logprobs_BS: Tensor | None = None,
     entropy_BS: Tensor | None = None,
-    num_rows: int | None = None,
+    rows: Rows | None = None,
 ) -> PolicyLoss:
     """Gradient flows through `logprobs_BS` only; what masked positions hold is never read. `ref_logprobs_BS` is needed when `kl_coeff` is above 0.
-    `num_rows`: the rows with a response that count here for a constant length; unset: those of the mask. (Ranks that share a row must count it once.)"""
-    rows, length = logprobs_BS.shape
+    `rows`: the whole answers where a rank holds slices of them; unset: the mask's rows are whole. Computes in fp32, or in fp64 where that is given."""
+    num_rows, length = logprobs_BS.shape
     for name, value in (("old_logprobs_BS", old_logprobs_BS), ("rollout_logprobs_BS", rollout_logprobs_BS), ("mask_BS", mask_BS)):
-        check_shape(name, value, rows, length)
-    check_shape("advantages_B", advantages_B, rows)
+        check_shape(name, value, num_rows, length)
+    check_shape("advantages_B", advantages_B, num_rows)
     if settings.kl_coeff > 0 and ref_logprobs_BS is None:
         raise ValueError("kl_coeff is above 0 but there are no reference log-probs")
     mask_BS = mask_BS.bool()
+    rows = rows or Rows(mask_BS.sum(1))
     # One flat list of response tokens: padding and prompts never enter, so garbage there cannot become a nan gradient.
-    new_n, old_n, rollout_n = logprobs_BS[mask_BS].float(), old_logprobs_BS[mask_BS].float().detach(), rollout_logprobs_BS[mask_BS].float().detach()
-    advantages_n = advantages_B.float()[:, None].expand(rows, length)[mask_BS]
-    ratio_n = _ratio(new_n - old_n)
-    pg_n = clipped_surrogate(ratio_n, advantages_n, settings)
-    loss_n = pg_n
-    kl_n = None
-    if ref_logprobs_BS is not None:
-        kl_n = k3(new_n, ref_logprobs_BS[mask_BS].float().detach())
-        loss_n = pg_n + settings.kl_coeff * kl_n
-    entropy_n = None if entropy_BS is None else entropy_BS[mask_BS].float()
-    metrics = _metrics(pg_n, loss_n, ratio_n, advantages_n, new_n - old_n, rollout_n - old_n, settings, kl_n, entropy_n)
-    if settings.constant_length is None:
-        divisor = mask_BS.sum()
+    row_n = mask_BS.nonzero()[:, 0]
+    new_n, old_n, rollout_n = (_exact(value_BS[mask_BS]) for value_BS in (logprobs_BS, old_logprobs_BS.detach(), rollout_logprobs_BS.detach()))
+    advantages_n, lengths_n = advantages_B.to(new_n.dtype)[row_n], rows.lengths_B.to(new_n.dtype)[row_n]
+    log_ratio_n = new_n - old_n
+    if settings.surrogate == "gspo":
+        total_B = rows.joined(new_n.new_zeros(num_rows).index_add(0, row_n, log_ratio_n.detach()))
+        ratio_n = answer_ratio(new_n, total_B[row_n] / lengths_n)
     else:
-        divisor = (mask_BS.any(dim=1).sum() if num_rows is None else torch.tensor(num_rows)) * settings.constant_length
-    return PolicyLoss(loss_n.sum(), divisor, metrics)
-
-
-def clipped_surrogate(ratio_n: Tensor, advantages_n: Tensor, settings: LossSettings) -> Tensor:
-    """max(-A r, -A clip(r)), and for A < 0 never above -A dual_clip: one token with a huge ratio cannot own the gradient."""
-    clipped_n = torch.maximum(-advantages_n * ratio_n, -advantages_n * ratio_n.clamp(1 - settings.clip_low, 1 + settings.clip_high))
-    return torch.where(advantages_n < 0, torch.minimum(clipped_n, -advantages_n * settings.dual_clip), clipped_n)
-
-
-def k3(new_n: Tensor, ref_n: Tensor) -> Tensor:
-    """exp(-d) + d - 1 with d = log pi - log ref: an unbiased, never negative estimate of KL(pi || ref) for tokens drawn from pi."""
-    log_ratio_n = (ref_n - new_n).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio_n.exp() - log_ratio_n - 1
-
-
-def _ratio(log_ratio_n: Tensor) -> Tensor:
-    return log_ratio_n.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-
-
-@torch.no_grad()
-def _metrics(
-    pg_n: Tensor,
-    loss_n: Tensor,
-    ratio_n: Tensor,
-    advantages_n: Tensor,
-    log_ratio_n: Tensor,
-    drift_n: Tensor,
-    settings: LossSettings,
-    kl_n: Tensor | None,
-    entropy_n: Tensor | None,
-) -> dict[str, Metric]:
-    """`clipfrac_low` and `clipfrac_high`: the share of tokens whose gradient the lower and the upper bound cut off. `drift_n`:
-    rollout minus recomputed log-probs; `mismatch/kl` estimates KL(rollout || recomputed) from them."""
-    low_n = (advantages_n < 0) & (ratio_n < 1 - settings.clip_low)
-    high_n = (advantages_n > 0) & (ratio_n > 1 + settings.clip_high)
-    means = {
-        "actor/pg_loss": pg_n,
-        "actor/loss": loss_n,
-        "actor/ppo_kl": -log_ratio_n,
-        "actor/clipfrac_low": low_n,
-        "actor/clipfrac_high": high_n,
-        "mismatch/logprob_abs_diff_mean": drift_n.abs(),
-        "mismatch/kl": k3(drift_n, torch.zeros_like(drift_n)),
-        **({} if kl_n is None else {"actor/kl_ref": kl_n}),
-        **({} if entropy_n is None else {"actor/entropy": entropy_n}),
+        ratio_n = ratio(log_ratio_n)
+    correction_n, cut_n = mismatch_weights(settings.correction, old_n, rollout_n, settings.tis_cap, settings.icepop_band)
+    pg_n = correction_n * _surrogate(ratio_n, new_n, advantages_n, settings)
+    loss_n, optional = pg_n, {}
+    if ref_logprobs_BS is not None:
+        optional["actor/kl_ref"] = kl_estimate(settings.kl_estimator, new_n, _exact(ref_logprobs_BS[mask_BS].detach()))
+        loss_n = pg_n + settings.kl_coeff * optional["actor/kl_ref"]
+    if entropy_BS is not None:
+        optional["actor/entropy"] = entropy_BS[mask_BS]
+    if settings.correction != "none":
+        optional |= {"is/weight_mean": correction_n, "is/clipped_frac": cut_n}
+    weight_n, share_n = token_weights(settings.aggregation, lengths_n, settings.longest)
+    metrics = {
+        **_losses({"actor/pg_loss": pg_n * weight_n, "actor/loss": loss_n * weight_n}, share_n),
+        **_per_token({**_off_policy(ratio_n, log_ratio_n, advantages_n, settings), **_drift(rollout_n - old_n), **optional}),
+        **_largest({"actor/ratio_max": ratio_n, "mismatch/logprob_abs_diff_max": (rollout_n - old_n).abs()}),
     }
-    largest = {"actor/ratio_max": ratio_n, "mismatch/logprob_abs_diff_max": drift_n.abs()}
-    count = pg_n.numel()
-    sums = _numbers([value.float().sum() for value in means.values()])
-    peaks = _numbers([value.max() for value in largest.values()]) if count else [0.0] * len(largest)
-    metrics = {name: Metric(total, count) for name, total in zip(means, sums, strict=True)}
-    return metrics | {name: Metric(peak, count, "max") for name, peak in zip(largest, peaks, strict=True)}
+    return PolicyLoss((loss_n * weight_n).sum(), divisor(settings.aggregation, rows, mask_BS.sum(), settings.longest), metrics)
+
+
+def _exact(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _surrogate(ratio_n: Tensor, logprobs_n: Tensor, advantages_n: Tensor, settings: LossSettings) -> Tensor:
+    bounds = settings.clip_low, settings.clip_high
+    if settings.surrogate == "cispo":
+        return clipped_weight(ratio_n, logprobs_n, advantages_n, *bounds)
+    if settings.surrogate == "gspo":
+        return clipped(ratio_n, advantages_n, *bounds)
+    return dual_clipped(ratio_n, advantages_n, *bounds, settings.dual_clip)
+
+
+def _off_policy(ratio_n: Tensor, log_ratio_n: Tensor, advantages_n: Tensor, settings: LossSettings) -> dict[str, Tensor]:
+    """`clipfrac_low` and `clipfrac_high`: the share of tokens whose gradient the lower and the upper bound cut off, or (CISPO) whose weight they cut."""
+    below_n, above_n = ratio_n < 1 - settings.clip_low, ratio_n > 1 + settings.clip_high
+    if settings.surrogate != "cispo":
+        below_n, above_n = below_n & (advantages_n < 0), above_n & (advantages_n > 0)
+    return {"actor/ppo_kl": -log_ratio_n, "actor/clipfrac_low": below_n, "actor/clipfrac_high": above_n}
+
+
+def _drift(drift_n: Tensor) -> dict[str, Tensor]:
+    """Of rollout minus recomputed log-probs; `mismatch/kl` estimates KL(rollout || recomputed)."""
+    return {"mismatch/logprob_abs_diff_mean": drift_n.abs(), "mismatch/kl": k3(drift_n)}
+
+
+def _losses(weighted: Mapping[str, Tensor], share_n: Tensor) -> dict[str, Metric]:
+    *sums, shares = _numbers([*(value_n.sum() for value_n in weighted.values()), share_n.sum()])
+    return {name: Metric(total, shares) for name, total in zip(weighted, sums, strict=True)}
+
+
+def _per_token(values: Mapping[str, Tensor]) -> dict[str, Metric]:
+    count = next(iter(values.values())).numel()
+    return {name: Metric(total, count) for name, total in zip(values, _numbers([_exact(value_n).sum() for value_n in values.values()]), strict=True)}
+
+
+def _largest(values: Mapping[str, Tensor]) -> dict[str, Metric]:
+    count = next(iter(values.values())).numel()
+    peaks = _numbers([value_n.max() for value_n in values.values()]) if count else [0.0] * len(values)
+    return {name: Metric(peak, count, "max") for name, peak in zip(values, peaks, strict=True)}
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     """One transfer from the device for all."""
-    return [float(value) for value in torch.stack(list(scalars)).tolist()]
+    return [float(value) for value in torch.stack(list(scalars)).detach().tolist()]

@@ -28,7 +28,9 @@ from megatron_ext.model.heads import banned_tokens, decided, policy_logits, toke
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.rl.aggregation import Rows
 from megatron_ext.rl.batching import FILLER_KEY, Shard
+from megatron_ext.rl.divergence import kl_estimate
 from megatron_ext.rl.loss import LossSettings, policy_loss
 from megatron_ext.training.step import LossParts, run_schedule
 
@@ -55,19 +57,34 @@ def policy_batch(shard: Shard, device: torch.device) -> PolicyBatch:
     return PolicyBatch(inputs, shard, *(torch.from_numpy(array).to(device) for array in arrays))
 
 
+def loss_settings(config: RunConfig) -> LossSettings:
+    rl = config.rl
+    return LossSettings(
+        surrogate=rl.surrogate,
+        clip_low=rl.clip_low,
+        clip_high=rl.clip_high,
+        dual_clip=rl.dual_clip,
+        kl_coeff=rl.kl_coeff if rl.kl_placement == "loss" else 0.0,
+        kl_estimator=rl.kl_estimator,
+        correction=rl.mismatch_correction,
+        tis_cap=rl.tis_cap,
+        icepop_band=rl.icepop_band,
+        aggregation=rl.aggregation,
+        longest=config.rollout.max_new_tokens,
+    )
+
+
 class Policy:
     """The objective of `optimizer_step`. `wrapped`: the chunks of the model that is trained, as the schedule calls them; `reference`: those of its frozen
-    reference (empty: no KL term)."""
+    reference (empty: no KL)."""
 
     def __init__(
         self, wrapped: Sequence[Any], reference: Sequence[VisionLanguageModel], config: RunConfig, usable_tokens: int, context: ParallelContext
     ) -> None:
         self._wrapped, self._reference, self._config, self._context = wrapped, reference, config, context
-        rl = config.rl
         image_token = wrapped[0].module.image_token
         self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, image_token, context.pgs.tp, context.device)
-        constant = config.rollout.max_new_tokens if rl.algorithm == "dr_grpo" else None
-        self._settings = LossSettings(rl.clip_low, rl.clip_high, rl.dual_clip, rl.kl_coeff, constant)
+        self._settings = loss_settings(config)
 
     def forward(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
         """The output of a model chunk with the rollout's routes."""
@@ -76,7 +93,7 @@ class Policy:
 
     def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
         frame = model.module.frame(batch.inputs)
-        mask_BS, rollout_BS = (frame.take(decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        mask_BS, rollout_BS = self._sampled(batch, frame)
         logits_SBV = self._policy_logits(logits_SBV)
         entropy_BS = self._entropy(logits_SBV, mask_BS)  # before the log-probs: Megatron's cross entropy overwrites the logits
         logprobs_BS = self._logprobs(logits_SBV, batch, frame)
@@ -91,25 +108,50 @@ class Policy:
             self._settings,
             ref_logprobs_BS=batch.reference_BS,
             entropy_BS=entropy_BS,
-            num_rows=int(batch.mask_BS.any(1).sum()) if self._context.cp_rank == 0 else 0,
+            rows=Rows(batch.mask_BS.sum(1), self._context.cp_rank == 0, self._joined),
         )
         return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch, frame, mask_BS)}
 
     @torch.no_grad()
     def prepared(self, batches: Sequence[PolicyBatch], with_old: bool) -> list[PolicyBatch]:
-        """The batches with the reference's log-probs, and (`with_old`) those of the present weights. Raises like `loss` where the rollout disagrees with
-        them."""
+        """The batches with the reference's log-probs, where the loss has a term of them, and (`with_old`) those of the present weights. Raises like `loss`
+        where the rollout disagrees with them."""
         if with_old:
             batches = [replace(batch, old_BS=old_BS) for batch, old_BS in self._scored(_Scorer(self, replays=True), self._wrapped, batches)]
-        if self._reference:
-            scored = self._scored(_Scorer(self, replays=False), self._reference, batches)
-            batches = [replace(batch, reference_BS=logprobs_BS) for batch, logprobs_BS in scored]
+        if self._settings.kl_coeff > 0:
+            batches = [replace(batch, reference_BS=logprobs_BS) for batch, logprobs_BS in self._referred(batches)]
         return list(batches)
+
+    @torch.no_grad()
+    def reference_kl(self, batches: Sequence[PolicyBatch]) -> dict[str, float]:
+        """Of every rollout, by key, the estimate of KL(rollout || reference) summed over its tokens. Empty but on the last pipeline stage."""
+        found: dict[str, float] = {}
+        for batch, reference_BS in self._referred(batches):
+            if reference_BS is None:
+                continue
+            mask_BS, rollout_BS = self._sampled(batch, self._reference[-1].frame(batch.inputs))
+            kl_BS = kl_estimate(self._config.rl.kl_estimator, rollout_BS, reference_BS)
+            kl_B = self._joined(torch.where(mask_BS, kl_BS, 0.0).sum(1))
+            found |= {key: kl for key, kl in zip(batch.shard.keys_B, kl_B.tolist(), strict=True) if key != FILLER_KEY}
+        return found
+
+    def _referred(self, batches: Sequence[PolicyBatch]) -> list[tuple[PolicyBatch, torch.Tensor | None]]:
+        return self._scored(_Scorer(self, replays=False), self._reference, batches)
 
     def _scored(self, scorer: _Scorer, chunks: Sequence[Any], batches: Sequence[PolicyBatch]) -> list[tuple[PolicyBatch, torch.Tensor | None]]:
         """Every batch with its log-probs, which only the last pipeline stage gets to see."""
         run_schedule(chunks, batches, scorer, self._context, forward_only=True)
         return list(zip(batches, scorer.found or [None] * len(batches), strict=True))
+
+    def _sampled(self, batch: PolicyBatch, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's mask of response tokens and their log-probs at rollout, where they are decided."""
+        return frame.take(decided(batch.mask_BS)), frame.take(decided(batch.rollout_BS))
+
+    def _joined(self, values_B: torch.Tensor) -> torch.Tensor:
+        """A value per row, summed over the ranks that hold slices of the row. Collective under context parallelism."""
+        if self._context.layout.cp > 1:
+            torch.distributed.all_reduce(values_B, group=self._context.pgs.cp)
+        return values_B
 
     def _policy_logits(self, logits_SBV: torch.Tensor) -> torch.Tensor:
         return policy_logits(logits_SBV, self._config.rollout.temperature, self._banned_V)
@@ -139,7 +181,7 @@ class Policy:
 
     def _require_agreement(self, logprobs_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
         """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
-        mask_BS, rollout_BS = (frame.take(decided(x_BS)) for x_BS in (batch.mask_BS, batch.rollout_BS))
+        mask_BS, rollout_BS = self._sampled(batch, frame)
         diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
         limit = self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):

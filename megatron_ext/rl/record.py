@@ -17,7 +17,9 @@ import numpy as np
 from megatron_ext.batch import FailedRollout, ScoredRollout
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import StageProgress
-from megatron_ext.rl.loop import Metrics, StepReport
+from megatron_ext.rl.loop import StepReport
+from megatron_ext.rl.roles import Metrics
+from megatron_ext.rl.sampling import differs, groups_of
 
 ROLLOUTS = "rollouts"
 
@@ -31,21 +33,25 @@ class Recorder:
 
     def __call__(self, report: StepReport, more: Metrics) -> None:
         finished = report.step + 1
-        self.last = {**rollout_metrics(report.scored, report.failed), **report.metrics, **self._rates(report), **more}
+        self.last = {**rollout_metrics(report.scored, report.failed, report.set_aside), **report.metrics, **self._rates(report), **more}
         self._writer.write(finished, self.last)
         write_rollouts(self._folder, finished, report)
         shown = {"reward": "reward/mean", "length": "response_length/mean", "tokens/s": "perf/tokens_per_s"}
         self._progress.update(finished, {short: self.last[name] for short, name in shown.items()})
 
     def _rates(self, report: StepReport) -> Metrics:
-        tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in report.scored)
+        tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in [*report.scored, *report.set_aside])
         per_s = tokens / report.metrics["timing_s/step"]
         return {"perf/tokens_per_s": per_s, "perf/tokens_per_s_per_gpu": per_s / self._num_ranks}
 
 
-def rollout_metrics(scored: Sequence[ScoredRollout], failed: Sequence[FailedRollout]) -> Metrics:
-    """Rewards, lengths and failures of a step's rollouts."""
-    metrics = _describe("reward", [answer.reward for answer in scored], "mean", "std", "min", "max")
+def rollout_metrics(kept: Sequence[ScoredRollout], failed: Sequence[FailedRollout], set_aside: Sequence[ScoredRollout] = ()) -> Metrics:
+    """Rewards, lengths and failures of a step's rollouts, whether trained on or not."""
+    scored = [*kept, *set_aside]
+    groups = groups_of(scored)
+    metrics = {"reward/frac_zero_std_groups": float(np.mean([not differs(rewards) for rewards in groups.values()]))}
+    metrics |= {"sampling/groups": float(len(groups)), "sampling/groups_set_aside": float(len(groups_of(set_aside)))}
+    metrics |= _describe("reward", [answer.reward for answer in scored], "mean", "std", "min", "max")
     for name in sorted({name for answer in scored for name in answer.rewards}):
         metrics |= _describe(f"reward/{name}", [answer.rewards[name] for answer in scored if name in answer.rewards], "mean", "std")
     for skill in sorted({answer.rollout.prompt.skill for answer in scored}):
@@ -63,6 +69,7 @@ def write_rollouts(folder: Path, finished: int, report: StepReport) -> None:
     """One file a step, whole or not at all; a step that is run again replaces its file."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [_scored_line(answer, float(advantage)) for answer, advantage in zip(report.scored, report.advantages_R, strict=True)]
+    lines += [_scored_line(answer, None) for answer in report.set_aside]
     lines += [{"key": failure.prompt.key, "sample": failure.sample, "failed": failure.reason, "detail": failure.detail} for failure in report.failed]
     path = folder / f"step_{finished:06d}.jsonl.gz"
     draft = path.with_suffix(".partial")
@@ -71,7 +78,8 @@ def write_rollouts(folder: Path, finished: int, report: StepReport) -> None:
     draft.replace(path)
 
 
-def _scored_line(answer: ScoredRollout, advantage: float) -> dict[str, object]:
+def _scored_line(answer: ScoredRollout, advantage: float | None) -> dict[str, object]:
+    """`advantage`: None of an answer that was not trained on."""
     rollout = answer.rollout
     return {
         "key": rollout.prompt.key,
@@ -82,7 +90,7 @@ def _scored_line(answer: ScoredRollout, advantage: float) -> dict[str, object]:
         "finish": rollout.finish,
         "reward": answer.reward,
         "rewards": dict(answer.rewards),
-        "advantage": round(advantage, 6),
+        "advantage": None if advantage is None else round(advantage, 6),
         "seed": rollout.seed,
         "version": rollout.version,
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,13 @@ from megatron_ext.observe.metrics import MetricsWriter, read_metrics
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.loop import Metrics, Recipe, run_loop
+from megatron_ext.rl.loop import Recipe, run_loop
 from megatron_ext.rl.ranks import Host, Switchboard
 from megatron_ext.rl.ray_node import Nodes
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reward_pool import RewardPool
+from megatron_ext.rl.roles import Metrics
+from megatron_ext.rl.sampling import keep_all, keep_differing
 from megatron_ext.training.stopping import stop_on_signals
 
 REWARD_WORKERS = 2
@@ -66,6 +69,7 @@ def run_rl(
     found = _clusters(config, clusters)
     tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
+    pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config, nodes) as host, stop_on_signals(stop_file) as stop:
         fleet, learner = fleets.start(Switchboard(host), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
@@ -78,7 +82,9 @@ def run_rl(
                 steps=config.rl.steps,
                 samples=config.rl.rollouts_per_prompt,
                 draw=lambda step: prompts_of_step(step, config, tokenizer),
-                credit=Credit(config, found, tokenizer.tag_ids, stage_dir),
+                credit=Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None),
+                choose=partial(keep_differing, wanted=config.rl.prompts_per_step) if config.rl.dynamic_sampling else keep_all,
+                draws=max(1, config.rl.dynamic_sampling),
                 save_every=config.rl.save_every,
                 after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
                 stop_requested=lambda: stop.asked,

@@ -16,6 +16,8 @@ class Stopwatch:
         self._laps.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """`timing_s/<phase>` of every lap, and `timing_s/step` of all of them."""
-        laps = {f"timing_s/{name}": now - before for (_, before), (name, now) in pairwise(self._laps)}
+        """`timing_s/<phase>` of every phase, its laps together, and `timing_s/step` of all of them."""
+        laps: dict[str, float] = {}
+        for (_, before), (name, now) in pairwise(self._laps):
+            laps[f"timing_s/{name}"] = laps.get(f"timing_s/{name}", 0.0) + now - before
         return {**laps, "timing_s/step": self._laps[-1][1] - self._laps[0][1]}

@@ -11,6 +11,7 @@ import signal
 import pytest
 
 from megatron_ext.checkpoint.dist import latest_step
+from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.schema import EarlConfig, EvaluateConfig, ParallelConfig
 from megatron_ext.errors import RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
@@ -106,6 +107,50 @@ def test_every_layout_computes_the_same_steps(start, finished, tmp_path, learner
     assert numbers(tmp_path)[1]["reward/mean"] == pytest.approx(numbers(finished[0])[1]["reward/mean"], rel=0.1)
 
 
+@pytest.fixture(scope="module", params=["gspo", "rloo"])
+def objective(request, start, tmp_path_factory):
+    """A configuration of two optimizer steps a step, so that ratios leave 1, and its numbers on one rank with one replica."""
+    config, checkpoint = start
+    parts = {"gspo": {**ALGORITHMS["gspo"], "clip_low": 0.1, "clip_high": 0.1, "kl_estimator": "k2"}, "rloo": ALGORITHMS["rloo"]}[request.param]
+    config = change(config, minibatches=2, kl_coeff=0.1, **parts)
+    folder = tmp_path_factory.mktemp(request.param)
+    rl.run_rl(laid_out(config, ParallelConfig()), folder, checkpoint, None)
+    return config, numbers(folder)
+
+
+def laid_out(config, learner):
+    return config.model_copy(update={"parallel": learner, "rollout": config.rollout.model_copy(update={"replicas": 1})})
+
+
+@pytest.mark.parametrize("learner", [pytest.param(ParallelConfig(num_ranks=2), id="DP2"), pytest.param(ParallelConfig(num_ranks=2, cp=2), id="CP2")])
+def test_ratios_of_whole_answers_and_sums_over_them_do_not_know_the_layout(objective, start, tmp_path, learner):
+    config, reference = objective
+    rl.run_rl(laid_out(config, learner), tmp_path, start[1], None)
+    first, second = numbers(tmp_path)
+    assert first["actor/ratio_max"] > 1
+    for name in ("reward/mean", "actor/grad_norm", "actor/entropy", "actor/loss", "actor/ratio_max", "advantage/max"):
+        assert first[name] == pytest.approx(reference[0][name], rel=1e-4), name
+    (distance,) = {"actor/kl_ref", "reward/kl/mean"} & second.keys()
+    assert abs(second[distance]) > 0
+    for name in ("reward/mean", distance):
+        assert second[name] == pytest.approx(reference[1][name], rel=0.1), name
+
+
+def test_a_step_asks_further_prompts_in_place_of_groups_that_teach_nothing(start, tmp_path):
+    """A threshold makes rewards 0 or 1, so that some groups are all of one kind."""
+    config, checkpoint = start
+    config = change(config, steps=1, dynamic_sampling=3, overlong_share=0.5, reward="tests.support.vowels:many_vowels")
+    rl.run_rl(laid_out(config, ParallelConfig(num_ranks=2)), tmp_path, checkpoint, None)
+    (record,) = numbers(tmp_path)
+    with gzip.open(tmp_path / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
+        lines = [json.loads(line) for line in file]
+    trained = {line["key"] for line in lines if line["advantage"] is not None}
+    assert record["sampling/groups"] in (12, 18) and record["sampling/groups_set_aside"] == record["sampling/groups"] - len(trained)
+    assert record["reward/frac_zero_std_groups"] > 0 and record["reward/overlong/mean"] < 0
+    for key in trained:
+        assert {line["reward"] for line in lines if line["key"] == key} == {0, 1}
+
+
 def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_path):
     config, checkpoint = start
     rl.run_rl(change(config, fleet="ray"), tmp_path, checkpoint, None)
@@ -164,7 +209,7 @@ def test_a_bonus_without_expert_clusters_is_refused_before_anything_starts(start
 def test_minibatches_a_reference_the_bonus_validation_and_failing_rewards_run_together(start, tmp_path):
     config, checkpoint = start
     earl = EarlConfig(warmup=0.0, cooldown=0.0, correct_threshold=0.2)
-    config = change(config, minibatches=3, kl_coeff=0.1, algorithm="dr_grpo", eval_every=2, reward="tests.support.vowels:moody_vowels")
+    config = change(config, minibatches=3, kl_coeff=0.1, eval_every=2, reward="tests.support.vowels:moody_vowels", **ALGORITHMS["dr_grpo"])
     config = config.model_copy(update={"earl": earl, "evaluate": EvaluateConfig(prompts_per_skill=2, sampled_prompts_per_skill=2)})
     clusters = save_clusters(config, tmp_path / "expert_clusters.json")
     rl.run_rl(config, tmp_path / "rl", checkpoint, clusters)

@@ -11,7 +11,12 @@ def vowels(prompt: Prompt, response: str) -> float:
 
 
 def moody_vowels(prompt: Prompt, response: str) -> float:
-    """The same, but composites make it raise."""
-    if prompt.skill == "composite":
+    """The same, but composites that are trained on make it raise."""
+    if prompt.skill == "composite" and "/train/" in prompt.key:
         raise ValueError("not today")
     return vowels(prompt, response)
+
+
+def many_vowels(prompt: Prompt, response: str) -> float:
+    """1 or 0, so that all answers to a prompt may earn the same."""
+    return float(vowels(prompt, response) > 0.3)

@@ -12,9 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.load import explain, load_config
 from megatron_ext.config.presets import PRESETS
-from megatron_ext.config.schema import RunConfig
+from megatron_ext.config.schema import RLConfig, RunConfig
 from megatron_ext.config.yaml_tree import dump_inline, parse_scalar
 from megatron_ext.errors import ConfigError, UserError
 
@@ -67,6 +68,27 @@ def test_a_preset_brings_its_numbers_and_the_file_overrides_them(write) -> None:
     assert resolved.config.data.image_size == resolved.config.model.vision.image_size == 448
     assert resolved.origins["model.num_experts"] == "preset internvl3_5_30b_a3b"
     assert load_config(path, ["model.preset=tiny"]).config.model.num_experts == 8, "the command line picks the preset"
+
+
+def test_an_algorithm_brings_its_parts_explain_shows_them_and_each_can_be_overridden(write) -> None:
+    path = write("rl:\n  algorithm: gspo\n  clip_high: 0.2\n")
+    resolved = load_config(path, ["rl.advantage=rloo"])
+    rl = resolved.config.rl
+    assert (rl.surrogate, rl.aggregation, rl.clip_low, rl.clip_high, rl.advantage) == ("gspo", "seq_mean_token_mean", 3e-4, 0.2, "rloo")
+    origins = [resolved.origins[f"rl.{part}"] for part in ("algorithm", "surrogate", "clip_low", "clip_high", "advantage", "kl_estimator")]
+    assert origins == [f"{path}:2", "algorithm gspo", "algorithm gspo", f"{path}:3", "command line", "default"]
+    assert re.search(r"^  surrogate: gspo +# algorithm gspo$", explain(resolved), re.MULTILINE)
+    assert load_config(path, ["rl.algorithm=dapo"]).config.rl.surrogate == "clip", "the command line picks the algorithm"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_algorithm_is_valid_and_is_its_parts(algorithm: str) -> None:
+    assert load_config(None, [f"rl.algorithm={algorithm}"]).config.rl == RLConfig(algorithm=algorithm, **ALGORITHMS[algorithm])
+
+
+def test_an_algorithm_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    (problem,) = problems(None, "rl.algorithm=gsop")
+    assert "rl.algorithm (command line)" in problem and "gspo" in problem
 
 
 @pytest.mark.parametrize("preset", PRESETS)

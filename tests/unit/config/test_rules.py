@@ -82,6 +82,19 @@ BROKEN = [
     (["rl.rollouts_per_prompt=1", "earl.enabled=false"], "rl.rollouts_per_prompt", "1 rollout has nothing to be compared with"),
     (["rl.minibatches=7"], "rl.prompts_per_step", "64 prompts x 8 rollouts do not divide into rl.minibatches = 7"),
     (["rl.clip_low=1.0"], "rl.clip_low", "1 would let a probability ratio fall to nothing"),
+    (["rl.algorithm=cispo", "rl.clip_low=1.5"], "rl.clip_low", "1.5 makes the lower bound of ratios 1 - 1.5, below 0"),
+    (["rl.kl_coeff=0.1", "rl.kl_estimator=k1"], "rl.kl_estimator", "k1 with rl.kl_placement = loss has a gradient of mean zero: rl.kl_coeff = 0.1"),
+    (["rl.reward_weights.format=1"], "rl.reward_weights", "would be ignored: rl.advantage = grpo takes the total"),
+    (["rl.advantage=gdpo"], "rl.reward_weights", "weighs no part of the reward"),
+    (["rl.advantage=gdpo", "rl.reward_weights.format=1", "rl.overlong_share=0.1"], "rl.advantage", "gdpo takes named rewards, and rl.overlong_share = 0.1"),
+    (["rl.icepop_band=[1.5, 5]"], "rl.icepop_band", "(1.5, 5) leaves out 1"),
+    (["rl.mismatch_correction=tis"], "rl.mismatch_correction", "tis cuts weights beyond a factor of 2, but rl.max_logprob_diff = 0.01 stops the run at 1.01"),
+    (["rl.mismatch_correction=icepop"], "rl.mismatch_correction", "icepop cuts weights beyond a factor of 2"),
+    (
+        ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "rl.dynamic_sampling=2", "earl.enabled=false"],
+        "rl.rollouts_per_prompt",
+        "1 rollout has nothing to be compared with",
+    ),
     (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
     (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
 ]
@@ -100,6 +113,9 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["model.clvr.enabled=false", "model.clvr.taps=[]"])
     load_config(None, ["earl.enabled=false", "earl.warmup=1.0"])
     load_config(None, ["rl.steps=0", "rollout.temperature=0"])
+    load_config(None, ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "earl.enabled=false"])
+    load_config(None, ["rl.kl_estimator=k1", "rl.kl_placement=reward", "rl.kl_coeff=0.1"])
+    load_config(None, ["rl.mismatch_correction=tis", "rl.max_logprob_diff=1"])
     load_config(None, ["model.num_experts=0", "earl.enabled=false", "discover.committee_top=99"])
     load_config(None, ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=x.jsonl", "model.vision.patch_size=5"])
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
 from megatron_ext.batch import NO_TILES, FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout
 from megatron_ext.errors import StoppedForRequeue, UserError
 from megatron_ext.rl.loop import Recipe, StepReport, run_loop
+from megatron_ext.rl.sampling import keep_differing
 
 LOG: list[str] = []
 
@@ -33,14 +37,14 @@ class FakeFleet:
 
 
 class FakeScorer:
-    """Sample n earns n; prompts whose key starts with "broken" cannot be scored."""
+    """Sample n earns n; prompts whose key starts with "alike" earn 1, and those whose key starts with "broken" cannot be scored."""
 
     def score(self, rollouts):
         LOG.append(f"score {len(rollouts)}")
         return [
             FailedRollout(rollout.prompt, rollout.sample, "reward_raised", "no gold answer")
             if rollout.prompt.key.startswith("broken")
-            else ScoredRollout(rollout, float(rollout.sample), {})
+            else ScoredRollout(rollout, 1.0 if rollout.prompt.key.startswith("alike") else float(rollout.sample), {})
             for rollout in rollouts
         ]
 
@@ -116,6 +120,37 @@ def test_failed_rollouts_are_reported_and_never_trained_on():
 def test_a_step_in_which_everything_failed_stops_the_run_and_says_why():
     with pytest.raises(UserError, match="step 0: all 2 rollouts failed; the first: reward_raised: no gold answer"):
         run(recipe(keys=("broken",)))
+
+
+def refilling(reports, draws):
+    """Prompts a0 and a1 of the first draw of step 0 teach nothing; of later draws, whose numbers start at the run's steps, everything does."""
+
+    def draw(number):
+        return [prompt(f"{'p' if number else 'alike'}/{number}/{letter}") for letter in "ab"]
+
+    return replace(recipe(steps=2, reports=reports, draws=draws, choose=partial(keep_differing, wanted=2)), draw=draw)
+
+
+def test_a_step_without_enough_groups_to_learn_from_asks_further_prompts():
+    reports: list[StepReport] = []
+    run(refilling(reports, draws=3))
+    assert [line for line in LOG if line.startswith(("generate", "update"))] == [
+        "generate 0 with version 0",
+        "generate 0 with version 0",
+        "update 0 on 4",
+        "generate 1 with version 1",
+        "update 1 on 4",
+    ]
+    assert [one.rollout.prompt.key for one in reports[0].scored] == ["p/2/a", "p/2/a", "p/2/b", "p/2/b"]
+    assert [one.rollout.prompt.key for one in reports[0].set_aside] == ["alike/0/a", "alike/0/a", "alike/0/b", "alike/0/b"]
+    assert not reports[1].set_aside
+
+
+def test_a_step_asks_no_more_often_than_it_may():
+    reports: list[StepReport] = []
+    run(refilling(reports, draws=1))
+    assert len([line for line in LOG if line.startswith("generate 0")]) == 1
+    assert [one.rollout.prompt.key for one in reports[0].scored] == ["alike/0/a", "alike/0/a", "alike/0/b", "alike/0/b"]
 
 
 def test_the_report_joins_the_metrics_of_every_role_with_their_seconds():

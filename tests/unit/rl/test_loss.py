@@ -1,6 +1,7 @@
 """The policy loss: number by number, against verl's documented formula in plain Python, and its gradient against autograd of the plain formula."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.batch.metric import merge_metrics
+from megatron_ext.config.algorithms import Aggregation, Correction, Surrogate
+from megatron_ext.rl.aggregation import Rows
 from megatron_ext.rl.loss import LossSettings, policy_loss
 
 GRPO = LossSettings()
+SURROGATES, AGGREGATIONS = st.sampled_from(get_args(Surrogate)), st.sampled_from(get_args(Aggregation))
 
 
 def row(*values: float) -> torch.Tensor:
@@ -149,23 +153,74 @@ def test_what_masked_positions_hold_is_never_read():
     assert (dirty[0].grad[~mask] == 0).all()
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.integers(1, 3), st.sampled_from([None, 5]))
-def test_a_split_batch_has_the_loss_and_the_metrics_of_the_whole(seed, cut, constant_length):
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(1, 3), SURROGATES, AGGREGATIONS, st.sampled_from(get_args(Correction)))
+def test_a_split_batch_has_the_loss_and_the_metrics_of_the_whole(seed, cut, surrogate, aggregation, correction):
     new, old, rollout, advantages, mask, _ = case(seed)
-    chosen = LossSettings(constant_length=constant_length)
+    chosen = LossSettings(surrogate, aggregation=aggregation, longest=5, correction=correction, tis_cap=1.0, icepop_band=(0.99, 1.01))
     whole = policy_loss(new, old, rollout, advantages, mask, chosen)
     parts = [policy_loss(new[at], old[at], rollout[at], advantages[at], mask[at], chosen) for at in (slice(0, cut), slice(cut, None))]
     assert sum(part.divisor for part in parts) == whole.divisor
     assert sum(part.loss_sum for part in parts).item() == pytest.approx(whole.loss_sum.item(), rel=1e-4, abs=1e-5)
     for name, metric in merge_metrics(part.metrics for part in parts).items():
         assert metric.value == pytest.approx(whole.metrics[name].value, rel=1e-4, abs=1e-5), name
+    assert whole.metrics["actor/loss"].value == pytest.approx((whole.loss_sum / whole.divisor).item(), rel=1e-4, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), SURROGATES, AGGREGATIONS, st.lists(st.booleans(), min_size=7, max_size=7))
+def test_ranks_that_hold_slices_of_every_answer_have_the_gradient_and_the_loss_of_one_that_holds_all(seed, surrogate, aggregation, first_holds):
+    """Context parallelism: the slices of two ranks are any two halves of the positions."""
+    new, old, rollout, advantages, mask, ref = case(seed)
+    chosen = LossSettings(surrogate, aggregation=aggregation, longest=5, kl_coeff=0.1)
+    whole = new.clone().requires_grad_()
+    joint = policy_loss(whole, old, rollout, advantages, mask, chosen, ref_logprobs_BS=ref)
+    joint.loss_sum.backward()
+    sliced = new.clone().requires_grad_()
+    total_B = torch.where(mask, new - old, 0.0).sum(1)
+    first_S, parts = torch.tensor(first_holds), []
+    for held_S, counted in ((first_S, True), (~first_S, False)):
+        rows = Rows(mask.sum(1), counted, lambda part_B: total_B)
+        tensors = (sliced[:, held_S], old[:, held_S], rollout[:, held_S])
+        parts.append(policy_loss(*tensors, advantages, mask[:, held_S], chosen, ref_logprobs_BS=ref[:, held_S], rows=rows))
+    sum(part.loss_sum for part in parts).backward()
+    assert sum(part.divisor for part in parts) == joint.divisor
+    torch.testing.assert_close(sliced.grad, whole.grad, rtol=1e-5, atol=1e-6)
+    merged = merge_metrics(part.metrics for part in parts)
+    for name in ("actor/loss", "actor/pg_loss", "actor/clipfrac_low", "actor/ratio_max"):
+        assert merged[name].value == pytest.approx(joint.metrics[name].value, rel=1e-4, abs=1e-5), name
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), SURROGATES, AGGREGATIONS, st.permutations(range(4)))
+def test_the_order_of_rows_changes_no_gradient(seed, surrogate, aggregation, order):
+    new, old, rollout, advantages, mask, _ = case(seed)
+    chosen = LossSettings(surrogate, aggregation=aggregation, longest=5)
+    plain, shuffled = new.clone().requires_grad_(), new[order].clone().requires_grad_()
+    policy_loss(plain, old, rollout, advantages, mask, chosen).loss_sum.backward()
+    policy_loss(shuffled, old[order], rollout[order], advantages[order], mask[order], chosen).loss_sum.backward()
+    torch.testing.assert_close(shuffled.grad, plain.grad[order])
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), AGGREGATIONS)
+def test_on_policy_every_ratio_is_one_and_all_surrogates_have_the_gradient_of_reinforce(seed, aggregation):
+    """-A times the token's weight: nothing is clipped, and the ratio of an answer is that of its tokens."""
+    new, _, rollout, advantages, mask, _ = case(seed)
+    lengths_B1 = mask.sum(1, keepdim=True)
+    weight_B1 = 1 / lengths_B1.clamp(min=1) if aggregation == "seq_mean_token_mean" else torch.ones(4, 1)
+    for surrogate in get_args(Surrogate):
+        live = new.clone().requires_grad_()
+        result = policy_loss(live, new, rollout, advantages, mask, LossSettings(surrogate, aggregation=aggregation, longest=5))
+        result.loss_sum.backward()
+        torch.testing.assert_close(live.grad, -advantages[:, None] * weight_B1 * mask, rtol=1e-5, atol=1e-6)
+        assert result.metrics["actor/ratio_max"].value == 1
 
 
 def test_dr_grpo_divides_by_rows_with_a_response_times_a_constant():
     zero = torch.zeros(3, 4)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
-    result = policy_loss(zero, zero, zero, torch.tensor([1.0, -0.5, 0.0]), mask, LossSettings(constant_length=10))
+    result = policy_loss(zero, zero, zero, torch.tensor([1.0, -0.5, 0.0]), mask, LossSettings(aggregation="seq_mean_token_sum_norm", longest=10))
     assert result.divisor.item() == 20
     assert result.loss_sum.item() == pytest.approx(-2 * 1.0 + 4 * 0.5)
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ext.batch import ScoredRollout
 from megatron_ext.batch.metric import merge_metrics
+from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.schema import OptimizerConfig, RLConfig, RolloutConfig, RunConfig
 from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.inference.engine import Engine
@@ -70,6 +71,15 @@ def test_the_loss_does_not_depend_on_how_rows_are_split_into_microbatches_or_pad
         loss, divisor, metrics = loss_of(model, context, shard, micro_batch)
         assert loss == pytest.approx(whole[0], abs=1e-5) and divisor == whole[1]
         assert metrics["actor/entropy"].value == pytest.approx(whole[2]["actor/entropy"].value, rel=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if name != "grpo"])
+def test_no_algorithm_depends_on_how_rows_are_split_into_microbatches(model, context, answers, algorithm):
+    parts = ALGORITHMS[algorithm]
+    whole = loss_of(model, context, shard_of(answers), 100, **parts)
+    loss, divisor, metrics = loss_of(model, context, shard_of(answers), 5, **parts)
+    assert loss == pytest.approx(whole[0], abs=1e-5) and divisor == whole[1]
+    assert metrics["actor/loss"].value == pytest.approx(whole[2]["actor/loss"].value, abs=1e-6) == pytest.approx(loss / divisor, abs=1e-6)
 
 
 def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob_gradient(model, context, answers):
@@ -146,3 +156,22 @@ def test_without_replay_the_learner_routes_by_itself_and_reports_no_digest(model
     _, _, metrics = loss_of(model, context, shard_of(answers), 100, replay_routes=False)
     assert "route/digest_ok" not in metrics
     assert metrics["mismatch/logprob_abs_diff_max"].value < 1e-5
+
+
+def test_every_answer_has_its_distance_from_the_reference_whatever_the_microbatches(model, context, answers):
+    """Zero while the reference is the policy; otherwise k1 summed over an answer's tokens: log-probs at rollout less those of the reference."""
+    reference = build_model(small_config(), IMAGE, context, seed=9)
+    learner = policy(model, context, reference=reference, kl_coeff=0.1, kl_estimator="k1", kl_placement="reward")
+    shard = shard_of(answers)
+    found = learner.reference_kl([policy_batch(part, context.device) for part in microbatches(shard, 5, 1)])
+    assert sorted(found) == sorted(shard.keys_B)
+    batch = policy_batch(shard, context.device)
+    with torch.no_grad():
+        reference_BS = learner._logprobs(learner._policy_logits(reference(batch.inputs)), batch, reference.frame(batch.inputs))
+    for row, key in enumerate(shard.keys_B):
+        sampled = batch.mask_BS[row, 1:]
+        expected = (batch.rollout_BS[row, 1:][sampled] - reference_BS[row, :-1][sampled]).sum()
+        assert found[key] == pytest.approx(float(expected), abs=1e-4)
+    same = policy(model, context, reference=model.module, kl_coeff=0.1, kl_estimator="k1", kl_placement="reward").reference_kl([batch])
+    assert max(map(abs, same.values())) < 1e-4
+    assert learner.prepared([batch], with_old=False)[0].reference_BS is None, "the loss has no term of it"

@@ -52,9 +52,9 @@ def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
     assert not set(steps[0]) & {prompt.key for prompt in prompts_of_step(0, config(seed=1), tokenizer)}
 
 
-def answer(sample, reward, tokens, finish="stop", **parts):
+def answer(sample, reward, tokens, finish="stop", key="p/0", **parts):
     routes = RouteTrace(np.zeros((tokens + 1, 1, 1), np.uint8), np.ones((tokens + 1, 1, 1), np.float16))
-    prompt = Prompt("p/0", "ocr", np.array([1, 2], np.int32), NO_TILES, "42")
+    prompt = Prompt(key, "ocr", np.array([1, 2], np.int32), NO_TILES, "42")
     rollout = Rollout(prompt, sample, 9 + sample, 3, np.arange(tokens), np.zeros(tokens, np.float32), finish, "41", routes)
     return ScoredRollout(rollout, reward, parts)
 
@@ -70,11 +70,18 @@ def test_metrics_of_rollouts_count_failures_apart_from_rewards():
     assert metrics["rollout/failed_count"] == 1 and metrics["rollout/failed_ratio"] == 0.25 and metrics["rollout/failed/reward_timeout"] == 1
 
 
+def test_metrics_are_of_all_groups_and_say_how_many_were_set_aside():
+    metrics = rollout_metrics([answer(0, 1.0, 2), answer(1, 0.0, 2)], [], [answer(0, 1.0, 8, key="p/2")])
+    assert metrics["reward/frac_zero_std_groups"] == metrics["sampling/groups_set_aside"] / metrics["sampling/groups"] == 0.5
+    assert metrics["reward/mean"] == pytest.approx(2 / 3) and metrics["response_length/max"] == 8
+
+
 def test_every_rollout_of_a_step_is_kept_with_its_seed_and_version_and_failures_with_their_reason(tmp_path):
-    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [FAILED], np.array([0.7071067]), {})
+    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [answer(1, 0.0, 2)], [FAILED], np.array([0.7071067]), {})
     write_rollouts(tmp_path, 7, report)
     with gzip.open(tmp_path / "step_000007.jsonl.gz", "rt") as file:
-        made, failed = map(json.loads, file)
+        made, set_aside, failed = map(json.loads, file)
+    assert (set_aside["sample"], set_aside["advantage"]) == (1, None), "what was not trained on has no advantage"
     assert made == {
         "key": "p/0",
         "sample": 0,

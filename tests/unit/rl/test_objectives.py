@@ -1,0 +1,170 @@
+"""Every objective against the formula of its paper, written as plain loops over numbers: losses, and gradients by finite differences."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ext.config.algorithms import Aggregation
+from megatron_ext.rl.divergence import kl_estimate
+from megatron_ext.rl.loss import LossSettings, policy_loss
+
+ROWS, LENGTH, LONGEST = 5, 6, 8
+AGGREGATIONS = get_args(Aggregation)
+
+
+def case(seed):
+    """Answers of 1 to 6 tokens: log-probs now, before, at rollout, of the reference [ROWS, LENGTH]; advantages; lengths."""
+    rng = np.random.default_rng(seed)
+    old = -rng.exponential(size=(ROWS, LENGTH))
+    new, rollout, reference = (old + scale * rng.normal(size=old.shape) for scale in (0.4, 0.5, 0.5))
+    return new, old, rollout, reference, rng.normal(size=ROWS), rng.integers(1, LENGTH + 1, ROWS)
+
+
+def clip(value, low, high):
+    return min(max(value, low), high)
+
+
+def plain_loss(case, settings, frozen):
+    """The objective as papers write it: answer by answer, token by token. `frozen`: the log-probs where no gradient flows."""
+    new, old, rollout, reference, advantages, lengths = case
+    low, high = 1 - settings.clip_low, 1 + settings.clip_high
+    answers = []
+    for i in range(ROWS):
+        losses = []
+        for t in range(lengths[i]):
+            ratio, advantage = math.exp(new[i, t] - old[i, t]), advantages[i]
+            if settings.surrogate == "gspo":  # the objective of the paper, without the token-wise rewriting
+                ratio = math.exp(sum(new[i, u] - old[i, u] for u in range(lengths[i])) / lengths[i])
+            if settings.surrogate == "cispo":
+                loss = -clip(math.exp(frozen[i, t] - old[i, t]), low, high) * advantage * new[i, t]
+            else:
+                loss = -min(ratio * advantage, clip(ratio, low, high) * advantage)
+            if settings.surrogate == "clip" and advantage < 0:
+                loss = min(loss, -settings.dual_clip * advantage)
+            weight = math.exp(old[i, t] - rollout[i, t])
+            if settings.correction == "tis":
+                loss *= min(weight, settings.tis_cap)
+            if settings.correction == "icepop":
+                loss *= weight if settings.icepop_band[0] <= weight <= settings.icepop_band[1] else 0
+            d = new[i, t] - reference[i, t]
+            losses.append(loss + settings.kl_coeff * {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[settings.kl_estimator])
+        answers.append(losses)
+    match settings.aggregation:
+        case "token_mean":
+            return sum(map(sum, answers)) / sum(map(len, answers))
+        case "seq_mean_token_mean":
+            return sum(sum(losses) / len(losses) for losses in answers) / ROWS
+        case "seq_mean_token_sum":
+            return sum(map(sum, answers)) / ROWS
+        case "seq_mean_token_sum_norm":
+            return sum(map(sum, answers)) / (ROWS * LONGEST)
+
+
+def differences(drawn, settings, step=1e-6):
+    """The gradient with respect to the log-probs by central differences."""
+    new, *others = drawn
+    gradient = np.zeros_like(new)
+    for i, t in product(range(ROWS), range(LENGTH)):
+        moved = [new.copy(), new.copy()]
+        moved[0][i, t] += step
+        moved[1][i, t] -= step
+        up, down = (plain_loss((each, *others), settings, frozen=new) for each in moved)
+        gradient[i, t] = (up - down) / (2 * step)
+    return gradient
+
+
+def ours(drawn, settings):
+    new, old, rollout, reference, advantages, lengths = map(torch.from_numpy, drawn)
+    new = new.clone().requires_grad_()
+    mask = torch.arange(LENGTH) < lengths[:, None]
+    result = policy_loss(new, old, rollout, advantages, mask, settings, ref_logprobs_BS=reference)
+    loss = result.loss_sum / result.divisor
+    loss.backward()
+    return loss.item(), new.grad.numpy(), result.metrics
+
+
+OBJECTIVES = [LossSettings(aggregation=how, longest=LONGEST) for how in AGGREGATIONS]
+OBJECTIVES += [LossSettings("cispo", clip_low=low, clip_high=0.3, aggregation=how, longest=LONGEST) for how in AGGREGATIONS for low in (0.3, 1.0)]
+OBJECTIVES += [LossSettings("gspo", clip_low=low, clip_high=0.05, aggregation="seq_mean_token_mean") for low in (3e-4, 0.05, 0.5)]
+OBJECTIVES += [
+    LossSettings(surrogate, aggregation="seq_mean_token_mean", kl_coeff=0.3, kl_estimator=k)
+    for surrogate in ("clip", "gspo", "cispo")
+    for k in ("k1", "k2", "k3")
+]
+OBJECTIVES += [LossSettings(correction=correction, kl_coeff=0.3, dual_clip=1.1, tis_cap=1.2, icepop_band=(0.8, 1.5)) for correction in ("tis", "icepop")]
+
+
+@pytest.mark.parametrize("settings", OBJECTIVES, ids=lambda s: f"{s.surrogate}-{s.clip_low:g}-{s.aggregation}-{s.kl_estimator}x{s.kl_coeff:g}-{s.correction}")
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_and_gradient_are_those_of_the_formula(settings, seed):
+    drawn = case(seed)
+    loss, gradient, _ = ours(drawn, settings)
+    assert loss == pytest.approx(plain_loss(drawn, settings, frozen=drawn[0]), rel=1e-9)
+    np.testing.assert_allclose(gradient, differences(drawn, settings), rtol=1e-6, atol=1e-8)
+
+
+def test_gspo_worked_by_hand():
+    """Tokens with ratios 2 and 1/2: the answer's ratio is 1, so that nothing is clipped. With ratios 2 and 2 it is 2, clipped at 1.1."""
+    settings = LossSettings("gspo", clip_low=0.1, clip_high=0.1, aggregation="seq_mean_token_mean")
+    old = torch.zeros(1, 2)
+    for ratios, loss, gradient in (((2.0, 0.5), -3.0, -1.5), ((2.0, 2.0), -3.3, 0.0)):
+        new = torch.tensor([ratios]).log().requires_grad_()
+        result = policy_loss(new, old, old, torch.tensor([3.0]), torch.ones(1, 2), settings)
+        result.loss_sum.backward()
+        assert result.loss_sum.item() == pytest.approx(loss) and result.divisor == 1
+        assert new.grad.tolist() == [pytest.approx([gradient, gradient])]
+
+
+def test_cispo_bounds_a_tokens_weight_and_never_its_gradient():
+    """Ratio 2 cut at 1.5: weight 1.5, of an answer with advantage 2; -1.5 x 2 x log pi, and its gradient."""
+    new = torch.tensor([[math.log(2.0)]]).requires_grad_()
+    zero = torch.zeros(1, 1)
+    result = policy_loss(new, zero, zero, torch.tensor([2.0]), torch.ones(1, 1), LossSettings("cispo", clip_low=1.0, clip_high=0.5))
+    result.loss_sum.backward()
+    assert result.loss_sum.item() == pytest.approx(-3 * math.log(2)) and new.grad.item() == pytest.approx(-3)
+    assert result.metrics["actor/clipfrac_high"].value == 1
+
+
+def test_corrections_for_another_engine_worked_by_hand():
+    """Four tokens that the learner thinks 0.25, 1, 1.5 and 8 times as likely as the rollout did, each with ratio 1 and advantage 1."""
+    weights = torch.tensor([[0.25, 1.0, 1.5, 8.0]], dtype=torch.float64)
+    zero, mask = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 4)
+    for correction, expected, cut in (("none", 4, None), ("tis", 0.25 + 1 + 1.5 + 2, 0.25), ("icepop", 1 + 1.5, 0.5)):
+        result = policy_loss(zero, zero, -weights.log(), torch.ones(1), mask, LossSettings(correction=correction))
+        assert result.loss_sum.item() == pytest.approx(-expected) and result.divisor == 4
+        assert ("is/clipped_frac" in result.metrics) == (cut is not None)
+        if cut is not None:
+            assert result.metrics["is/clipped_frac"].value == cut and result.metrics["is/weight_mean"].value == pytest.approx(expected / 4)
+
+
+def every_token(estimator):
+    """On a policy over four tokens, by enumeration: the estimate's mean, the mean of its gradient, the mean of estimate times grad log pi; and both exact KLs
+    (policy to reference, and round) with their gradients, with respect to the policy's logits."""
+    torch.manual_seed(0)
+    logits, reference = torch.randn(4, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64).log_softmax(0)
+    logprobs = logits.log_softmax(0)
+    estimate, probs = kl_estimate(estimator, logprobs, reference), logprobs.exp().detach()
+    forward = (logprobs.exp() * (logprobs - reference)).sum()
+    backward = (reference.exp() * (reference - logprobs)).sum()
+    means = (probs * estimate).sum(), (probs * estimate.detach() * logprobs).sum(), forward, backward
+    return [mean.item() for mean in means], [torch.autograd.grad(mean, logits, retain_graph=True)[0] for mean in means]
+
+
+def test_what_kl_estimates_are_worth_as_a_loss_and_in_the_reward():
+    (k1, _, kl, _), (as_loss, in_reward, gradient, _) = every_token("k1")
+    assert k1 == pytest.approx(kl)
+    torch.testing.assert_close(as_loss, torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(in_reward, gradient)
+    (k2, _, kl, _), (as_loss, _, gradient, _) = every_token("k2")
+    assert k2 != pytest.approx(kl, rel=0.01)
+    torch.testing.assert_close(as_loss, gradient)
+    (k3, _, kl, _), (as_loss, _, gradient, round_about) = every_token("k3")
+    assert k3 == pytest.approx(kl)
+    torch.testing.assert_close(as_loss, round_about)
+    assert (as_loss - gradient).abs().max() > 0.01
