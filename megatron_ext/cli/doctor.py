@@ -8,33 +8,34 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, requires
+from pathlib import Path
 from shutil import which
-from typing import Literal
 
 from packaging.requirements import Requirement
 
 from megatron_ext import __version__
+from megatron_ext.cli.doctor_machine import machine
+from megatron_ext.cli.findings import Finding
 from megatron_ext.errors import EXIT_OK, EXIT_USER
-
-Verdict = Literal["ok", "note", "wrong"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    verdict: Verdict
-    name: str
-    text: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, default=Path(), metavar="DIR", help="where runs are written, for the disk's room (default: here)")
     parser.epilog = "Exit code 0 when everything needed is there, 2 when something is missing or wrong."
 
 
 def run(args: argparse.Namespace) -> int:
     accelerators = [apex(), transformer_engine()]
-    findings = [_python(), *_required(), *accelerators, *_devices(), slurm(), *kernel_families(*(finding.verdict == "ok" for finding in accelerators))]
+    findings = [
+        _python(),
+        *_required(),
+        *accelerators,
+        *_devices(),
+        *machine(args.folder, all(finding.verdict != "wrong" for finding in accelerators)),
+        slurm(),
+    ]
+    findings += kernel_families(*(finding.verdict == "ok" for finding in accelerators))
     width = max(len(finding.name) for finding in findings)
     print(f"megatron-ext {__version__}")
     for finding in findings:

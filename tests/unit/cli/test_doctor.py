@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_ext.cli import doctor
+from megatron_ext.cli import doctor, doctor_machine
+from megatron_ext.cli.findings import Finding
 from megatron_ext.cli.main import main
 
 
@@ -36,7 +38,7 @@ def test_the_apex_of_pypi_is_recognised_as_another_package(install) -> None:
 def test_the_real_apex_is_fine_and_a_missing_one_is_only_noted(install) -> None:
     assert doctor.apex().verdict == "note"
     install("apex", "0.1", "PyTorch Extensions written by NVIDIA")
-    assert doctor.apex() == doctor.Finding("ok", "apex", "0.1")
+    assert doctor.apex() == Finding("ok", "apex", "0.1")
 
 
 def test_an_empty_transformer_engine_is_called_what_it_is(install) -> None:
@@ -72,7 +74,7 @@ def test_it_says_whether_jobs_can_be_submitted_from_here(tmp_path: Path, monkeyp
         (tmp_path / name).chmod(0o755)
     assert doctor.slurm().text == "slurm-wlm 24.11.5, but its controller does not answer (error: no controller): set SLURM_CONF, or start it"
     (tmp_path / "sinfo").write_text("#!/bin/sh\n")
-    assert doctor.slurm() == doctor.Finding("ok", "slurm", "slurm-wlm 24.11.5")
+    assert doctor.slurm() == Finding("ok", "slurm", "slurm-wlm 24.11.5")
 
 
 def test_a_package_that_is_missing_or_too_old_is_told_with_the_command_that_mends_it(install) -> None:
@@ -90,3 +92,24 @@ def test_doctor_prints_one_line_a_finding_and_fails_when_something_is_wrong(inst
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["wrong", "apex"] for line in lines)
     assert any(line.split()[:2] == ["ok", "python"] for line in lines)
+
+
+def test_the_machine_is_tried_and_each_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding for finding in doctor_machine.machine(tmp_path, imports=True)}
+    assert list(found)[:3] == ["memory", "disk", "ports"] and found["ports"].verdict == "ok"
+    assert found["ranks"].verdict == "ok" and "GB/s" in found["ranks"].text
+    monkeypatch.setattr(doctor_machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9, total=2**20))
+    assert doctor_machine.disk(tmp_path).verdict == "note" and "18 bytes a parameter" in doctor_machine.disk(tmp_path).text
+    assert "--shm-size" in doctor_machine.memory().text
+
+
+def test_gpus_that_are_not_all_joined_by_nvlink_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nvidia-smi topo --matrix` of two pairs."""
+    table = "        GPU0    GPU1    GPU2    GPU3    CPU Affinity\nGPU0     X      NV12    SYS     SYS     0-31\nGPU1    NV12     X      SYS     SYS     0-31\n"
+    table += "GPU2    SYS     SYS      X      NV12    32-63\nGPU3    SYS     SYS     NV12     X      32-63\n"
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\ncat <<'END'\n{table}END\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (finding,) = doctor_machine.links()
+    assert finding == Finding("note", "gpu links", "4 GPUs joined by NV12, SYS: keep tensor parallelism among those joined by NV")
