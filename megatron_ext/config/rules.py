@@ -19,21 +19,7 @@ _MOST_DIVISORS = 12
 
 def check_rules(config: RunConfig) -> list[UserError]:
     """Every rule between fields that `config` breaks."""
-    rules: tuple[Callable[[RunConfig], Problems], ...] = (
-        _run,
-        _vision,
-        _decoder,
-        _moe,
-        _clvr,
-        _data,
-        _stages,
-        _rollout,
-        _discover,
-        _earl,
-        _rl,
-        objective_rules,
-        _evaluate,
-    )
+    rules: tuple[Callable[[RunConfig], Problems], ...] = (_run, _vision, _decoder, _moe, _clvr, _data, _stages, _rollout, _discover, _earl, _rl, _evaluate)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -330,6 +316,7 @@ def _rl(config: RunConfig) -> Problems:
         yield UserError("rl.reward", f"{rl.reward!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
     yield from _mix("rl.mix", rl.mix, ("qa", "composite"))
     yield from _optimizer("rl.optimizer", rl.optimizer)
+    yield from objective_rules(config)
 
 
 def _evaluate(config: RunConfig) -> Problems:
@@ -356,20 +343,3 @@ def _divisors(total: int) -> str:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-_RULES: tuple[Callable[[RunConfig], Problems], ...] = (
-    _run,
-    _vision,
-    _decoder,
-    _moe,
-    _clvr,
-    _data,
-    _stages,
-    _rollout,
-    _discover,
-    _earl,
-    _rl,
-    objective_rules,
-    _evaluate,
-)
