@@ -120,8 +120,8 @@ def open_host(config: RunConfig, nodes: Nodes | None = None) -> Iterator[Host]:
 
 
 def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The prompts of a step, a function of (seed, step). Of the suite: skills by `rl.mix` (`qa` shared equally by the single skills), never the same prompt in
-    two steps. Of a file: its train split, in an order of its own each epoch."""
+    """The prompts of a step, a function of (seed, step); from `rl.steps` on, those that dynamic sampling asks besides. Of the suite: skills by `rl.mix` (`qa`
+    shared equally by the single skills), never the same prompt in two steps. Of a file: its train split, in an order of its own each epoch."""
     start = step * config.rl.prompts_per_step
     if config.data.kind == "jsonl":
         return draw_any("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
