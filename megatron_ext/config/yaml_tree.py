@@ -90,7 +90,16 @@ def parse_scalar(text: str) -> Any:
 
 def dump_inline(value: Any) -> str:
     """One value on one line, read back as the same value by `read_yaml`."""
-    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=True)
+    text = _dumped(value, allow_unicode=True)
+    return text if not set(text) & _OTHER_LINE_ENDS else _dumped(value, allow_unicode=False)
+
+
+_OTHER_LINE_ENDS = {"\x85", "\u2028", "\u2029"}
+"""Which PyYAML writes as they are and reads back as spaces, unless they are escaped."""
+
+
+def _dumped(value: Any, allow_unicode: bool) -> str:
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**9, allow_unicode=allow_unicode)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

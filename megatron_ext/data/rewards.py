@@ -11,6 +11,7 @@ import difflib
 import importlib
 import math
 import numbers
+import sys
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -24,16 +25,18 @@ _WHERE = "rl.reward"
 
 def correctness(path: str, threshold: float) -> Callable[[Prompt, str], bool]:
     """Whether an answer is right by the reward `module:function`: where it gives a part named "correct", that is 1; otherwise its total reaches the threshold.
+    An answer on which the reward fails is told and counts as wrong: a run of days does not end for it.
 
-    Raises like `load_reward`; the function that is returned raises UserError where the reward fails on an answer.
+    Raises like `load_reward`.
     """
     reward = load_reward(path)
 
     def right(prompt: Prompt, response: str) -> bool:
         try:
             total, parts = read_reward(reward(prompt, response))
-        except Exception as error:
-            raise UserError(_WHERE, f"{path} failed on prompt {prompt.key!r}: {error!r}", "a reward gives any text a value, malformed text too") from error
+        except Exception as error:  # whatever a user's function raises
+            print(f"{_WHERE} {path} failed on prompt {prompt.key!r}, whose answer counts as wrong: {error!r}", file=sys.stderr, flush=True)
+            return False
         return parts["correct"] >= 1 if "correct" in parts else total >= threshold
 
     return right

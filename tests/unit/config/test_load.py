@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron_ext.config.algorithms import ALGORITHMS
@@ -114,6 +114,8 @@ def test_words_that_yaml_1_1_would_turn_into_something_else_stay_words(write, te
 @given(
     st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), lambda inner: st.lists(inner, max_size=3), max_leaves=6)
 )
+@example("next\x85line")
+@example(["\u2028"])
 def test_a_value_written_on_one_line_is_read_back_as_it_was(value: object) -> None:
     assert parse_scalar(dump_inline(value)) == value
 
