@@ -69,6 +69,24 @@ class ClvrConfig(Section):
     """Where the refinement is added: text tokens after an image, or every token after an image."""
 
 
+class RopeScaling(Section):
+    """Rotary positions stretched to rows longer than those of pretraining."""
+
+    kind: Literal["linear", "yarn"]
+    """`linear`: every position counts as 1 / factor. `yarn`: arXiv 2309.00071."""
+    factor: float = Field(gt=0)
+    original_positions: int = Field(32768, gt=0)
+    """With `yarn`: positions of pretraining."""
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+    """With `yarn`: pairs that turn more often than `beta_fast` within the original positions keep their frequency, those below `beta_slow` are slowed by the
+    factor."""
+    attention_factor: float | None = Field(None, gt=0)
+    """With `yarn`: queries and keys are multiplied by it. Unset: 0.1 ln(factor) + 1."""
+    truncate: bool = True
+    """With `yarn`: the ramp between the two begins and ends at whole pairs."""
+
+
 class ModelConfig(Section):
     """A Qwen3-style decoder, of experts or dense, behind an InternViT encoder. `preset` names the defaults; every other field overrides it."""
 
@@ -92,6 +110,7 @@ class ModelConfig(Section):
     norm_topk_prob: bool = True
     """Softmax over the chosen logits (true: gates sum to 1) or over all of them (false)."""
     rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     init_std: float = Field(0.02, gt=0)

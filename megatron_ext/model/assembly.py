@@ -118,7 +118,7 @@ class VisionLanguageModel(MegatronModule):
         return scatter_to_sequence_parallel_region(padded, group=self.tp_group)
 
     def rope(self, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
-        return rope_angles(frame.positions_S[:, None], self.model_config.head_dim, self.model_config.rope_theta)
+        return rope_angles(frame.positions_S[:, None], self.model_config)
 
     def logits(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         assert self.output_layer is not None

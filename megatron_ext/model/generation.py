@@ -56,7 +56,7 @@ def decode(model: VisionLanguageModel, tokens_B: torch.Tensor, memory: Memory) -
     """One new token per row -> logits [B, vocab / tp] after it. The rows stand on the first axis, which sequence parallelism splits."""
     positions_B = memory.cache.lengths_B
     padded_B = F.pad(positions_B, (0, -len(positions_B) % model.tp_group.size()))
-    rope = rope_angles(padded_B[:, None], model.model_config.head_dim, model.model_config.rope_theta)
+    rope = rope_angles(padded_B[:, None], model.model_config)
     nothing_B, everywhere_B = torch.zeros_like(memory.until_B), torch.ones_like(memory.until_B, dtype=torch.bool)
     sight = Sight(nothing_B[:, None], memory.until_B[:, None], everywhere_B[:, None], decoding=True)
     hidden = model.scatter(model.embed_tokens(tokens_B[:, None]).transpose(0, 1))

@@ -172,12 +172,7 @@ def _text(keys: Keys) -> dict[str, Any]:
     keys.must_be("hidden_act", "silu")
     keys.must_be("sliding_window", None)
     keys.must_be("use_sliding_window", False)
-    keys.must_be("rope_scaling", None)
     keys.get("tie_word_embeddings", default=None)  # the top level decides (InternVL ignores this one)
-    rope = keys.get("rope_parameters", default=None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{keys.where}.rope_parameters.rope_type", f"is {rope['rope_type']!r}, which is not supported", "supported: 'default'")
-    theta = keys.get("rope_theta", default=None)
     settings = {
         "vocab_size": keys.get("vocab_size"),
         "num_layers": keys.get("num_hidden_layers"),
@@ -186,11 +181,34 @@ def _text(keys: Keys) -> dict[str, Any]:
         "num_query_groups": keys.get("num_key_value_heads"),
         "head_dim": keys.get("head_dim"),
         **(_experts(keys) if kind == "qwen3_moe" else {"num_experts": 0, "ffn_hidden_size": keys.get("intermediate_size")}),
-        "rope_theta": float(rope.get("rope_theta", theta if theta is not None else 1e6)),
+        **_rope(keys),
         "norm_eps": keys.get("rms_norm_eps"),
         "max_positions": keys.get("max_position_embeddings"),
     }
     keys.finish()
+    return settings
+
+
+def _rope(keys: Keys) -> dict[str, Any]:
+    """Both spellings: `rope_parameters` holds theta and scaling; before, they stood apart."""
+    theta, older = keys.get("rope_theta", default=1e6), keys.get("rope_scaling", default=None)
+    newer = keys.get("rope_parameters", default=None)
+    rope = Keys(f"{keys.where}.{'rope_scaling' if newer is None else 'rope_parameters'}", newer if newer is not None else older or {})
+    settings: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", default=theta))}
+    kind = rope.get("rope_type", "type", default="default")
+    if kind in ("linear", "yarn"):
+        settings["rope_scaling"] = {"kind": kind, "factor": rope.get("factor")}
+    elif kind != "default":
+        raise CheckpointError(f"{rope.where}.rope_type", f"is {kind!r}, which is not supported", "supported: 'default', 'linear', 'yarn'")
+    if kind == "yarn":
+        settings["rope_scaling"] |= {
+            "original_positions": rope.get("original_max_position_embeddings"),
+            "beta_fast": rope.get("beta_fast", default=None) or 32.0,
+            "beta_slow": rope.get("beta_slow", default=None) or 1.0,
+            "attention_factor": rope.get("attention_factor", default=None),
+            "truncate": rope.get("truncate", default=True),
+        }
+    rope.finish()
     return settings
 
 

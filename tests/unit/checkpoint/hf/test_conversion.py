@@ -36,6 +36,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "heads wider than hidden / heads": {"head_dim": 16},
     "every other layer dense": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
     "one layer named dense": {"mlp_only_layers": [0]},
+    "positions stretched": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "YaRN": {"head_dim": 16, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+    "YaRN, all of it": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 8.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 8.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.3,
+            "truncate": False,
+        },
+    },
     "dense": {"model_type": "qwen3"},
     "dense and tied": {"model_type": "qwen3", "tied": True},
 }

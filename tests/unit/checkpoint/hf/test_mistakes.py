@@ -122,7 +122,12 @@ DAMAGES = {
     "GPT-OSS": (edited(text_config__model_type="gpt_oss"), "is 'gpt_oss', whose attention sinks, .* and MXFP4 weights are missing here"),
     "GPT-OSS alone": (edited(architectures=["GptOssForCausalLM"], model_type="gpt_oss"), "is 'gpt_oss', whose attention sinks, .* are missing here"),
     "a layer that is not there": (edited(text_config__mlp_only_layers=[1]), "holds no tensor language_model.model.layers.1.mlp.gate_proj.weight"),
-    "another rope": (edited(text_config__rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type: is 'yarn'"),
+    "another rope": (edited(text_config__rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope_type: is 'longrope'"),
+    "half a rope": (edited(text_config__rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_parameters.factor: is missing"),
+    "a rope that knows more": (
+        edited(text_config__rope_parameters={"rope_type": "linear", "factor": 2.0, "mscale": 0.7}),
+        "rope_parameters.mscale: is not a key this version understands",
+    ),
     "another size than the weights": (edited(text_config__num_hidden_layers=4), "holds no tensor language_model.model.layers.3"),
 }
 
