@@ -28,7 +28,7 @@ def train_until_killed(
     """A pretraining rank. The victim sends itself SIGKILL `after_s` after the file `sign` appears in the draft of that step's checkpoint."""
     if rank == victim:
         threading.Thread(target=_die, args=(stage_dir / "checkpoints" / f"step_{step:06d}", sign, after_s), daemon=True).start()
-    return train_rank(rank, world_size, init_method, config, "pretrain", stage_dir, None)
+    return train_rank(rank, world_size, init_method, config, "pretrain", stage_dir, None, None)
 
 
 def _die(checkpoint: Path, sign: str, after_s: float) -> None:
