@@ -15,6 +15,7 @@ import pytest
 from megatron_ext.parallel.store import free_port
 from megatron_ext.rl.ray_node import open_desk
 
+pytestmark = pytest.mark.journey
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESSES = ("127.0.1.1", "127.0.1.2")
 SERVE = """
