@@ -25,3 +25,12 @@ def check_shape(name: str, value: Any, *expected: int | None) -> None:
     if len(shape) != len(expected) or any(want is not None and got != want for got, want in zip(shape, expected, strict=True)):
         wanted = ", ".join("any" if want is None else str(want) for want in expected)
         raise ValueError(f"{name} has shape {shape}, expected ({wanted})")
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple that is not below the number.
+
+    >>> round_up(5, 4)
+    8
+    """
+    return -(-number // multiple) * multiple

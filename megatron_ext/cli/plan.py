@@ -15,13 +15,14 @@ from typing import Any
 from megatron_ext.cli.plan_emit import emit
 from megatron_ext.cli.plan_tables import Printer
 from megatron_ext.config.load import Resolved, load_config
+from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import EXIT_OK, ConfigError, UserError
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.calibrate import Fitted, calibrate
 from megatron_ext.parallel.planner.fleet import FleetFound, FleetPlans, FleetSearch
 from megatron_ext.parallel.planner.hardware import Cluster, find_gpu, read_gpus
-from megatron_ext.parallel.planner.layout_names import Named, parse_name
+from megatron_ext.parallel.planner.layout_names import AXES, RECOMPUTE, Named, parse_name
 from megatron_ext.parallel.planner.rollouts import answers_of
 from megatron_ext.parallel.planner.search import Found, Plans, Search
 from megatron_ext.parallel.planner.workload import Assumed, StageName, prompt_tokens, tiles_of_a_row, workload
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-file", type=Path, metavar="FILE", help="more types, or other numbers, in the form of megatron_ext/parallel/planner/gpus.yaml")
     parser.add_argument("--stage", choices=("pretrain", "sft", "rl"), help="default: rl where the file says something of it, else sft, else pretrain")
     parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=N", help="keep axes fixed: tp, cp, pp, vpp, ep, etp")
-    parser.add_argument("--recompute", choices=("none", "selective", "full"), help="default: the least that fits")
+    parser.add_argument("--recompute", choices=RECOMPUTE, help="default: the least that fits")
     parser.add_argument("--row-tokens", type=float, metavar="N", help="mean length of a row, for times (default: data.max_length)")
     parser.add_argument("--row-tiles", type=int, metavar="N", help="image tiles of a row (default: one picture of the most tiles)")
     parser.add_argument("--prompt-tokens", type=int, metavar="N", help="rl: length of a prompt with its images (default: its images and as much text)")
@@ -120,7 +121,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     cluster = Cluster(fitted.gpu if fitted else gpu, args.gpus, args.gpus_per_node)
     assumed = Assumed(args.row_tokens, args.row_tiles, args.response_tokens, args.prompt_tokens)
     work = workload(config, args.stage or _stage(resolved), assumed)
-    search = Search(config, work, cluster, _axes(args.only), (args.recompute,) if args.recompute else ("none", "selective", "full"))
+    search = Search(config, work, cluster, _axes(args.only), (args.recompute,) if args.recompute else RECOMPUTE)
     tiles = tiles_of_a_row(config, assumed)
     fleet = FleetSearch(search, answers_of(config, prompt_tokens(config, assumed), args.response_tokens, tiles)) if work.stage == "rl" else None
     return Asked(resolved, search, fleet, fitted)
@@ -136,7 +137,7 @@ def _axes(words: Sequence[str]) -> dict[str, int]:
     axes = {}
     for word in words:
         axis, _, size = word.partition("=")
-        if axis not in ("tp", "cp", "pp", "vpp", "ep", "etp") or not size.isdigit() or int(size) < 1:
+        if axis not in AXES or not size.isdigit() or int(size) < 1:
             raise UserError("--only", f"{word!r} is no axis with a size", "write for example tp=2 pp=4")
         axes[axis] = int(size)
     return axes
@@ -165,14 +166,13 @@ def _why(args: argparse.Namespace, asked: Asked, printer: Printer) -> int:
 def layout_of(named: Named, gpus: int) -> Layout:
     """The layout that a name means on a number of devices; data parallelism takes what is left. Raises UserError where nothing whole is left."""
     sizes = {axis: named.axes.get(axis, 1) for axis in ("tp", "cp", "pp", "vpp", "ep")}
-    etp = named.axes.get("etp", 1 if sizes["ep"] > 1 else sizes["tp"])
     dense = sizes["tp"] * sizes["cp"] * sizes["pp"]
     if gpus % dense:
         raise UserError("--why", f"--gpus {gpus} do not divide by tp * cp * pp = {dense}", f"use a multiple of {dense} devices, or another layout")
     dp = gpus // dense
     if named.axes.get("dp", dp) != dp:
         raise UserError("--why", f"DP{named.axes['dp']} is not what --gpus {gpus} leave over tp * cp * pp = {dense}", f"leave it out, or write DP{dp}")
-    return Layout(sizes["tp"], sizes["tp"] > 1, sizes["pp"], sizes["vpp"], sizes["cp"], sizes["ep"], etp, dp, gpus)
+    return Layout.of(ParallelConfig(num_ranks=gpus, etp=named.axes.get("etp"), **sizes))
 
 
 def _emit(args: argparse.Namespace, asked: Asked, found: Found | FleetFound) -> None:

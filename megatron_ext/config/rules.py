@@ -12,6 +12,7 @@ from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
 from megatron_ext.errors import UserError
+from megatron_ext.shapes import round_up
 
 Problems = Iterator[UserError]
 _MOST_DIVISORS = 12
@@ -80,12 +81,12 @@ def _decoder(config: RunConfig) -> Problems:
             "set it to false, or use 2 experts per token",
         )
     if model.vocab_size % 8:
-        yield UserError("model.vocab_size", f"{model.vocab_size} is not a multiple of 8", f"use {_round_up(model.vocab_size, 8)}")
+        yield UserError("model.vocab_size", f"{model.vocab_size} is not a multiple of 8", f"use {round_up(model.vocab_size, 8)}")
     if config.data.tokenizer is None and config.data.vocab_size > model.vocab_size:
         yield UserError(
             "data.vocab_size",
             f"a tokenizer of {config.data.vocab_size} tokens does not fit model.vocab_size = {model.vocab_size}",
-            f"set model.vocab_size={_round_up(config.data.vocab_size, 8)} or ask for fewer tokens",
+            f"set model.vocab_size={round_up(config.data.vocab_size, 8)} or ask for fewer tokens",
         )
 
 
@@ -334,7 +335,3 @@ def _divisors(total: int) -> str:
     if len(divisors) > _MOST_DIVISORS:
         divisors = [*divisors[: _MOST_DIVISORS - 1], "..."]
     return ", ".join(divisors[:-1]) + (f" or {divisors[-1]}" if len(divisors) > 1 else divisors[-1])
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

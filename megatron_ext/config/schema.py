@@ -68,6 +68,11 @@ class ClvrConfig(Section):
     inject: Literal["text", "all"] = "text"
     """Where the refinement is added: text tokens after an image, or every token after an image."""
 
+    @property
+    def active_taps(self) -> tuple[tuple[int, int], ...]:
+        """None where CLVR is switched off."""
+        return self.taps if self.enabled else ()
+
 
 class RopeScaling(Section):
     """Rotary positions stretched to rows longer than those of pretraining."""

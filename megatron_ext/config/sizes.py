@@ -87,7 +87,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         experts=sparse * model.num_experts * expert,
         dense=(layers - sparse) * 3 * hidden * model.ffn_hidden_size,
         norms=layers * (2 * hidden + 2 * model.head_dim) + hidden,
-        clvr=len(model.clvr.taps) * _tap(model.clvr, hidden, model.vision.hidden_size) if model.clvr.enabled else 0,
+        clvr=len(model.clvr.active_taps) * _tap(model.clvr, hidden, model.vision.hidden_size),
         experts_active=sparse * model.experts_per_token * expert,
     )
 

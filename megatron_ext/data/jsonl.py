@@ -63,10 +63,24 @@ def read_jsonl(path: Path | None) -> list[Record]:
     return records
 
 
-@lru_cache(maxsize=4)
-def read_split(path: Path | None, split: Split) -> tuple[Record, ...]:
-    """The records of one split: 90 % train, 5 % val, 5 % test by the hash of a record's text and image names. Raises DataError when there are none."""
-    records = read_jsonl(path)
+@lru_cache(maxsize=2)
+def _known(path: Path | None) -> tuple[Record, ...]:
+    """The file is read once, whatever is asked of it."""
+    return tuple(read_jsonl(path))
+
+
+def skills_in(path: Path | None) -> tuple[str, ...]:
+    """Every skill that a line names, in alphabetical order."""
+    return tuple(sorted({record.skill for record in _known(path)}))
+
+
+@lru_cache(maxsize=64)
+def read_split(path: Path | None, split: Split, skill: str = "") -> tuple[Record, ...]:
+    """The records of one split (of one skill, where given, if it has any): 90 % train, 5 % val, 5 % test by the hash of a record's text and image names.
+    Raises DataError when there are none in the split."""
+    if skill:
+        return tuple(record for record in read_split(path, split) if record.skill == skill)
+    records = _known(path)
     chosen = tuple(record for record in records if record.split == split)
     if not chosen:
         raise DataError(str(path), f"none of its {len(records)} conversations falls into the {split} split", "add conversations; about 40 are needed")
@@ -81,7 +95,7 @@ def draw_jsonl_prompts(
 
     Raises DataError for unreadable images and for a prompt longer than `data.max_length`.
     """
-    records = [record for record in read_split(config.path, split) if skill in ("", record.skill)]
+    records = read_split(config.path, split, skill)
     prompts = []
     for index in range(start, start + count):
         record = records[shuffled(index, len(records), seed)]

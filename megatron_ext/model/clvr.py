@@ -31,7 +31,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig
 from megatron_ext.model.norm import RMSNorm
 
@@ -111,13 +110,11 @@ class ClvrTap(MegatronModule):
         if self.gate is not None:
             self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def memory(self, features_IVH: torch.Tensor, places_I5: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [I, V, N_kv, D] of every image tile. `places_I5` None: every tile is a picture of its own."""
+    def memory(self, features_IVH: torch.Tensor, positions_IVH: torch.Tensor, is_thumbnail_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [I, V, N_kv, D] of every image tile. Positions and flags may be of one tile, for all."""
         z = self.vision_norm(features_IVH)
-        if places_I5 is None:
-            places_I5 = torch.tensor([WHOLE], device=z.device)
-        placed = z + patch_positions(z.shape[1], z.shape[2], places_I5).to(z.dtype)
-        told = z + places_I5[:, 4, None, None].to(z.dtype) * self.thumbnail
+        placed = z + positions_IVH.to(z.dtype)
+        told = z + is_thumbnail_I[:, None, None].to(z.dtype) * self.thumbnail
         keys, values = (linear(x)[0].unflatten(-1, (-1, self.head_dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, told)))
         return self.k_layernorm(keys), values
 

@@ -24,9 +24,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
+from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig, ParallelConfig
 from megatron_ext.model.attention import KVCache
-from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory
+from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory, patch_positions
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.recompute import recomputed
@@ -97,7 +98,7 @@ class ClvrBlock(MegatronModule):
         numbered = copy.copy(config)
         numbered.pipeline_model_parallel_size = 1  # layers are numbered here, over all stages: Megatron would add a stage's offset
         numbered.virtual_pipeline_model_parallel_size = None
-        self.stage, self.ends = stage, clvr.taps if clvr.enabled else ()
+        self.stage, self.ends = stage, clvr.active_taps
         self._recompute_layers = parallel.recompute_layers if parallel.recompute == "full" else 0
         self.layers = Numbered(
             {number: build_module(layer_specs[number], config=numbered, layer_number=number + 1, pg_collection=pgs) for number in stage.layers}
@@ -111,13 +112,17 @@ class ClvrBlock(MegatronModule):
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
     def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor, places_I5: torch.Tensor | None) -> VisionMemory:
-        """Keys and values of every tap here, once per tile, gathered for the rows that share them. Absent tiles (-1) repeat tile 0 and are never visible."""
+        """Keys and values of every tap here, once per tile, gathered for the rows that share them. Absent tiles (-1) repeat tile 0 and are never visible.
+        `places_I5` None: every tile is a picture of its own."""
         tiles = row_tiles_BM.clamp(min=0)
 
         def rows(x_IVND: torch.Tensor) -> torch.Tensor:
             return x_IVND[tiles].flatten(1, 2).transpose(1, 2)
 
-        made = [self.taps[tap].memory(features_IVH, places_I5) for tap in self.stage.asks]
+        if places_I5 is None:
+            places_I5 = torch.tensor([WHOLE], device=features_IVH.device)
+        positions = patch_positions(features_IVH.shape[1], features_IVH.shape[2], places_I5)
+        made = [self.taps[tap].memory(features_IVH, positions, places_I5[:, 4]) for tap in self.stage.asks]
         return VisionMemory(tuple(rows(key) for key, _ in made), tuple(rows(value) for _, value in made))
 
     def forward(self, hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from megatron_ext.errors import DataError
 
 FILE_NAME = "metrics.jsonl"
+STEP_S, POSITIONS_PER_ROW, TILES_PER_ROW = "timing_s/step", "data/positions_per_row", "data/tiles_per_row"
+"""Of supervised stages: what the planner is calibrated by."""
 Record = dict[str, float]
 
 

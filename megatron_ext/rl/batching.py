@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from megatron_ext.batch import LearnerBatch, Prompt, Rollout, ScoredRollout, Tiles, route_digest
-from megatron_ext.shapes import check_shape
+from megatron_ext.shapes import check_shape, round_up
 
 FILLER_KEY = ""
 
@@ -41,7 +41,7 @@ class Shard:
     def select(self, rows_B: np.ndarray, multiple: int) -> Shard:
         """Some of the rows, cut to the longest of them (rounded up to `multiple`), with only the images they show."""
         batch, lengths_B = self.batch, self.lengths_B[rows_B]
-        length = min(_round_up(int(lengths_B.max()), multiple), batch.tokens_BS.shape[1])
+        length = min(round_up(int(lengths_B.max()), multiple), batch.tokens_BS.shape[1])
         used, row_tiles = np.unique(batch.row_tiles_BM[rows_B], return_inverse=True)
         absent = int(used[0] == -1)  # -1 sorts first, so taking it out makes the inverse its own new index
         return Shard(
@@ -102,7 +102,7 @@ class BatchForm:
 def join(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, rows: int, form: BatchForm) -> Shard:
     """One shard of `rows` rows: the given rollouts, then filler."""
     lengths_B = np.array([*map(_length, scored), *[1] * (rows - len(scored))], dtype=np.int64)
-    length = _round_up(int(lengths_B.max()), form.multiple)
+    length = round_up(int(lengths_B.max()), form.multiple)
     tiles, row_tiles = _tiles([answer.rollout.prompt for answer in scored], rows)
     batch = LearnerBatch(
         tokens_BS=np.full((rows, length), form.pad_id, dtype=np.int32),
@@ -125,7 +125,7 @@ def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: 
     """The shard's rows sorted by length, in equal parts of at most `micro_batch` rows, each as short as its longest row. The number of parts is a multiple of
     `parts_multiple` (interleaved pipelines need one of pp), for which there must be rows enough."""
     order = np.argsort(shard.lengths_B, kind="stable")
-    parts = _round_up(-(-len(order) // micro_batch), parts_multiple)
+    parts = round_up(-(-len(order) // micro_batch), parts_multiple)
     if parts > len(order):
         raise ValueError(f"{len(order)} rows cannot make {parts} micro-batches")
     return [shard.select(rows, multiple) for rows in np.array_split(order, parts)]
@@ -192,7 +192,3 @@ def _chunks(groups: list[list[int]], parts: int) -> list[list[list[int]]]:
 
 def _length(answer: ScoredRollout) -> int:
     return len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -98,7 +98,7 @@ class Policy:
         entropy_BS = self._entropy(logits_SBV, mask_BS)  # before the log-probs: Megatron's cross entropy overwrites the logits
         logprobs_BS = self._logprobs(logits_SBV, batch, frame)
         if batch.old_BS is None:
-            self._require_agreement(logprobs_BS.detach(), batch, frame)
+            self._require_agreement(logprobs_BS.detach(), mask_BS, rollout_BS, batch, frame)
         parts = policy_loss(
             logprobs_BS,
             logprobs_BS.detach() if batch.old_BS is None else batch.old_BS,
@@ -179,9 +179,8 @@ class Policy:
         entropy_BS[mask_BS] = torch.special.entr(torch.softmax(logits_nV, dim=-1)).sum(-1)
         return entropy_BS
 
-    def _require_agreement(self, logprobs_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
+    def _require_agreement(self, logprobs_BS: torch.Tensor, mask_BS: torch.Tensor, rollout_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
         """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
-        mask_BS, rollout_BS = self._sampled(batch, frame)
         diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
         limit = self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):
@@ -219,7 +218,7 @@ class _Scorer:
         frame = getattr(model, "module", model).frame(batch.inputs)
         logprobs_BS = self._policy._logprobs(self._policy._policy_logits(logits_SBV), batch, frame)
         if self._replays:
-            self._policy._require_agreement(logprobs_BS, batch, frame)
+            self._policy._require_agreement(logprobs_BS, *self._policy._sampled(batch, frame), batch, frame)
         self.found.append(logprobs_BS)
         return logprobs_BS.sum(), torch.ones((), dtype=torch.int32), {}
 

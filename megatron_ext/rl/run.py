@@ -23,7 +23,8 @@ from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.prompts import draw_any, draw_skills
+from megatron_ext.data.jsonl import draw_jsonl_prompts
+from megatron_ext.data.prompts import draw_skills
 from megatron_ext.data.rewards import correctness
 from megatron_ext.data.suite import ALL_SKILLS, SKILLS, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
@@ -124,7 +125,7 @@ def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[
     shared equally by the single skills), never the same prompt in two steps. Of a file: its train split, in an order of its own each epoch."""
     start = step * config.rl.prompts_per_step
     if config.data.kind == "jsonl":
-        return draw_any("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
+        return draw_jsonl_prompts("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
     prompts = []
     for skill, count in skill_counts(step, config).items():
         prompts += draw_prompts("train", [skill], count, config.seed, config.data, tokenizer, config.model.vision, start)

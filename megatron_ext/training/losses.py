@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron_ext.batch.metric import Metric
 from megatron_ext.model.heads import decided, token_logprobs
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.observe.metrics_file import POSITIONS_PER_ROW, TILES_PER_ROW
 from megatron_ext.shapes import check_shape
 
 
@@ -40,8 +41,6 @@ def masked_nll(logprobs_BS: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.
 
 
 TOKENS_PER_ROW = "data/tokens_per_row"
-POSITIONS_PER_ROW = "data/positions_per_row"
-TILES_PER_ROW = "data/tiles_per_row"
 
 
 class NextToken:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.inputs import model_inputs
+from megatron_ext.shapes import round_up
 from megatron_ext.training.losses import Microbatch
 
 
@@ -40,7 +41,7 @@ def _padded(part: TokenBatch, pad_id: int, device: torch.device, bounds: tuple[i
 
 
 def _packed(part: TokenBatch, pad_id: int, multiple: int, device: torch.device) -> Microbatch:
-    lengths = [_round_up(int(np.flatnonzero(row != pad_id)[-1]) + 1, multiple) for row in part.tokens_BS]
+    lengths = [round_up(int(np.flatnonzero(row != pad_id)[-1]) + 1, multiple) for row in part.tokens_BS]
     bounds = (0, *accumulate(lengths))
     tokens_1S = np.full((1, bounds[-1]), pad_id, part.tokens_BS.dtype)
     mask_1S = np.zeros((1, bounds[-1]), part.loss_mask_BS.dtype)
@@ -51,7 +52,3 @@ def _packed(part: TokenBatch, pad_id: int, multiple: int, device: torch.device) 
     in_order = part.row_tiles_BM[part.row_tiles_BM >= 0]
     tiles_1M = in_order[None] if len(in_order) else np.full((1, 1), -1, part.row_tiles_BM.dtype)
     return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles, tiles_1M), pad_id, device, bounds, len(lengths))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -82,7 +82,7 @@ def require_tokenizer(prefix: Path, digest: str, folder: Path) -> None:
     as it is."""
     for suffix in (".bin", ".idx"):
         if not prefix.with_name(prefix.name + suffix).is_file():
-            raise DataError(f"pretrain.text {prefix}", f"there is no {prefix.name}{suffix}", "make it with tools/preprocess_data.py")
+            raise DataError(str(prefix), f"there is no {prefix.name}{suffix}", "make it with tools/preprocess_data.py")
     note = prefix.with_name(f"{prefix.name}.json")
     if note.is_file() and (made := json.loads(note.read_text())["tokenizer"]) != digest:
         problem = f"was made with another tokenizer ({made[:12]}) than that of {folder} ({digest[:12]})"

@@ -25,7 +25,7 @@ _SILENT = {
     "use_backbone_lora", "use_llm_lora", "hidden_act_vision", "intermediate_size", "layer_scale_init_value", "image_seq_length", "output_dim",
 }  # fmt: skip
 """Keys that do not change what the model computes at inference, or that follow from others."""
-_GPT_OSS_NEEDS = "attention sinks, sliding window, YaRN positions, biases, clamped SwiGLU and MXFP4 weights"
+_GPT_OSS_NEEDS = "attention sinks, sliding window, biases, clamped SwiGLU and MXFP4 weights"
 _NORMS: dict[str, Literal["layernorm", "rmsnorm"]] = {"layer_norm": "layernorm", "rms_norm": "rmsnorm"}
 
 

@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from megatron_ext.parallel.planner.tensors import Run
+from megatron_ext.shapes import round_up
 
 ALIGN = 64
 BUCKET_ALIGN = 128
@@ -91,7 +92,7 @@ class _Block:
 
     def __init__(self, start: int, pattern: tuple[int, ...], count: int) -> None:
         self.start, self.pattern, self.count = start, pattern, count
-        self.period = sum(_up(numel, ALIGN) for numel in pattern)
+        self.period = sum(round_up(numel, ALIGN) for numel in pattern)
         self.end = start + count * self.period - (-pattern[-1] % ALIGN)
 
     def between(self, first: int, last: int) -> Held:
@@ -108,7 +109,7 @@ class _Block:
         for size in self.pattern:
             if rest <= 0:
                 break
-            numel, tensors, rest = numel + min(rest, size), tensors + 1, rest - _up(size, ALIGN)
+            numel, tensors, rest = numel + min(rest, size), tensors + 1, rest - round_up(size, ALIGN)
         return Held(numel, tensors)
 
     def _cuts(self, place: int) -> bool:
@@ -119,7 +120,7 @@ class _Block:
         for size in self.pattern:
             if rest < size:
                 return rest > 0
-            rest -= _up(size, ALIGN)
+            rest -= round_up(size, ALIGN)
             if rest <= 0:
                 return False
         return False
@@ -137,11 +138,11 @@ class _Writer:
         while count:
             whole = min(count, self._periods_that_fit(pattern))
             if whole:
-                self._put(_Block(_up(self._at, ALIGN), pattern, whole))
+                self._put(_Block(round_up(self._at, ALIGN), pattern, whole))
                 count -= whole
             if count:  # the next repetition closes a bucket somewhere inside
                 for numel in pattern:
-                    self._put(_Block(_up(self._at, ALIGN), (numel,), 1))
+                    self._put(_Block(round_up(self._at, ALIGN), (numel,), 1))
                     if self._bucket_numel is not None and self._at - self.edges[-1] >= self._bucket_numel:
                         self.close()
                 count -= 1
@@ -149,7 +150,7 @@ class _Writer:
     def close(self) -> None:
         """Ends the bucket, unless nothing is in it."""
         if self._at > self.edges[-1]:
-            self._at = _up(self._at, self._multiple)
+            self._at = round_up(self._at, self._multiple)
             self.edges.append(self._at)
 
     def _put(self, block: _Block) -> None:
@@ -160,10 +161,6 @@ class _Writer:
         """Repetitions after which the bucket is still open."""
         if self._bucket_numel is None:
             return sys.maxsize
-        room = self.edges[-1] + self._bucket_numel - 1 - _up(self._at, ALIGN)
+        room = self.edges[-1] + self._bucket_numel - 1 - round_up(self._at, ALIGN)
         padding = -pattern[-1] % ALIGN
-        return max(0, (room + padding) // sum(_up(numel, ALIGN) for numel in pattern))
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+        return max(0, (room + padding) // sum(round_up(numel, ALIGN) for numel in pattern))

@@ -16,14 +16,13 @@ from pathlib import Path
 from megatron_ext.config.load import load_config
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
-from megatron_ext.observe.metrics_file import FILE_NAME, Record, read_metrics
+from megatron_ext.observe.metrics_file import FILE_NAME, POSITIONS_PER_ROW, STEP_S, TILES_PER_ROW, Record, read_metrics
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.hardware import Cluster, Gpu
 from megatron_ext.parallel.planner.layout_names import name_of
 from megatron_ext.parallel.planner.search import Search
 from megatron_ext.parallel.planner.workload import Assumed, Workload, workload
 
-STEP, POSITIONS, TILES = "timing_s/step", "data/positions_per_row", "data/tiles_per_row"
 CONSTANTS = ("mfu", "link_efficiency", "layer_overhead_s", "step_overhead_s")
 _INVERSE = ("mfu", "link_efficiency")
 _NEVER = 1e30
@@ -98,26 +97,26 @@ def read_runs(folder: Path, gpu: Gpu) -> list[Run]:
     found = []
     for stage in ("pretrain", "sft"):
         records = read_metrics(folder / stage)
-        timed = [record for record in records if STEP in record]
+        timed = [record for record in records if STEP_S in record]
         if not timed:
             continue
-        if missing := [name for name in (POSITIONS, TILES) if name not in timed[-1]]:
+        if missing := [name for name in (POSITIONS_PER_ROW, TILES_PER_ROW) if name not in timed[-1]]:
             raise UserError("--calibrate", f"{folder / stage / FILE_NAME} does not say {missing[0]}", "run the stage again with this version")
         found.append(_run(config, stage, folder, timed[1:] or timed, gpu))
     if not found:
-        raise UserError("--calibrate", f"{folder} holds no {FILE_NAME} of pretrain or sft with {STEP}", "give the folder of a run that has trained")
+        raise UserError("--calibrate", f"{folder} holds no {FILE_NAME} of pretrain or sft with {STEP_S}", "give the folder of a run that has trained")
     return found
 
 
 def _run(config: RunConfig, stage: str, folder: Path, records: Sequence[Record], gpu: Gpu) -> Run:
     """The first line holds the warm-up and is left out where there are others."""
-    middle = {name: statistics.median(record[name] for record in records) for name in (STEP, POSITIONS, TILES)}
+    middle = {name: statistics.median(record[name] for record in records) for name in (STEP_S, POSITIONS_PER_ROW, TILES_PER_ROW)}
     layout = Layout.of(config.parallel)
-    work: Workload = workload(config, "pretrain" if stage == "pretrain" else "sft", Assumed(row_tiles=round(middle[TILES])))
-    work = replace(work, mean_row_tokens=middle[POSITIONS], row_tokens=max(1, round(middle[POSITIONS])))
+    work: Workload = workload(config, "pretrain" if stage == "pretrain" else "sft", Assumed(row_tiles=round(middle[TILES_PER_ROW])))
+    work = replace(work, mean_row_tokens=middle[POSITIONS_PER_ROW], row_tokens=max(1, round(middle[POSITIONS_PER_ROW])))
     cluster = Cluster(gpu, layout.num_ranks, layout.num_ranks)
     name = f"{folder.name}/{stage} {name_of(layout)}{f' on {layout.num_ranks}' if layout.num_ranks > 1 else ''}"
-    return Run(name, Search(config, work, cluster), layout, config.parallel.recompute, middle[STEP])
+    return Run(name, Search(config, work, cluster), layout, config.parallel.recompute, middle[STEP_S])
 
 
 def _solved(runs: Sequence[Run], gpu: Gpu, chosen: tuple[str, ...]) -> Gpu | None:

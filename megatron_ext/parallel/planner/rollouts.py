@@ -94,7 +94,7 @@ class Replica:
         model, answers, layout, rows = self.model, self.answers, self.layout, self.batch
         weights, width = _width(model) * sum(self.numels), _width(model)
         cache = rows * answers.capacity * self._cache_token_bytes()
-        taps = len(model.clvr.taps) if model.clvr.enabled else 0
+        taps = len(model.clvr.active_taps)
         keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
         vision = rows * taps * 2 * answers.tiles * vision_tokens(model.vision) * keys * width
         compaction = int(COMPACTION * cache)
@@ -166,7 +166,7 @@ class Replica:
 
     def _prefill_s(self, prompts: int) -> float:
         work, gpu = Work(self._prompt_shapes(prompts), self.cluster), self.cluster.gpu
-        layers, taps = self.model.num_layers, len(self.model.clvr.taps) if self.model.clvr.enabled else 0
+        layers, taps = self.model.num_layers, len(self.model.clvr.active_taps)
         total = (work.attention() + work.experts()).times(layers) + work.vision() + work.projector()
         total = total + work.tap().times(taps) if taps else total
         return total.flops / (gpu.flops(self.model.dtype) * gpu.mfu) + total.tp_s + total.ep_s + total.passes * gpu.layer_overhead_s
