@@ -109,7 +109,9 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
     dp = Layout.of(config.parallel).dp
 
     def supervised(stage: TrainConfig) -> str:
-        share = f"a rank: {stage.global_batch // dp // stage.micro_batch} x {stage.micro_batch}"
+        rows = stage.global_batch // dp
+        by_tokens = f"a rank: {rows}, in micro-batches of at most {stage.micro_batch_tokens} tokens"
+        share = by_tokens if stage.micro_batch_tokens else f"a rank: {rows // stage.micro_batch} x {stage.micro_batch}"
         return f"{stage.steps} steps of {stage.global_batch} rows of at most {config.data.max_length} tokens; {share}"
 
     rl = config.rl

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
+from megatron_ext.config.data_rules import budget_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
@@ -183,7 +184,10 @@ def _data(config: RunConfig) -> Problems:
 def _stages(config: RunConfig) -> Problems:
     for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
         yield from _batches(name, stage, data_parallel(config.parallel))
-        yield from _interleaved(name, stage, config.parallel)
+        if stage.micro_batch_tokens:
+            yield from budget_rules(name, stage, config.data, config.parallel)
+        else:
+            yield from _interleaved(name, stage, config.parallel)
         yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
         if stage.text:
             yield from _mix(f"{name}.text", stage.text, tuple(stage.text))
@@ -193,7 +197,7 @@ def _stages(config: RunConfig) -> Problems:
 def _batches(name: str, stage: TrainConfig, dp: int) -> Problems:
     if dp and stage.global_batch % dp:
         yield UserError(f"{name}.global_batch", f"{stage.global_batch} cannot be shared by {dp} data-parallel ranks", f"use a multiple of {dp}")
-    elif dp and (stage.global_batch // dp) % stage.micro_batch:
+    elif dp and not stage.micro_batch_tokens and (stage.global_batch // dp) % stage.micro_batch:
         share = stage.global_batch // dp
         yield UserError(
             f"{name}.micro_batch",

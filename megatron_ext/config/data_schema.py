@@ -1,0 +1,36 @@
+"""The section `data`: what a run learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ext.config.section import Section
+
+
+class DataConfig(Section):
+    kind: Literal["suite", "jsonl"] = "suite"
+    """`suite`: the procedural skill suite, drawn as it is read. `jsonl`: one conversation with images a line."""
+    path: Path | None = None
+    """The JSONL file when kind is `jsonl`; images are relative to its folder."""
+    image_size: int = Field(32, gt=0)
+    image_processing: Literal["fit", "internvl"] = "fit"
+    """Of pictures in files. `fit`: one tile, letterboxed. `internvl`: dynamic tiling with a thumbnail, as transformers does it for InternVL."""
+    max_tiles: int = Field(12, gt=0)
+    """With `internvl`: tiles per picture, the thumbnail not counted."""
+    tokenizer: Path | None = None
+    """A Hugging Face folder whose tokenizer is used as it is (start from a converted checkpoint with its own); unset: one is trained on the run's text."""
+    level: int = Field(0, ge=0)
+    """Difficulty of the suite's scenes."""
+    questions_per_image: int = Field(6, gt=0)
+    """Question-answer turns packed into one training conversation."""
+    vocab_size: int = Field(256, gt=0)
+    """Size asked of SentencePiece."""
+    real_digits: float = Field(0.25, ge=0, le=1)
+    """Share of OCR scenes drawn from scikit-learn's handwritten digits."""
+    max_length: int = Field(256, gt=0)
+    """Tokens a row may hold; a longer conversation is an error that names it."""
+    max_bad_samples: int = Field(0, ge=0)
+    """Lines of a JSONL file with unreadable images that training may leave out, on each rank: the next line is taken, and the one left out is named."""
