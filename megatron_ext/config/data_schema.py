@@ -11,10 +11,14 @@ from megatron_ext.config.section import Section
 
 
 class DataConfig(Section):
-    kind: Literal["suite", "jsonl"] = "suite"
-    """`suite`: the procedural skill suite, drawn as it is read. `jsonl`: one conversation with images a line."""
+    kind: Literal["suite", "jsonl", "webdataset", "blend"] = "suite"
+    """`suite`: the procedural skill suite, drawn as it is read. `jsonl`: one conversation with images a line. `webdataset`: tar shards of samples. `blend`:
+    several of the last two."""
     path: Path | None = None
-    """The JSONL file when kind is `jsonl`; images are relative to its folder."""
+    """`jsonl`: the file; images are relative to its folder. `webdataset`: a folder of shards, or a pattern such as shards/part-{000000..000031}.tar. `blend`:
+    InternVL's meta file, {"name": {"annotation": ..., "root": ..., "repeat_time": 1}}."""
+    index: Path | None = None
+    """With shards: the folder that keeps where their samples are, which several runs may share. Unset: `shards` in the run's folder."""
     image_size: int = Field(32, gt=0)
     image_processing: Literal["fit", "internvl"] = "fit"
     """Of pictures in files. `fit`: one tile, letterboxed. `internvl`: dynamic tiling with a thumbnail, as transformers does it for InternVL."""
@@ -33,4 +37,5 @@ class DataConfig(Section):
     max_length: int = Field(256, gt=0)
     """Tokens a row may hold; a longer conversation is an error that names it."""
     max_bad_samples: int = Field(0, ge=0)
-    """Lines of a JSONL file with unreadable images that training may leave out, on each rank: the next line is taken, and the one left out is named."""
+    """Conversations that training may leave out, on each rank, because an image (of shards, anything of the sample) cannot be read: the next one is taken, and
+    the one left out is named and counted (`data/bad_samples`)."""

@@ -163,8 +163,11 @@ def _clvr(config: RunConfig) -> Problems:
 
 def _data(config: RunConfig) -> Problems:
     data, model = config.data, config.model
-    if data.kind == "jsonl" and data.path is None:
-        yield UserError("data.path", "is missing, but data.kind = jsonl reads a file", "give the path of the JSONL file")
+    if data.kind != "suite" and data.path is None:
+        what = {"jsonl": "the JSONL file", "webdataset": "the folder of shards", "blend": "the meta file"}[data.kind]
+        yield UserError("data.path", f"is missing, but data.kind = {data.kind} reads files", f"give the path of {what}")
+    if data.kind in ("suite", "jsonl") and data.index is not None:
+        yield UserError("data.index", f"{str(data.index)!r} would be ignored: data.kind = {data.kind} has no shards", "remove it")
     if data.kind == "suite" and data.path is not None:
         yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
     if data.tokenizer is not None and config.earl.enabled and config.earl.subtask == "tags":

@@ -59,7 +59,7 @@ def tiles_of_a_row(config: RunConfig, assumed: Assumed) -> int:
     """One picture a row unless told otherwise: with dynamic tiling its most tiles and the thumbnail, else one tile."""
     if assumed.row_tiles is not None:
         return assumed.row_tiles
-    return config.data.max_tiles + (config.data.max_tiles > 1) if config.data.kind == "jsonl" and config.data.image_processing == "internvl" else 1
+    return config.data.max_tiles + (config.data.max_tiles > 1) if config.data.kind != "suite" and config.data.image_processing == "internvl" else 1
 
 
 def prompt_tokens(config: RunConfig, assumed: Assumed) -> int:
