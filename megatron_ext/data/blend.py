@@ -20,7 +20,8 @@ import numpy as np
 from megatron_ext.data.digits import Split
 from megatron_ext.data.jsonl import known
 from megatron_ext.data.records import Listed, Record, Records
-from megatron_ext.data.webdataset import ShardRecords, index_of
+from megatron_ext.data.shard_index import open_index
+from megatron_ext.data.webdataset import ShardRecords
 from megatron_ext.errors import DataError
 
 _IGNORED = ("length",)
@@ -43,11 +44,11 @@ class Source:
     def skills(self, folder: Path | None) -> set[str]:
         if self.is_jsonl:
             return {record.skill for record in known(self.annotation, self.root, self.name)}
-        return set(index_of(self.annotation, folder, self.name).skills)
+        return set(open_index(self.annotation, folder, self.name).skills)
 
     def records(self, folder: Path | None, split: Split | None, skill: str) -> Records:
         if not self.is_jsonl:
-            return ShardRecords(index_of(self.annotation, folder, self.name), split, skill)
+            return ShardRecords(open_index(self.annotation, folder, self.name), split, skill)
         every = known(self.annotation, self.root, self.name)
         return Listed([record for record in every if split in (None, record.split) and skill in ("", record.skill)])
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.data.digits import Split
+from megatron_ext.data.shard_names import shards_of
 from megatron_ext.data.suite.scene import split_of_text
 from megatron_ext.errors import DataError
 
@@ -48,30 +49,31 @@ class ShardIndex:
 
 
 @lru_cache(maxsize=64)
-def open_index(shards: tuple[Path, ...], folder: Path | None, skill: str) -> ShardIndex:
-    """The index in the folder, which is made if it is not there (None: in memory alone). `skill`: of samples that name none.
+def open_index(path: Path | None, folder: Path | None, skill: str = "webdataset") -> ShardIndex:
+    """The index of the shards that a path names, in the folder, where it is made if it is not there (None: in memory alone). `skill`: of samples without one.
 
-    Raises DataError for a shard that is no whole tar or holds no sample, and where the folder's index is of other shards, or of these as they were before.
+    Raises DataError for a path without shards, for a shard that is no whole tar or holds no sample, and where the folder's index is of other shards, or of
+    these as they were before.
     """
-    stamps = [[str(shard.absolute()), shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards]
-    if folder is None:
+    shards = shards_of(path)
+    if path is None or folder is None:
         return _joined(shards, skill)
-    place = folder / sha1(json.dumps([[name for name, _, _ in stamps], skill]).encode(), usedforsecurity=False).hexdigest()[:16]
+    stamps = [[str(shard.absolute()), shard.stat().st_size, shard.stat().st_mtime_ns] for shard in shards]
+    place = folder / sha1(json.dumps([str(path.absolute()), skill]).encode(), usedforsecurity=False).hexdigest()[:16]
     if not place.is_dir():
         _write(_joined(shards, skill), stamps, place)
-    return _read(place, shards, stamps)
+    return _read(place, path, shards, stamps)
 
 
-def _read(place: Path, shards: tuple[Path, ...], stamps: list[list[Any]]) -> ShardIndex:
-    note = json.loads((place / "shards.json").read_text())
+def _read(place: Path, path: Path, shards: tuple[Path, ...], stamps: list[list[Any]]) -> ShardIndex:
+    note, remedy = json.loads((place / "shards.json").read_text()), f"or remove {place}, and a run that resumes goes on with other samples than it would have"
+    if changed := {name for name, _, _ in stamps} ^ {name for name, _, _ in note["shards"]}:
+        problem = f"named {len(note['shards'])} shards when they were indexed and names {len(stamps)}; one that came or went is {min(changed)}"
+        raise DataError(str(path), problem, f"name those of before; {remedy}")
     for (name, size, time), (_, old_size, old_time) in zip(stamps, note["shards"], strict=True):
         if (size, time) != (old_size, old_time):
             how = "was written again" if size == old_size else f"had {old_size} bytes, has {size}"
-            raise DataError(
-                name,
-                f"has changed since it was indexed: it {how}",
-                f"put it back; or remove {place}, and a run that resumes goes on with other samples than it would have",
-            )
+            raise DataError(name, f"has changed since it was indexed: it {how}", f"put it back; {remedy}")
     arrays = (np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("samples", "members"))
     return ShardIndex(shards, tuple(note["skills"]), *arrays)
 

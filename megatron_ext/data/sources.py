@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from megatron_ext.config.schema import DataConfig
 from megatron_ext.data.blend import blend_records, read_meta
 from megatron_ext.data.digits import Split
 from megatron_ext.data.jsonl import known, read_split
 from megatron_ext.data.records import Listed, Records
-from megatron_ext.data.webdataset import ShardRecords, index_of
+from megatron_ext.data.shard_index import open_index
+from megatron_ext.data.webdataset import ShardRecords
 from megatron_ext.errors import DataError
 
 
+@lru_cache(maxsize=64)
 def open_records(data: DataConfig, split: Split, skill: str = "") -> Records:
     """The conversations of a split: of one skill, where given, if there are any. Raises DataError where the split has none."""
     if data.kind == "jsonl":
@@ -28,7 +31,7 @@ def skills_in(data: DataConfig) -> tuple[str, ...]:
     if data.kind == "jsonl":
         found = {record.skill for record in known(data.path)}
     elif data.kind == "webdataset":
-        found = set(index_of(data.path, data.index).skills)
+        found = set(open_index(data.path, data.index).skills)
     else:
         found = {skill for source in read_meta(data.path) for skill in source.skills(data.index)}
     return tuple(sorted(found))
@@ -48,5 +51,5 @@ def all_texts(data: DataConfig) -> Iterator[str]:
 
 def _records(data: DataConfig, split: Split | None, skill: str) -> Records:
     if data.kind == "webdataset":
-        return ShardRecords(index_of(data.path, data.index), split, skill)
+        return ShardRecords(open_index(data.path, data.index), split, skill)
     return blend_records(data.path, data.index, split, skill)

@@ -20,8 +20,7 @@ import numpy as np
 from megatron_ext.data.chat import IMAGE, Turn, check_placeholders
 from megatron_ext.data.digits import Split
 from megatron_ext.data.records import Record, read_object, sizes_of, skill_of, turns_of
-from megatron_ext.data.shard_index import JSON, PICTURE, SPLITS, TEXT, ShardIndex, open_index
-from megatron_ext.data.shard_names import shards_of
+from megatron_ext.data.shard_index import JSON, PICTURE, SPLITS, TEXT, ShardIndex
 from megatron_ext.errors import DataError
 
 WINDOW = 8
@@ -107,11 +106,6 @@ class WindowShuffle:
         runs = self._epoch(epoch, seed)[0][window * self._window : (window + 1) * self._window]
         items = np.concatenate([np.arange(self._first[run], self._first[run + 1]) for run in runs])
         return np.random.default_rng([seed, epoch, window]).permutation(items)
-
-
-def index_of(path: Path | None, folder: Path | None, skill: str = "webdataset") -> ShardIndex:
-    """The index of what `data.path` names, kept in `folder`."""
-    return open_index(shards_of(path), folder, skill)
 
 
 def _turns(entry: dict[str, object], has_json: bool, where: str) -> tuple[Turn, ...]:

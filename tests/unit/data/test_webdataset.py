@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.data.prompts import draw_recorded_prompts, draw_skills, skills_of
 from megatron_ext.data.records import Record
+from megatron_ext.data.shard_index import open_index
 from megatron_ext.data.shard_names import shards_of
 from megatron_ext.data.sources import open_records
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.suite.scene import split_of_text
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megatron_ext.data.webdataset import ShardRecords, WindowShuffle, index_of
+from megatron_ext.data.webdataset import ShardRecords, WindowShuffle
 from megatron_ext.errors import DataError
 from tests.support.shards import conversation, picture, write_shard, write_shards
 
@@ -33,7 +34,7 @@ def config(path: Path, **changes: Any) -> DataConfig:
 
 
 def only(path: Path) -> ShardRecords:
-    return ShardRecords(index_of(path, None), None)
+    return ShardRecords(open_index(path, None), None)
 
 
 def sample(tmp_path: Path, **files: bytes) -> Record:
@@ -130,7 +131,7 @@ def test_a_shard_that_is_no_whole_tar_of_samples_is_named(tmp_path: Path, damage
     else:
         write_shard(shard, {"no sample": {"README.md": b"x"}, "twice": files | {"k0.jpg": picture(0, "JPEG")}}[damage])
     with pytest.raises(DataError, match=message):
-        index_of(shard, None)
+        open_index(shard, None)
 
 
 def test_a_path_names_a_folder_a_pattern_or_one_shard(tmp_path: Path) -> None:
@@ -174,7 +175,7 @@ def test_reads_stay_within_a_window_of_shards(tmp_path: Path) -> None:
 
 
 def test_splits_are_by_the_hash_of_the_key(tmp_path: Path) -> None:
-    index = index_of(write_shards(tmp_path, 3, 60), None)
+    index = open_index(write_shards(tmp_path, 3, 60), None)
     keys = {}
     for split in ("train", "val", "test"):
         records = ShardRecords(index, split)
@@ -228,12 +229,12 @@ def test_bad_samples_are_left_out_by_name_within_the_budget_and_counted(tmp_path
 
 def test_the_index_is_made_once_and_read_by_whoever_comes_later(tmp_path: Path) -> None:
     shards, folder = write_shards(tmp_path / "shards", 2, 20), tmp_path / "run" / "shards"
-    made = [record.where for record in map(ShardRecords(index_of(shards, folder), None).__getitem__, range(40))]
+    made = [record.where for record in map(ShardRecords(open_index(shards, folder), None).__getitem__, range(40))]
     (place,) = folder.iterdir()
     assert sorted(path.name for path in place.iterdir()) == ["members.npy", "samples.npy", "shards.json"]
     stamp = os.stat(place / "samples.npy").st_mtime_ns
     _forget()
-    read = index_of(shards, folder)
+    read = open_index(shards, folder)
     assert isinstance(read.samples_N, np.memmap) and os.stat(place / "samples.npy").st_mtime_ns == stamp
     assert [record.where for record in map(ShardRecords(read, None).__getitem__, range(40))] == made
     assert {path.name for path in shards.iterdir()} == {"part-000.tar", "part-001.tar"}, "nothing is written beside the shards"
@@ -241,28 +242,39 @@ def test_the_index_is_made_once_and_read_by_whoever_comes_later(tmp_path: Path) 
 
 def test_a_shard_that_has_changed_since_is_refused_until_the_index_is_removed(tmp_path: Path) -> None:
     shards, folder = write_shards(tmp_path / "shards", 2, 20), tmp_path / "index"
-    index_of(shards, folder)
+    open_index(shards, folder)
     write_shard(shards / "part-001.tar", {"new.json": conversation("x", images=0)})
     _forget()
     with pytest.raises(DataError, match=r"part-001\.tar: has changed since it was indexed: it had \d+ bytes, has 10240; put it back; or remove .*index"):
-        index_of(shards, folder)
+        open_index(shards, folder)
     os.utime(shards / "part-001.tar", ns=(0, 0))
     (place,) = folder.iterdir()
     note = json.loads((place / "shards.json").read_text())
     note["shards"][1][1] = 10240
     (place / "shards.json").write_text(json.dumps(note))
     with pytest.raises(DataError, match="it was written again"):
-        index_of(shards, folder)
+        open_index(shards, folder)
+
+
+def test_shards_that_came_or_went_since_are_refused(tmp_path: Path) -> None:
+    shards, folder = write_shards(tmp_path / "shards", 2, 5), tmp_path / "index"
+    open_index(shards, folder)
+    write_shards(shards, 3, 5)
+    for number in (0, 1):
+        os.utime(shards / f"part-00{number}.tar", ns=(0, 0))
+    _forget()
+    with pytest.raises(DataError, match=r"shards: named 2 shards when they were indexed and names 3; one that came or went is .*part-002\.tar; name those of"):
+        open_index(shards, folder)
 
 
 def test_a_draft_of_an_index_is_no_index(tmp_path: Path) -> None:
     """As a process leaves one that is killed while it writes."""
     shards, folder = write_shards(tmp_path / "shards", 1, 5), tmp_path / "index"
-    index_of(shards, folder)
+    open_index(shards, folder)
     (place,) = folder.iterdir()
     place.rename(place.with_name(f"{place.name}.1.partial"))
     _forget()
-    assert len(index_of(shards, folder).samples_N) == 5
+    assert len(open_index(shards, folder).samples_N) == 5
     assert place.is_dir()
 
 
@@ -276,6 +288,4 @@ def test_a_shard_that_ends_early_while_it_is_in_use_is_a_bad_sample(tmp_path: Pa
 
 def _forget() -> None:
     """As a new process would start."""
-    from megatron_ext.data import shard_index
-
-    shard_index.open_index.cache_clear()
+    open_index.cache_clear()
