@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import count_parameters, patches_per_side, tokens_per_tile, vision_tokens
+from megatron_ext.data.shard_names import shards_of
 from megatron_ext.errors import ConfigError, UserError
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.stages import Stage, pipeline_stages
@@ -25,6 +26,7 @@ def describe(config: RunConfig) -> str:
 def missing_files(config: RunConfig) -> list[UserError]:
     """Files, checkpoints and functions that the configuration names and this machine does not have."""
     problems = [UserError(field, f"there is no {path}", "give a path that exists") for field, path in _named_paths(config) if not path.exists()]
+    problems += _missing_shards(config)
     module = config.rl.reward.partition(":")[0]
     try:
         found = find_spec(module)
@@ -37,7 +39,7 @@ def missing_files(config: RunConfig) -> list[UserError]:
 
 def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
     named = (
-        ("data.path", config.data.path),
+        ("data.path", None if config.data.kind == "webdataset" else config.data.path),
         ("data.tokenizer", config.data.tokenizer),
         ("pretrain.init_from", config.pretrain.init_from),
         ("sft.init_from", config.sft.init_from),
@@ -45,6 +47,20 @@ def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
     )
     text = [(f"{stage}.text", Path(f"{prefix}.idx")) for stage in ("pretrain", "sft") for prefix in getattr(config, stage).text]
     return [(field, path) for field, path in named if path is not None] + text
+
+
+def _missing_shards(config: RunConfig) -> list[UserError]:
+    try:
+        _shards(config)
+    except UserError as error:
+        return [error]
+    return []
+
+
+def _shards(config: RunConfig) -> list[tuple[str, str]]:
+    if config.data.kind != "webdataset":
+        return []
+    return [("data.path", f"{len(shards_of(config.data.path))} shards of {config.data.path}")]
 
 
 def _model(config: RunConfig) -> list[tuple[str, str]]:
@@ -109,7 +125,9 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
     dp = Layout.of(config.parallel).dp
 
     def supervised(stage: TrainConfig) -> str:
-        share = f"a rank: {stage.global_batch // dp // stage.micro_batch} x {stage.micro_batch}"
+        rows = stage.global_batch // dp
+        by_tokens = f"a rank: {rows}, in micro-batches of at most {stage.micro_batch_tokens} tokens"
+        share = by_tokens if stage.micro_batch_tokens else f"a rank: {rows // stage.micro_batch} x {stage.micro_batch}"
         return f"{stage.steps} steps of {stage.global_batch} rows of at most {config.data.max_length} tokens; {share}"
 
     rl = config.rl
@@ -122,4 +140,4 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def _files(config: RunConfig) -> list[tuple[str, str]]:
-    return [(field, f"{path} (found)") for field, path in _named_paths(config)]
+    return [(field, f"{path} (found)") for field, path in _named_paths(config)] + _shards(config)

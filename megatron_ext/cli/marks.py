@@ -23,7 +23,8 @@ from megatron_ext.errors import UserError
 STARTED, DONE = "started.json", "done.json"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "numpy", "sentencepiece")
 _HOW_NOT_WHAT = {
-    "parallel", "micro_batch", "packed", "fleet", "replicas", "batch_size", "experts_kernel", "save_every", "keep", "async_save", "log_every", "eval_every"
+    "parallel", "micro_batch", "micro_batch_tokens", "packed", "fleet", "replicas", "batch_size", "experts_kernel", "save_every", "keep", "async_save",
+    "log_every", "eval_every", "index"
 }  # fmt: skip
 
 

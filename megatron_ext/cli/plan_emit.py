@@ -24,7 +24,7 @@ def emit(folder: Path, source: Path, overrides: Sequence[str], config: RunConfig
     paths = [folder / CONFIG, folder / SBATCH]
     if existing := [path for path in paths if path.exists()]:
         raise UserError("--emit", f"{existing[0]} is there already", "name another folder, or remove it")
-    changes = _fleet_changes(found) if isinstance(found, FleetFound) else _learner_changes(found, search.work.stage)
+    changes = _fleet_changes(found) if isinstance(found, FleetFound) else _learner_changes(found, search.work.stage, by_rows=not search.work.micro_tokens)
     learner = found.learner if isinstance(found, FleetFound) else found
     changes |= _other_batches(config, search.work.stage, learner.layout)
     resolved = load_config(source, [*overrides, *(f"{name}={value}" for name, value in changes.items())], [layout_problems])
@@ -48,9 +48,10 @@ def _job(config: Path, resolved: RunConfig, search: Search) -> str:
     return submit.render(resolved, stage, args)
 
 
-def _learner_changes(found: Found, stage: str) -> dict[str, Any]:
+def _learner_changes(found: Found, stage: str, by_rows: bool = True) -> dict[str, Any]:
     sizes = {f"parallel.{axis}": getattr(found.layout, axis) for axis in AXES}
-    return {"parallel.num_ranks": found.layout.num_ranks, **sizes, "parallel.recompute": found.recompute, f"{stage}.micro_batch": found.micro_rows}
+    rows = {f"{stage}.micro_batch": found.micro_rows} if by_rows else {}
+    return {"parallel.num_ranks": found.layout.num_ranks, **sizes, "parallel.recompute": found.recompute, **rows}
 
 
 def _fleet_changes(found: FleetFound) -> dict[str, Any]:

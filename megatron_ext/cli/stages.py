@@ -37,8 +37,11 @@ class Stage:
 
 
 def _tokenizer(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
+    from megatron_ext.data.sources import skills_in
     from megatron_ext.data.tokenizer import train_tokenizer
 
+    if config.data.index is not None:
+        skills_in(config.data)  # indexes the shards, before there are many ranks that need it
     return {"tokenizer": str(train_tokenizer(config.data, run.tokenizer, config.seed))}
 
 

@@ -33,8 +33,8 @@ Check = Callable[[RunConfig], list[UserError]]
 
 @dataclass(frozen=True)
 class Resolved:
-    """A valid configuration. `origins` maps every dotted field to `default`, `preset <name>`, `algorithm <name>`, `<file>:<line>` or
-    `command line`."""
+    """A valid configuration. `origins` maps every dotted field to `default`, `preset <name>`, `algorithm <name>`, `run folder`,
+    `<file>:<line>` or `command line`."""
 
     config: RunConfig
     origins: dict[str, str]
@@ -145,6 +145,7 @@ class _Builder:
         return self._not_a_section(dotted, value, inner, COMMAND_LINE)
 
     def resolve(self, checks: Sequence[Check]) -> Resolved:
+        self._place_index()
         config = None
         try:
             config = RunConfig.model_validate_json(json.dumps(self.tree), strict=True)
@@ -160,6 +161,11 @@ class _Builder:
         if self.problems or config is None:
             raise ConfigError(self.problems)
         return Resolved(config, {dotted: self._origin(dotted) for dotted in leaves(config.model_dump(mode="json"))})
+
+    def _place_index(self) -> None:
+        """Beside the run, where there are shards and nobody says otherwise."""
+        if self._get("data.kind") in ("webdataset", "blend") and self._get("data.index") is None:
+            self._set("data.index", str(Path(str(self._get("output_dir"))) / str(self._get("name")) / "shards"), "run folder")
 
     def _get(self, dotted: str) -> Any:
         value: Any = self.tree

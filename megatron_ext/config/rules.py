@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
+from megatron_ext.config.data_rules import budget_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
@@ -162,8 +163,11 @@ def _clvr(config: RunConfig) -> Problems:
 
 def _data(config: RunConfig) -> Problems:
     data, model = config.data, config.model
-    if data.kind == "jsonl" and data.path is None:
-        yield UserError("data.path", "is missing, but data.kind = jsonl reads a file", "give the path of the JSONL file")
+    if data.kind != "suite" and data.path is None:
+        what = {"jsonl": "the JSONL file", "webdataset": "the folder of shards", "blend": "the meta file"}[data.kind]
+        yield UserError("data.path", f"is missing, but data.kind = {data.kind} reads files", f"give the path of {what}")
+    if data.kind in ("suite", "jsonl") and data.index is not None:
+        yield UserError("data.index", f"{str(data.index)!r} would be ignored: data.kind = {data.kind} has no shards", "remove it")
     if data.kind == "suite" and data.path is not None:
         yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
     if data.tokenizer is not None and config.earl.enabled and config.earl.subtask == "tags":
@@ -183,7 +187,10 @@ def _data(config: RunConfig) -> Problems:
 def _stages(config: RunConfig) -> Problems:
     for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
         yield from _batches(name, stage, data_parallel(config.parallel))
-        yield from _interleaved(name, stage, config.parallel)
+        if stage.micro_batch_tokens:
+            yield from budget_rules(name, stage, config.data, config.parallel)
+        else:
+            yield from _interleaved(name, stage, config.parallel)
         yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
         if stage.text:
             yield from _mix(f"{name}.text", stage.text, tuple(stage.text))
@@ -193,7 +200,7 @@ def _stages(config: RunConfig) -> Problems:
 def _batches(name: str, stage: TrainConfig, dp: int) -> Problems:
     if dp and stage.global_batch % dp:
         yield UserError(f"{name}.global_batch", f"{stage.global_batch} cannot be shared by {dp} data-parallel ranks", f"use a multiple of {dp}")
-    elif dp and (stage.global_batch // dp) % stage.micro_batch:
+    elif dp and not stage.micro_batch_tokens and (stage.global_batch // dp) % stage.micro_batch:
         share = stage.global_batch // dp
         yield UserError(
             f"{name}.micro_batch",

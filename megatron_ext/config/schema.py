@@ -18,15 +18,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Correction, KlEstimator, KlPlacement, Surrogate
-
-
-class Section(BaseModel):
-    """A frozen section whose unknown keys are errors. `config/load.py` also refuses numbers written as strings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from megatron_ext.config.data_schema import DataConfig as DataConfig
+from megatron_ext.config.section import Section as Section
 
 
 class VisionConfig(Section):
@@ -179,32 +175,6 @@ class ParallelConfig(Section):
     """DeepSpeed's JSON file (`deepspeed_configs/`); needed by engine `deepspeed`. Its "auto" values come from this configuration."""
 
 
-class DataConfig(Section):
-    kind: Literal["suite", "jsonl"] = "suite"
-    """`suite`: the procedural skill suite, drawn as it is read. `jsonl`: one conversation with images a line."""
-    path: Path | None = None
-    """The JSONL file when kind is `jsonl`; images are relative to its folder."""
-    image_size: int = Field(32, gt=0)
-    image_processing: Literal["fit", "internvl"] = "fit"
-    """Of pictures in files. `fit`: one tile, letterboxed. `internvl`: dynamic tiling with a thumbnail, as transformers does it for InternVL."""
-    max_tiles: int = Field(12, gt=0)
-    """With `internvl`: tiles per picture, the thumbnail not counted."""
-    tokenizer: Path | None = None
-    """A Hugging Face folder whose tokenizer is used as it is (start from a converted checkpoint with its own); unset: one is trained on the run's text."""
-    level: int = Field(0, ge=0)
-    """Difficulty of the suite's scenes."""
-    questions_per_image: int = Field(6, gt=0)
-    """Question-answer turns packed into one training conversation."""
-    vocab_size: int = Field(256, gt=0)
-    """Size asked of SentencePiece."""
-    real_digits: float = Field(0.25, ge=0, le=1)
-    """Share of OCR scenes drawn from scikit-learn's handwritten digits."""
-    max_length: int = Field(256, gt=0)
-    """Tokens a row may hold; a longer conversation is an error that names it."""
-    max_bad_samples: int = Field(0, ge=0)
-    """Lines of a JSONL file with unreadable images that training may leave out, on each rank: the next line is taken, and the one left out is named."""
-
-
 class OptimizerConfig(Section):
     lr: float = Field(3e-3, gt=0)
     min_lr: float = Field(1e-5, ge=0)
@@ -226,6 +196,9 @@ class TrainConfig(Section):
     """Conversations per step over all data-parallel ranks."""
     micro_batch: int = Field(32, gt=0)
     """Conversations per forward pass of one rank."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
+    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each."""
     mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
     """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
     text: dict[str, float] = Field(default_factory=dict)

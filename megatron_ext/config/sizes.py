@@ -30,6 +30,12 @@ def data_parallel(parallel: ParallelConfig) -> int:
     return parallel.num_ranks // (parallel.tp * parallel.pp * parallel.cp)
 
 
+def length_multiple(tp: int, cp: int) -> int:
+    """What the length of a row, or of a packed sample, must divide by: context parallelism cuts it into two parts a rank, sequence parallelism each rank's part
+    into tp."""
+    return tp * (2 * cp if cp > 1 else 1)
+
+
 def expert_layers(model: ModelConfig) -> tuple[int, ...]:
     """The layers that have experts, in order. Routes and loads know these layers alone.
 

@@ -16,13 +16,14 @@ class TokenBatch:
     """B conversations, right-padded to S.
 
     `tokens_BS` int32; `loss_mask_BS` uint8, 1 where THIS token is a target (position s - 1 predicts it); `tiles`, all of the batch;
-    `row_tiles_BM` int32 indexes them in the order of a row's placeholders (-1: no tile).
+    `row_tiles_BM` int32 indexes them in the order of a row's placeholders (-1: no tile). `num_bad`: samples that whoever read the batch has left out so far.
     """
 
     tokens_BS: np.ndarray
     loss_mask_BS: np.ndarray
     tiles: Tiles
     row_tiles_BM: np.ndarray
+    num_bad: int = 0
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape

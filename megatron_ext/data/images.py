@@ -1,4 +1,4 @@
-"""Image files as the model sees them: square tiles of uint8 RGB.
+"""Pictures as the model sees them: square tiles of uint8 RGB.
 
 `fit`: one tile. What is done to a file, in this order: EXIF rotation is applied; transparency is laid over grey; the picture is scaled (bicubic, keeping
 its aspect ratio) so that its longer side equals the tile; the rest of the tile is filled with mid-grey on both sides.
@@ -10,8 +10,8 @@ that is more than one tile, the whole picture once more as a thumbnail.
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from io import BytesIO
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,21 +24,31 @@ from megatron_ext.errors import DataError
 GREY = (128, 128, 128)
 
 
-def load_image(path: Path, image_size: int, expected_size: tuple[int, int] | None = None) -> np.ndarray:
-    """Reads a file as uint8 [image_size, image_size, 3]. `expected_size` is the (width, height) that an annotation claims.
+class Picture(Protocol):
+    """An encoded picture: a Path is one, and so is a part of a shard. Its text names it in errors."""
 
-    Raises DataError, naming the file, when it is missing, no image, truncated or corrupt, of another size than claimed, or too thin to be scaled.
+    @property
+    def name(self) -> str: ...
+
+    def read_bytes(self) -> bytes:
+        """Raises OSError where it cannot be read."""
+
+
+def load_image(source: Picture, image_size: int, expected_size: tuple[int, int] | None = None) -> np.ndarray:
+    """Reads a picture as uint8 [image_size, image_size, 3]. `expected_size` is the (width, height) that an annotation claims.
+
+    Raises DataError, naming the picture, when it is missing, no image, truncated or corrupt, of another size than claimed, or too thin to be scaled.
     """
-    return fit(_open(path, expected_size), image_size, str(path))
+    return fit(_open(source, expected_size), image_size, str(source))
 
 
-def load_tiles(path: Path, config: DataConfig, expected_size: tuple[int, int] | None = None) -> Tiles:
-    """The tiles of a file, as `config.image_processing` says. Raises DataError like `load_image`."""
+def load_tiles(source: Picture, config: DataConfig, expected_size: tuple[int, int] | None = None) -> Tiles:
+    """The tiles of a picture, as `config.image_processing` says. Raises DataError like `load_image`."""
     if config.image_processing == "fit":
-        return Tiles.whole(load_image(path, config.image_size, expected_size)[None])
+        return Tiles.whole(load_image(source, config.image_size, expected_size)[None])
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-    picture = ImageOps.exif_transpose(_open(path, expected_size)).convert("RGB")
+    picture = ImageOps.exif_transpose(_open(source, expected_size)).convert("RGB")
     made = _tiler(config.image_size, config.max_tiles)(images=[picture])
     pixels_IHWC = np.stack([np.asarray(tile).transpose(1, 2, 0).astype(np.uint8) for tile in made["pixel_values"]])
     columns, rows = get_optimal_tiled_canvas((picture.height, picture.width), (config.image_size, config.image_size), 1, config.max_tiles)
@@ -71,21 +81,23 @@ def fit(picture: Image.Image, image_size: int, where: str) -> np.ndarray:
     return np.asarray(tile)
 
 
-def _open(path: Path, expected_size: tuple[int, int] | None) -> Image.Image:
+def _open(source: Picture, expected_size: tuple[int, int] | None) -> Image.Image:
     """A fully decoded picture of the size that its line claims: `verify` finds broken files that still open, `load` finds those whose pixels end early."""
-    if not path.is_file():
-        raise DataError(str(path), "there is no such image", "images are relative to the folder of the JSONL file")
     try:
-        with Image.open(path) as picture:
+        encoded = BytesIO(source.read_bytes())
+        with Image.open(encoded) as picture:
             picture.verify()
-        with Image.open(path) as picture:
+        encoded.seek(0)
+        with Image.open(encoded) as picture:
             picture.load()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(str(source), "there is no such image", "images are relative to the folder of the JSONL file") from error
     except Image.DecompressionBombError as error:
-        raise DataError(str(path), f"has too many pixels ({error})", "scale it down first") from error
+        raise DataError(str(source), f"has too many pixels ({error})", "scale it down first") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # PIL raises SyntaxError for a broken PNG
-        raise DataError(str(path), f"is not a readable image: truncated, corrupt, or of an unknown format ({error})", "replace the file") from error
+        raise DataError(str(source), f"is not a readable image: truncated, corrupt, or of an unknown format ({error})", "replace the file") from error
     if expected_size is not None and picture.size != expected_size:
-        raise DataError(str(path), f"is {_size(picture.size)}, but its line says {_size(expected_size)}", "mend the line or the file")
+        raise DataError(str(source), f"is {_size(picture.size)}, but its line says {_size(expected_size)}", "mend the line or the file")
     return picture
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from random import Random
 
 from megatron_ext.batch import Tiles
@@ -18,8 +19,9 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import Turn, encode_turns
 from megatron_ext.data.collate import TokenBatch, collate
 from megatron_ext.data.digits import Split
-from megatron_ext.data.jsonl import Record, read_split, shuffled
 from megatron_ext.data.pieces import Tokenizer
+from megatron_ext.data.records import Record, Records
+from megatron_ext.data.sources import open_records
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import level_of
 from megatron_ext.data.suite.render import render
@@ -27,7 +29,7 @@ from megatron_ext.errors import DataError
 
 
 class TrainingStream:
-    """Batches of conversations for one data-parallel rank. `mix` weighs the suite's kinds of conversation; JSONL files are read as they are.
+    """Batches of conversations for one data-parallel rank. `mix` weighs the suite's kinds of conversation; files are read as they are.
 
     Rows are padded to a multiple of `multiple_of` tokens (tensor parallelism with sequence parallelism needs a multiple of tp).
     """
@@ -53,13 +55,13 @@ class TrainingStream:
         if data.kind == "suite":
             level_of(data)
         else:
-            read_split(data.path, split)
+            self._records = open_records(data, split)
 
     def batch(self, step: int, rows: int) -> TokenBatch:
         """The rank's `rows` conversations of a step. Raises DataError for a conversation longer than `data.max_length` and for unreadable images."""
         first = (step * self._dp_size + self._dp_rank) * rows
         numbers = range(first, first + rows)
-        draw = self._draw_suite if self._data.kind == "suite" else self._draw_jsonl
+        draw = self._draw_suite if self._data.kind == "suite" else self._draw_recorded
         names, dialogues, num_tiles, tiles = draw(numbers)
         tokens, masks = [], []
         for name, turns, of_images in zip(names, dialogues, num_tiles, strict=True):
@@ -69,7 +71,8 @@ class TrainingStream:
                 raise DataError(name, f"the conversation has {len(row)} tokens, more than data.max_length = {self._data.max_length}", remedy)
             tokens.append(row)
             masks.append(mask)
-        return collate(tokens, masks, [sum(of_images) for of_images in num_tiles], tiles, self._tokenizer.pad_id, self._multiple_of)
+        batch = collate(tokens, masks, [sum(of_images) for of_images in num_tiles], tiles, self._tokenizer.pad_id, self._multiple_of)
+        return replace(batch, num_bad=len(self._bad))
 
     def _draw_suite(self, numbers: range) -> Drawn:
         kinds = [Random(f"mix {self._seed} {number}").choices(self._kinds, self._weights)[0] for number in numbers]
@@ -78,23 +81,23 @@ class TrainingStream:
         tiles_IHWC = render([dialogue.scene for dialogue in dialogues], self._data.image_size)
         return names, [dialogue.turns for dialogue in dialogues], [[1]] * len(numbers), Tiles.whole(tiles_IHWC)
 
-    def _draw_jsonl(self, numbers: range) -> Drawn:
-        records = read_split(self._data.path, self._split)
-        drawn = [self._readable(records, number) for number in numbers]
+    def _draw_recorded(self, numbers: range) -> Drawn:
+        drawn = [self._readable(self._records, number) for number in numbers]
         chosen, images = [record for record, _ in drawn], [tiles for _, tiles in drawn]
         tiles = Tiles.join([of_image for of_record in images for of_image in of_record])
         num_tiles = [[len(of_image) for of_image in of_record] for of_record in images]
         return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles
 
-    def _readable(self, records: Sequence[Record], number: int) -> tuple[Record, tuple[Tiles, ...]]:
-        """The record of a number, or, where its images cannot be read, the next one that can: at most `data.max_bad_samples` are left out, each told once."""
+    def _readable(self, records: Records, number: int) -> tuple[Record, tuple[Tiles, ...]]:
+        """The record of a number, or, where it or its images cannot be read, the next one that can: at most `data.max_bad_samples` are left out, each told
+        once."""
         for later in range(len(records)):
-            record = records[shuffled(number + later, len(records), self._seed)]
             try:
+                record = records[records.place(number + later, self._seed)]
                 return record, record.load(self._data, self._vision)
             except DataError as error:
-                if record.where not in self._bad:
-                    self._bad.add(record.where)
+                if error.where not in self._bad:
+                    self._bad.add(error.where)
                     if len(self._bad) > self._data.max_bad_samples:
                         raise
                     print(f"left out: {error}", file=sys.stderr, flush=True)

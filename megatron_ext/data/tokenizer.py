@@ -13,8 +13,8 @@ from pathlib import Path
 from megatron_ext.config.schema import DataConfig
 from megatron_ext.data.chat import ROLES
 from megatron_ext.data.hf_tokenizer import HF_FILE, HfTokenizer, copy_tokenizer
-from megatron_ext.data.jsonl import read_jsonl
 from megatron_ext.data.pieces import Tokenizer
+from megatron_ext.data.sources import all_texts
 from megatron_ext.data.suite.captions import EMPTY
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
@@ -60,10 +60,8 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _texts(config: DataConfig, seed: int) -> Iterator[str]:
     """Every text the vocabulary should know: both sides of every turn."""
-    if config.kind == "jsonl":
-        for record in read_jsonl(config.path):
-            for turn in record.turns:
-                yield from turn
+    if config.kind != "suite":
+        yield from all_texts(config)
         return
     for kind in KINDS:
         for index in range(DIALOGUES_PER_KIND):

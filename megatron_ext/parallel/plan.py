@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.deepspeed import read_deepspeed, stage_of
 from megatron_ext.config.schema import ModelConfig, ParallelConfig
-from megatron_ext.config.sizes import expert_layers
+from megatron_ext.config.sizes import expert_layers, length_multiple
 from megatron_ext.errors import ConfigError, UserError
 
 
@@ -42,8 +42,8 @@ class Layout:
 
     @property
     def length_multiple(self) -> int:
-        """What the length of a row must divide by: context parallelism cuts it into two parts a rank, sequence parallelism each rank's part into tp."""
-        return self.tp * (2 * self.cp if self.cp > 1 else 1)
+        """What the length of a row must divide by."""
+        return length_multiple(self.tp, self.cp)
 
 
 def check_layout(model: ModelConfig, parallel: ParallelConfig, where: str = "parallel") -> list[UserError]:

@@ -131,20 +131,6 @@ def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: 
     return [shard.select(rows, multiple) for rows in np.array_split(order, parts)]
 
 
-def split_by_cost(costs: Sequence[int], parts: int) -> list[list[int]]:
-    """Indices in `parts` lists of nearly equal cost, each in ascending order: the dearest first, always to the cheapest list.
-
-    >>> split_by_cost([5, 1, 1, 4, 1], 2)
-    [[0, 2], [1, 3, 4]]
-    """
-    loads, lists = [0] * parts, [list[int]() for _ in range(parts)]
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        part = loads.index(min(loads))
-        loads[part] += costs[index]
-        lists[part].append(index)
-    return [sorted(part) for part in lists]
-
-
 def _write_row(batch: LearnerBatch, row: int, answer: ScoredRollout) -> None:
     rollout = answer.rollout
     start, stop = len(rollout.prompt.tokens_S), _length(answer)

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
+from megatron_ext.batch.bins import split_by_cost
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.plan import Layout
-from megatron_ext.rl.batching import Shard, plan_shards, row_key, split_by_cost
+from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.roles import Metrics

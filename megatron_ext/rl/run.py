@@ -23,8 +23,7 @@ from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.jsonl import draw_jsonl_prompts
-from megatron_ext.data.prompts import draw_skills
+from megatron_ext.data.prompts import draw_recorded_prompts, draw_skills
 from megatron_ext.data.rewards import correctness
 from megatron_ext.data.suite import ALL_SKILLS, SKILLS, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
@@ -122,10 +121,10 @@ def open_host(config: RunConfig, nodes: Nodes | None = None) -> Iterator[Host]:
 
 def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """The prompts of a step, a function of (seed, step); from `rl.steps` on, those that dynamic sampling asks besides. Of the suite: skills by `rl.mix` (`qa`
-    shared equally by the single skills), never the same prompt in two steps. Of a file: its train split, in an order of its own each epoch."""
+    shared equally by the single skills), never the same prompt in two steps. Of files: their train split, in an order of its own each epoch."""
     start = step * config.rl.prompts_per_step
-    if config.data.kind == "jsonl":
-        return draw_jsonl_prompts("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
+    if config.data.kind != "suite":
+        return draw_recorded_prompts("train", config.rl.prompts_per_step, config.seed, config.data, tokenizer, config.model.vision, start)
     prompts = []
     for skill, count in skill_counts(step, config).items():
         prompts += draw_prompts("train", [skill], count, config.seed, config.data, tokenizer, config.model.vision, start)

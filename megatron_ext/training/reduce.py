@@ -30,6 +30,16 @@ def reduce_metrics(metrics: Mapping[str, Metric], group: Any, device: torch.devi
     return {name: reduced[name] for name in metrics}
 
 
+def largest(value: int, group: Any, device: torch.device) -> int:
+    """The largest of the ranks' values. Collective."""
+    return value if group.size() == 1 else int(_all_reduce([float(value)], torch.distributed.ReduceOp.MAX, group, device)[0])
+
+
+def total(value: float, group: Any, device: torch.device) -> float:
+    """The sum of the ranks' values. Collective."""
+    return value if group.size() == 1 else _all_reduce([value], torch.distributed.ReduceOp.SUM, group, device)[0]
+
+
 def _all_reduce(values: list[float], op: Any, group: Any, device: torch.device) -> list[float]:
     flat = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(flat, op=op, group=group)

@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig, TrainConfig
-from megatron_ext.data.collate import TokenBatch
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
@@ -21,9 +19,8 @@ from megatron_ext.observe.progress import stage_progress
 from megatron_ext.parallel.groups import MeetingPoint, ParallelContext, open_parallel
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
+from megatron_ext.training.feed import Stream, open_feed
 from megatron_ext.training.loop import Report, train
-from megatron_ext.training.losses import Microbatch
-from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.stopping import stop_on_signals
 from megatron_ext.training.text_stream import TextStream
@@ -41,29 +38,24 @@ def train_rank(
         tokenizer = load_tokenizer(config.tokenizer_dir)
         engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, stage_dir, context)
-        rows = settings.global_batch // context.layout.dp
 
         def save(step: int) -> None:
             engine.settle()
             saver.save(step, engine.chunks, engine.optimizer_state, {"stage": stage})
 
-        def batch(step: int) -> list[Microbatch]:
-            part = stream.batch(step, rows)
-            multiple = context.layout.length_multiple
-            return microbatches(part, settings.micro_batch, tokenizer.pad_id, context.device, packed=settings.packed, multiple=multiple)
-
         with (
+            open_feed(stream, settings, tokenizer.pad_id, context) as feed,
             open_saver(checkpoints, settings.keep, context, config.model, asynchronous=settings.async_save) as saver,
             _reporting(stage, stage_dir, settings.steps, engine.step, context) as report,
         ):
             last = train(
                 engine,
-                batch,
+                feed.microbatches,
                 settings,
                 context,
                 save=save,
                 poll=saver.poll,
-                report=report,
+                report=lambda step, metrics: report(step, {**metrics, **feed.metrics()}),
                 stop=stop,
             )
         return {**last, "step": float(engine.step)}
@@ -81,10 +73,6 @@ def _resumed_or_started(
     if resume:
         load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)
     return engine
-
-
-class Stream(Protocol):
-    def batch(self, step: int, rows: int) -> TokenBatch: ...
 
 
 def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: Tokenizer, stage_dir: Path, context: ParallelContext) -> Stream:

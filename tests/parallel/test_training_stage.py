@@ -20,6 +20,7 @@ from megatron_ext.data.tokenizer import train_tokenizer
 from megatron_ext.errors import CheckpointError, StoppedForRequeue
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.training.stage import run_supervised
+from tests.support.shards import write_shard, write_shards
 
 STEPS = 6
 MODEL = ModelConfig(
@@ -148,3 +149,20 @@ def test_text_is_learnt_alike_on_one_rank_and_two(config: RunConfig, tmp_path: P
     losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][-1] < losses[0][0]
     assert read_metrics(tmp_path / "one")[0]["num_tokens"] == 8 * 47
+
+
+def test_shards_packed_by_tokens_are_resumed_bit_for_bit_and_samples_left_out_are_counted(config: RunConfig, tmp_path: Path) -> None:
+    """On two ranks that share experts; every epoch meets the broken samples again, but each rank counts them once."""
+    shards = write_shards(tmp_path / "shards", 2, 8)
+    write_shard(shards / "part-002.tar", {f"bad/{number}.json": b"{broken" for number in range(6)})
+    data = config.data.model_copy(update={"kind": "webdataset", "path": shards, "index": tmp_path / "index", "max_bad_samples": 6})
+    stage = STAGE.model_copy(update={"packed": True, "micro_batch_tokens": data.max_length, "steps": 4})
+    run = config.model_copy(update={"data": data, "pretrain": stage, "parallel": ParallelConfig(num_ranks=2, ep=2)})
+    run_supervised(run, "pretrain", tmp_path / "stage", None)
+    before, records = tensors(tmp_path / "stage", 4), read_metrics(tmp_path / "stage")
+    bad = [record["data/bad_samples"] for record in records]
+    assert bad == sorted(bad) and 6 <= bad[-1] <= 12
+    (tmp_path / "stage" / "checkpoints" / "latest").write_text("step_000002\n")
+    run_supervised(run, "pretrain", tmp_path / "stage", None)
+    assert tensors(tmp_path / "stage", 4) == before
+    assert [record["loss"] for record in read_metrics(tmp_path / "stage")] == [record["loss"] for record in records]

@@ -58,9 +58,9 @@ def train(rank: int, world_size: int, init_method: str, case: Case, weights: dic
             open_gates(chunk)
         if weights is not None:
             load_full_tensors(chunks, weights, context)
-        report: dict[str, Any] = {"drawn": drawn, "start": _copies(full_tensors(chunks, context))}
+        report: dict[str, Any] = {"drawn": drawn, "start": copies(full_tensors(chunks, context))}
         engine = build_engine(chunks, OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant", clip_grad=0.0), 10, context)
-        chunks[0].config.finalize_model_grads_func = _finalize_everywhere
+        chunks[0].config.finalize_model_grads_func = finalize_everywhere
         share, multiple = ROWS // context.layout.dp, context.layout.length_multiple
         curve = []
         for step in range(STEPS):
@@ -69,21 +69,21 @@ def train(rank: int, world_size: int, init_method: str, case: Case, weights: dic
             curve.append(optimizer_step(engine, batches, NextToken(), context))
             engine.settle()
             if step == 0:
-                report["gradients"] = _copies(full_tensors(chunks, context, of=_gradient))
-                report["weights"] = _copies(full_tensors(chunks, context))
+                report["gradients"] = copies(full_tensors(chunks, context, of=gradient))
+                report["weights"] = copies(full_tensors(chunks, context))
         return {**report, "curve": curve} if rank == 0 else {"curve": curve}
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     """Zero where there is none: the parameter is frozen."""
-    gradient = getattr(parameter, "main_grad", None)
-    return torch.zeros_like(parameter) if gradient is None else gradient
+    found = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter) if found is None else found
 
 
-def _finalize_everywhere(model: list[Any], num_tokens: Any = None, **settings: Any) -> None:
+def finalize_everywhere(model: list[Any], num_tokens: Any = None, **settings: Any) -> None:
     """The distributed optimizer needs the sum of its own share of the gradients only; a comparison needs them all."""
     finalize_model_grads(model, num_tokens, **{**settings, "force_all_reduce": True})
 
 
-def _copies(tensors: Any) -> dict[str, torch.Tensor]:
+def copies(tensors: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors}

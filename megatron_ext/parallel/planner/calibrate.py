@@ -63,8 +63,9 @@ class Run:
 
     def predicted_s(self, gpu: Gpu) -> float:
         search = Search(self.search.config, self.search.work, replace(self.search.cluster, gpu=gpu))
-        memory = search.sizer.memory(self.layout, self.recompute, self.search.work.micro_rows)
-        return search.evaluate(self.layout, self.recompute, self.search.work.micro_rows, memory).times.total_s
+        rows = search.micro_rows(self.layout)[0]
+        memory = search.sizer.memory(self.layout, self.recompute, rows)
+        return search.evaluate(self.layout, self.recompute, rows, memory).times.total_s
 
 
 def calibrate(folders: Sequence[Path], gpu: Gpu) -> Fitted:
@@ -112,7 +113,8 @@ def _run(config: RunConfig, stage: str, folder: Path, records: Sequence[Record],
     """The first line holds the warm-up and is left out where there are others."""
     middle = {name: statistics.median(record[name] for record in records) for name in (STEP_S, POSITIONS_PER_ROW, TILES_PER_ROW)}
     layout = Layout.of(config.parallel)
-    work: Workload = workload(config, "pretrain" if stage == "pretrain" else "sft", Assumed(row_tiles=round(middle[TILES_PER_ROW])))
+    assumed = Assumed(min(middle[POSITIONS_PER_ROW], config.data.max_length), round(middle[TILES_PER_ROW]))
+    work: Workload = workload(config, "pretrain" if stage == "pretrain" else "sft", assumed)
     work = replace(work, mean_row_tokens=middle[POSITIONS_PER_ROW], row_tokens=max(1, round(middle[POSITIONS_PER_ROW])))
     cluster = Cluster(gpu, layout.num_ranks, layout.num_ranks)
     name = f"{folder.name}/{stage} {name_of(layout)}{f' on {layout.num_ranks}' if layout.num_ranks > 1 else ''}"

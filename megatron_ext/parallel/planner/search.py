@@ -28,6 +28,7 @@ from megatron_ext.parallel.planner.layout_names import AXES, RECOMPUTE, name_of
 from megatron_ext.parallel.planner.times import StepTimes, Timer
 from megatron_ext.parallel.planner.work import Held, held_by
 from megatron_ext.parallel.planner.workload import Workload
+from megatron_ext.shapes import round_up
 
 MOST_TP, MOST_CP = 16, 16
 INTERLEAVED = 48
@@ -156,9 +157,18 @@ class Search:
         if rest:
             return []
         most = min(self.work.micro_rows, share)
+        if self.work.micro_tokens:
+            return self._by_tokens(layout, share, most)
         if self.work.stage == "rl":
             return [most >> shift for shift in range(most.bit_length())] if layout.vpp == 1 or share >= layout.pp else []
         return [rows for rows in range(most, 0, -1) if share % rows == 0 and (layout.vpp == 1 or share // rows % layout.pp == 0)]
+
+    def _by_tokens(self, layout: Layout, share: int, most: int) -> list[int]:
+        """Rows of a micro-batch when a rank's are spread evenly over as few as hold them; none where the rules of a budget refuse the layout."""
+        group = layout.pp if layout.vpp > 1 else 1
+        if share % group or round_up(self.config.data.max_length, layout.length_multiple) > self.work.micro_tokens:
+            return []
+        return [-(-share // round_up(-(-share // most), group))]
 
     def evaluate(self, layout: Layout, recompute: str, micro_rows: int, memory: Memory) -> Found:
         times = self.timer.step(layout, self._ranks(layout), recompute, micro_rows, self.sizer.numels(layout, memory.rank))

@@ -19,7 +19,8 @@ class Workload:
     """One optimizer step, or for `rl` one step of the loop.
 
     `rows` conversations or rollouts of all ranks; `row_tokens` positions of the longest row (memory) and `mean_row_tokens` of the average one (time), both with
-    the `row_tiles` image tiles that it shows; `updates` optimizer steps that share the rows; `extra_forwards` passes over all rows without gradients."""
+    the `row_tiles` image tiles that it shows; at most `micro_rows` a micro-batch, or, where `micro_tokens` is set, as many as fill this many positions;
+    `updates` optimizer steps that share the rows; `extra_forwards` passes over all rows without gradients."""
 
     stage: StageName
     rows: int
@@ -29,6 +30,7 @@ class Workload:
     row_tiles: int
     packed: bool
     training: Training
+    micro_tokens: int = 0
     updates: int = 1
     extra_forwards: int = 0
     has_reference: bool = False
@@ -57,7 +59,7 @@ def tiles_of_a_row(config: RunConfig, assumed: Assumed) -> int:
     """One picture a row unless told otherwise: with dynamic tiling its most tiles and the thumbnail, else one tile."""
     if assumed.row_tiles is not None:
         return assumed.row_tiles
-    return config.data.max_tiles + (config.data.max_tiles > 1) if config.data.kind == "jsonl" and config.data.image_processing == "internvl" else 1
+    return config.data.max_tiles + (config.data.max_tiles > 1) if config.data.kind != "suite" and config.data.image_processing == "internvl" else 1
 
 
 def prompt_tokens(config: RunConfig, assumed: Assumed) -> int:
@@ -77,8 +79,11 @@ def workload(config: RunConfig, stage: StageName, assumed: Assumed = Assumed()) 
     longest = config.data.max_length
     mean = _mean("--row-tokens", assumed.row_tokens, longest, "data.max_length")
     _images_fit("--row-tiles", tiles, config, longest, "data.max_length")
-    training = Training(vision=settings.train_vision)
-    return Workload(stage, settings.global_batch, settings.micro_batch, longest, mean, tiles, settings.packed, training, async_save=settings.async_save)
+    training, rows, budget = Training(vision=settings.train_vision), settings.micro_batch, settings.micro_batch_tokens
+    if budget:
+        rows = max(1, int(budget / mean))
+        longest = budget // rows  # packed, no more rows than fill the budget are in memory together
+    return Workload(stage, settings.global_batch, rows, longest, mean, tiles, settings.packed, training, budget, async_save=settings.async_save)
 
 
 def _rl(config: RunConfig, tiles: int, assumed: Assumed) -> Workload:
@@ -99,10 +104,10 @@ def _rl(config: RunConfig, tiles: int, assumed: Assumed) -> Workload:
         tiles,
         False,
         Training(vision=rl.train_vision, routers=rl.router_lr_scale > 0),
-        rl.minibatches,
-        (rl.minibatches > 1) + reference,
-        reference,
-        rl.async_save,
+        updates=rl.minibatches,
+        extra_forwards=(rl.minibatches > 1) + reference,
+        has_reference=reference,
+        async_save=rl.async_save,
     )
 
 

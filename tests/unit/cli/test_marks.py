@@ -57,6 +57,12 @@ def test_how_a_stage_is_run_does_not_change_what_it_is(override: str) -> None:
     assert all(mark(stage=name).fingerprint == mark(override, stage=name).fingerprint for name in STAGES)
 
 
+def test_neither_how_a_step_is_cut_nor_where_the_index_of_shards_lies_changes_what_is_learnt() -> None:
+    shards = ["data.kind=webdataset", "data.path=shards"]
+    cut = ["sft.packed=true", "sft.micro_batch_tokens=256", "data.index=elsewhere"]
+    assert all(mark(*shards, stage=name).fingerprint == mark(*shards, *cut, stage=name).fingerprint for name in STAGES)
+
+
 def test_what_changed_is_said_in_words() -> None:
     old, new = mark(inputs={"pretrain": "monday"}), mark("sft.steps=70", "seed=3", inputs={"pretrain": "tuesday"})
     assert differences(old, new) == ["seed was 0, is now 3", "sft.steps was 100, is now 70", "pretrain was run again since"]

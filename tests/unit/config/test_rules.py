@@ -50,10 +50,29 @@ BROKEN = [
     (["model.clvr.taps=[]"], "model.clvr.taps", "is empty"),
     (["model.clvr.num_kv_heads=3"], "model.clvr.num_kv_heads", "3 does not divide model.clvr.num_heads = 4"),
     (["data.kind=jsonl"], "data.path", "is missing"),
+    (["data.kind=webdataset"], "data.path", "is missing, but data.kind = webdataset reads files"),
+    (["data.kind=blend"], "data.path", "is missing, but data.kind = blend reads files"),
+    (["data.kind=jsonl", "data.path=x.jsonl", "data.index=here"], "data.index", "'here' would be ignored: data.kind = jsonl has no shards"),
     (["data.path=x.jsonl"], "data.path", "'x.jsonl' would be ignored"),
     (["data.max_length=1024"], "data.max_length", "1024 is more than model.max_positions = 512"),
     (["data.max_length=16"], "data.max_length", "an image alone takes 16 tokens"),
     (["sft.micro_batch=24"], "sft.micro_batch", "24 does not divide the 64 conversations of a rank"),
+    (["sft.micro_batch_tokens=512"], "sft.micro_batch_tokens", "512 counts the tokens of packed rows, but sft.packed = false"),
+    (
+        ["sft.micro_batch_tokens=200", "sft.packed=true"],
+        "sft.micro_batch_tokens",
+        "200 does not hold the longest conversation, data.max_length = 256",
+    ),
+    (
+        ["sft.micro_batch_tokens=250", "sft.packed=true", "data.max_length=250", "parallel.num_ranks=2", "parallel.cp=2"],
+        "sft.micro_batch_tokens",
+        "250 does not hold the longest conversation, data.max_length = 250, as a multiple of 4 252",
+    ),
+    (
+        ["sft.micro_batch_tokens=256", "sft.packed=true", "parallel.num_ranks=2", "parallel.pp=2", "parallel.vpp=2", "sft.global_batch=63"],
+        "sft.global_batch",
+        "63 gives a rank 63 conversations, of which parallel.vpp = 2 needs groups of parallel.pp = 2 micro-batches",
+    ),
     (["parallel.num_ranks=3"], "pretrain.global_batch", "64 cannot be shared by 3 data-parallel ranks"),
     (
         ["parallel.num_ranks=2", "parallel.pp=2", "parallel.vpp=2", "sft.micro_batch=64"],
@@ -113,6 +132,7 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["model.clvr.enabled=false", "model.clvr.taps=[]"])
     load_config(None, ["earl.enabled=false", "earl.warmup=1.0"])
     load_config(None, ["rl.steps=0", "rollout.temperature=0"])
+    load_config(None, ["sft.packed=true", "sft.micro_batch_tokens=256", "sft.micro_batch=7"])
     load_config(None, ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "earl.enabled=false"])
     load_config(None, ["rl.kl_estimator=k1", "rl.kl_placement=reward", "rl.kl_coeff=0.1"])
     load_config(None, ["rl.mismatch_correction=tis", "rl.max_logprob_diff=1"])

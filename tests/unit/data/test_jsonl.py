@@ -12,7 +12,9 @@ from PIL import Image
 
 from megatron_ext.config.schema import DataConfig, VisionConfig
 from megatron_ext.data.images import GREY, load_image
-from megatron_ext.data.jsonl import draw_jsonl_prompts, read_jsonl, read_split, shuffled
+from megatron_ext.data.jsonl import read_jsonl, read_split
+from megatron_ext.data.prompts import draw_recorded_prompts
+from megatron_ext.data.records import shuffled
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.suite import check
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
@@ -187,7 +189,7 @@ def test_a_file_trains_a_tokenizer_a_stream_and_asks_prompts(corpus, tmp_path):
     epoch = [stream.batch(step, 1) for step in range(len(read_split(corpus.path, "train")))]
     assert len({tokenizer.decode(row.tokens_BS[0]) for row in epoch}) == len(epoch)
 
-    for prompt in draw_jsonl_prompts("train", 5, 0, corpus, tokenizer, VisionConfig()):
+    for prompt in draw_recorded_prompts("train", 5, 0, corpus, tokenizer, VisionConfig()):
         assert prompt.skill == "naming" and check(prompt.meta, prompt.answer).correct and not check(prompt.meta, "Number").correct
         assert prompt.answer.removeprefix("Number ").removesuffix(".") in tokenizer.decode(prompt.tokens_S)
 
@@ -198,13 +200,13 @@ def test_a_model_without_vision_is_shown_no_picture(corpus, tmp_path):
     with pytest.raises(DataError, match=r"jsonl:\d+: shows (a.png|wide.jpg) to a model without vision"):
         TrainingStream(corpus, blind, tokenizer, split="train", mix={"qa": 1.0}, seed=0).batch(0, 40)
     with pytest.raises(DataError, match="to a model without vision"):
-        draw_jsonl_prompts("train", 40, 0, corpus, tokenizer, blind)
+        draw_recorded_prompts("train", 40, 0, corpus, tokenizer, blind)
 
 
 def test_a_prompt_that_is_too_long_is_named(corpus, tmp_path):
     train_tokenizer(corpus, tmp_path / "tokenizer", seed=0)
     with pytest.raises(DataError, match=r"jsonl:\d+: the prompt has \d+ tokens, more than data.max_length = 20"):
-        draw_jsonl_prompts("train", 40, 0, corpus.model_copy(update={"max_length": 20}), load_tokenizer(tmp_path / "tokenizer"), VisionConfig())
+        draw_recorded_prompts("train", 40, 0, corpus.model_copy(update={"max_length": 20}), load_tokenizer(tmp_path / "tokenizer"), VisionConfig())
 
 
 def test_unreadable_images_are_left_out_by_name_within_the_budget_and_the_same_for_every_reader(corpus, tmp_path, capsys):

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from megatron_ext.config.schema import DataConfig, VisionConfig
-from megatron_ext.data.jsonl import draw_jsonl_prompts, read_split
-from megatron_ext.data.prompts import chance_of, draw_skills, skills_of
+from megatron_ext.data.jsonl import read_split
+from megatron_ext.data.prompts import chance_of, draw_recorded_prompts, draw_skills, skills_of
 from megatron_ext.data.suite import ALL_SKILLS, draw_prompts
 from megatron_ext.data.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ def test_every_skill_of_a_file_is_asked_and_no_line_twice(file: DataConfig, toke
 
 def test_steps_go_through_the_train_split_once_an_epoch(file: DataConfig, tokenizer: Tokenizer) -> None:
     lines = {record.where for record in read_split(file.path, "train")}
-    epoch = draw_jsonl_prompts("train", len(lines), 0, file, tokenizer, VisionConfig(), start=0)
+    epoch = draw_recorded_prompts("train", len(lines), 0, file, tokenizer, VisionConfig(), start=0)
     assert {prompt.meta["where"] for prompt in epoch} == lines
-    again = draw_jsonl_prompts("train", 5, 0, file, tokenizer, VisionConfig(), start=7)
+    again = draw_recorded_prompts("train", 5, 0, file, tokenizer, VisionConfig(), start=7)
     assert [prompt.key for prompt in again] == [prompt.key for prompt in epoch[7:12]]

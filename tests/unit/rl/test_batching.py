@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, Tiles, route_digest
-from megatron_ext.rl.batching import FILLER_KEY, BatchForm, join, microbatches, plan_shards, split_by_cost
+from megatron_ext.rl.batching import FILLER_KEY, BatchForm, join, microbatches, plan_shards
 
 PAD = 0
 LAYERS_TOPK = (2, 3)
@@ -122,10 +122,3 @@ def test_digests_identify_the_routes_that_each_rollout_recorded():
 def test_rollouts_of_two_versions_cannot_be_in_one_batch():
     with pytest.raises(ValueError, match=r"versions \[1, 2\]"):
         plan([scored("p", 0, 1, 1, version=1), scored("p", 1, 1, 1, version=2)])
-
-
-@given(st.lists(st.integers(1, 100), min_size=1, max_size=40), st.integers(1, 5))
-def test_split_by_cost_keeps_everything_and_no_part_exceeds_the_mean_by_more_than_one_item(costs, parts):
-    lists = split_by_cost(costs, parts)
-    assert sorted(index for part in lists for index in part) == list(range(len(costs)))
-    assert max(sum(costs[index] for index in part) for part in lists) <= sum(costs) / parts + max(costs)

@@ -67,6 +67,16 @@ REFUSED = {
         ["model.moe_capacity_factor=1.0", "model.moe_pad_to_capacity=true", "parallel.ep=1"],
         "model.moe_pad_to_capacity: true with parallel.ep = 4: the 8 data-parallel ranks bring micro-batches of different lengths",
     ),
+    "TP2xEP2": (
+        2,
+        ["sft.packed=true", "sft.micro_batch_tokens=40959", "data.max_length=40959"],
+        "sft.micro_batch_tokens: 40959 does not hold the longest conversation, data.max_length = 40959, as a multiple of 2 40960; use at least 40960",
+    ),
+    "PP2xVPP2xEP2": (
+        4,
+        ["sft.packed=true", "sft.micro_batch_tokens=40960", "sft.global_batch=6", "parallel.num_ranks=2", "parallel.ep=2"],
+        "sft.global_batch: 6 gives a rank 3 conversations, of which",
+    ),
     # memory
     "EP2": (64, [], "memory: pipeline rank 0 needs 125.2 GiB and h100-80gb has 79.1 GiB; the most goes to gradients (61.0 GiB); spread the experts (ep)"),
     "EP8-none": (64, [], "the most goes to decoder (82.3 GiB); recompute, split the sequence (tp, cp), or shorten rows"),
@@ -128,6 +138,29 @@ def test_more_recompute_is_taken_only_where_less_does_not_fit() -> None:
     less = {"none": (), "selective": ("none",), "full": ("none", "selective")}[found.recompute]
     limit = asked.cluster.gpu.memory_bytes
     assert all(asked.sizer.memory(found.layout, kind, found.micro_rows).total_bytes > limit or found.micro_rows < 2 for kind in less)
+
+
+BUDGET = ["sft.packed=true", "sft.micro_batch_tokens=40960", "data.max_length=8192", "sft.train_vision=false"]
+
+
+def test_a_micro_batch_by_tokens_holds_its_budget_however_long_the_rows_are() -> None:
+    """8192 tokens a row: 5 rows of 8192 positions. 2048 a row: 20 rows; but a rank has 16, in one micro-batch."""
+    longest, short = (search(32, *BUDGET, assumed=Assumed(row_tokens=mean)) for mean in (None, 2048))
+    assert (longest.work.micro_rows, longest.work.row_tokens) == (5, 8192)
+    assert (short.work.micro_rows, short.work.row_tokens, short.work.mean_row_tokens) == (20, 2048, 2048)
+    assert longest.micro_rows(layout(32, "EP8")) == [4], "16 rows over 4 micro-batches"
+    assert short.micro_rows(layout(32, "EP8")) == [16]
+    assert short.micro_rows(layout(32, "PP2xVPP2xEP8")) == [16], "32 rows over 2 micro-batches, a group of pp"
+
+
+def test_memory_of_a_budget_is_that_of_as_many_packed_tokens_and_short_rows_take_less_time() -> None:
+    grid = layout(64, "TP2xEP8")
+    long, short = (search(64, *BUDGET, assumed=Assumed(row_tokens=mean)) for mean in (8000, 4000))
+    parts = [asked.sizer.memory(grid, "full", asked.micro_rows(grid)[0]) for asked in (long, short)]
+    assert parts[0].decoder_bytes == pytest.approx(parts[1].decoder_bytes, rel=0.15)
+    times = [asked.judge(grid, "full") for asked in (long, short)]
+    assert all(isinstance(found, Found) for found in times)
+    assert times[1].times.total_s < times[0].times.total_s  # type: ignore[union-attr]
 
 
 def test_axes_that_are_given_are_kept() -> None:

@@ -1,0 +1,49 @@
+"""What a rank trains on, step by step: its rows, read while the step before is trained on, as micro-batches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from megatron_ext.config.schema import TrainConfig
+from megatron_ext.data.collate import TokenBatch
+from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.training.losses import Microbatch
+from megatron_ext.training.microbatches import budgeted_microbatches, microbatches
+from megatron_ext.training.read_ahead import read_ahead
+from megatron_ext.training.reduce import total
+
+BAD_SAMPLES = "data/bad_samples"
+
+
+class Stream(Protocol):
+    def batch(self, step: int, rows: int) -> TokenBatch: ...
+
+
+class Feed:
+    """Micro-batches of the steps in turn. Its verbs are collective."""
+
+    def __init__(self, rows: Callable[[int], TokenBatch], settings: TrainConfig, pad_id: int, context: ParallelContext) -> None:
+        self._rows, self._settings, self._pad_id, self._context = rows, settings, pad_id, context
+        self._num_bad = 0
+
+    def microbatches(self, step: int) -> list[Microbatch]:
+        settings, context = self._settings, self._context
+        rows = self._rows(step)
+        self._num_bad = rows.num_bad
+        if settings.micro_batch_tokens:
+            return budgeted_microbatches(rows, settings.micro_batch_tokens, self._pad_id, context)
+        multiple = context.layout.length_multiple
+        return microbatches(rows, settings.micro_batch, self._pad_id, context.device, packed=settings.packed, multiple=multiple)
+
+    def metrics(self) -> dict[str, float]:
+        """`data/bad_samples`: left out by all data-parallel ranks since they started."""
+        return {BAD_SAMPLES: total(self._num_bad, self._context.pgs.dp, self._context.device)}
+
+
+@contextmanager
+def open_feed(stream: Stream, settings: TrainConfig, pad_id: int, context: ParallelContext) -> Iterator[Feed]:
+    share = settings.global_batch // context.layout.dp
+    with read_ahead(lambda step: stream.batch(step, share), settings.steps) as rows:
+        yield Feed(rows, settings, pad_id, context)
