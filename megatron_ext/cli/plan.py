@@ -16,7 +16,6 @@ from megatron_ext.cli.plan_emit import emit
 from megatron_ext.cli.plan_tables import Printer
 from megatron_ext.config.load import Resolved, load_config
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import EXIT_OK, ConfigError, UserError
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.calibrate import Fitted, calibrate
@@ -114,9 +113,6 @@ def _asked(args: argparse.Namespace) -> Asked:
     config, gpu = resolved.config, find_gpu(args.gpu, read_gpus(args.gpus_file))
     if config.parallel.engine != "megatron":
         raise UserError("parallel.engine", f"{config.parallel.engine} is not planned: only the layouts of engine megatron are counted", "use engine=megatron")
-    if len(expert_layers(config.model)) < config.model.num_layers or not config.model.vision.enabled:
-        what = "model.num_experts" if not config.model.num_experts else "model.dense_layers" if config.model.dense_layers else "model.vision.enabled"
-        raise UserError(what, "is not planned: only models with vision and with experts in every layer are counted", "ask for such a model")
     fitted = calibrate(args.calibrate, gpu) if args.calibrate else None
     cluster = Cluster(fitted.gpu if fitted else gpu, args.gpus, args.gpus_per_node)
     assumed = Assumed(args.row_tokens, args.row_tiles, args.response_tokens, args.prompt_tokens)

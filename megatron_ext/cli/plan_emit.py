@@ -13,7 +13,7 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.fleet import FleetFound
-from megatron_ext.parallel.planner.layout_names import AXES
+from megatron_ext.parallel.planner.layout_names import sizes_of
 from megatron_ext.parallel.planner.search import Found, Search
 
 CONFIG, SBATCH = "config.yaml", "run.sbatch"
@@ -27,7 +27,7 @@ def emit(folder: Path, source: Path, overrides: Sequence[str], config: RunConfig
     changes = _fleet_changes(found) if isinstance(found, FleetFound) else _learner_changes(found, search.work.stage, by_rows=not search.work.micro_tokens)
     learner = found.learner if isinstance(found, FleetFound) else found
     changes |= _other_batches(config, search.work.stage, learner.layout)
-    resolved = load_config(source, [*overrides, *(f"{name}={value}" for name, value in changes.items())], [layout_problems])
+    resolved = load_config(source, [*overrides, *(f"{name}={'null' if value is None else value}" for name, value in changes.items())], [layout_problems])
     origins = {name: "plan" if name in changes else origin for name, origin in resolved.origins.items()}
     folder.mkdir(parents=True, exist_ok=True)
     header = f"# Of {source}, laid out by `megatron-ext plan` for {search.cluster.gpus} x {search.cluster.gpu.name}; what it changed has the origin `plan`."
@@ -49,14 +49,15 @@ def _job(config: Path, resolved: RunConfig, search: Search) -> str:
 
 
 def _learner_changes(found: Found, stage: str, by_rows: bool = True) -> dict[str, Any]:
-    sizes = {f"parallel.{axis}": getattr(found.layout, axis) for axis in AXES}
+    sizes = {f"parallel.{axis}": size for axis, size in sizes_of(found.layout).items()}
     rows = {f"{stage}.micro_batch": found.micro_rows} if by_rows else {}
     return {"parallel.num_ranks": found.layout.num_ranks, **sizes, "parallel.recompute": found.recompute, **rows}
 
 
 def _fleet_changes(found: FleetFound) -> dict[str, Any]:
     rollout = found.rollout
-    sizes = {f"rollout.parallel.{axis}": getattr(rollout.layout, axis) for axis in ("num_ranks", "tp", "ep", "etp")}
+    axes = sizes_of(rollout.layout)
+    sizes = {"rollout.parallel.num_ranks": rollout.layout.num_ranks, **{f"rollout.parallel.{axis}": axes[axis] for axis in ("tp", "ep", "etp")}}
     return {**_learner_changes(found.learner, "rl"), **sizes, "rollout.replicas": rollout.replicas, "rollout.batch_size": rollout.batch}
 
 

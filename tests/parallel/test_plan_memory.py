@@ -11,6 +11,7 @@ from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.parallel.planner.memory import learner_state
 from megatron_ext.parallel.planner.tensors import Training
+from tests.parallel.test_layouts import ALONE, DENSE
 from tests.parallel.test_layouts import CASES as TRAINED
 from tests.support.layouts import TAPS, Case
 from tests.support.models import small_config
@@ -24,11 +25,15 @@ MORE = {
     "no CLVR, TP2 EP2": Case(ParallelConfig(num_ranks=2, tp=2, ep=2), changes={"clvr": TAPS.model_copy(update={"enabled": False})}),
     "one gate fixed, CP2": Case(ParallelConfig(num_ranks=2, cp=2), changes={"clvr": TAPS.model_copy(update={"gate": "zero_out"})}),
     "tied embeddings, one stage": Case(ParallelConfig(num_ranks=1), changes={"tie_embeddings": True}),
+    "bf16, overlapped, DP2, every other layer dense": Case(
+        ParallelConfig(num_ranks=2, overlap_grad_reduce=True), changes={"dtype": "bf16", "dense_layers": (0, 2), "ffn_hidden_size": 100}
+    ),
+    "PP2 VPP2, dense at both ends": Case(ParallelConfig(num_ranks=2, pp=2, vpp=2), changes={"dense_layers": (0, 3)}),
+    "PP2 EP2, a stage without experts": Case(ParallelConfig(num_ranks=4, pp=2, ep=2), changes={"dense_layers": (0, 1)}),
+    "CP2, dense, a language model alone, tied": Case(ParallelConfig(num_ranks=2, cp=2), changes={**DENSE, **ALONE, "tie_embeddings": True}),
     "overlapped, DP4": Case(ParallelConfig(num_ranks=4, overlap_grad_reduce=True, overlap_param_gather=True)),
 }
-PLANNED = {name: case for name, case in TRAINED.items() if not {"num_experts", "dense_layers", "vision"} & case.changes.keys()}
-"""Models with vision, and with experts in every layer: `plan` refuses the others."""
-CASES = {**PLANNED, **MORE}
+CASES = {**TRAINED, **MORE}
 
 
 @cache

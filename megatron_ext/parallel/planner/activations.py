@@ -4,7 +4,9 @@ Counted tensor by tensor from our own modules, as autograd keeps them (`tests/un
 Let T be the positions of a micro-batch on this rank before sequence parallelism, s = T / tp its slice, K experts a token, b bytes a number; q, kv the widths of
 queries and keys on this rank; Te = s K etp the tokens of the rank's experts when they are even; F expert width / etp:
 
-    layer       b (4 s H + T (q + 2 kv) + [T q, where groups share keys] + 2 T q + 2 Tk q) + 4 T N + s (9 E + 32 K) + Te (b (H + 2 F) + 4)
+    layer       b (4 s H + T (q + 2 kv) + [T q, where groups share keys] + 2 T q + 2 Tk q) + 4 T N, and by its kind
+                experts  s (9 E + 32 K) + Te (b (H + 2 F) + 4)
+                dense    b 5 T F / tp        F: its own width; both halves of the gate, their copies and their product
                 Tk: keys that this rank's queries read; cp > 1: whole rows, read twice and a bit
     ViT         b V (10 H_vit + 2 F_vit) a layer and tile, when it trains
     tap         keys and values of all tiles repeated for its heads, a mask [T, V], and about 4 T N' D
@@ -15,12 +17,14 @@ Experts are taken to be evenly loaded; `allowance` in `fit.py` covers the rest.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.layers import KINDS, Kind
 from megatron_ext.parallel.stages import Stage
 
 CHUNKED_VOCABULARY = 4096
@@ -107,8 +111,12 @@ class Activations:
         return kept + 4 * T * model.num_attention_heads // self.layout.tp
 
     @cached_property
-    def mlp_bytes(self) -> int:
-        """Router and experts, from the normed input, not counted here."""
+    def feed_forward_bytes(self) -> Mapping[Kind, int]:
+        """What stands behind the attention, from the normed input, not counted here."""
+        return {"experts": self._experts_bytes(), "dense": 5 * self.positions * self.model.ffn_hidden_size // self.layout.tp * self.width}
+
+    def _experts_bytes(self) -> int:
+        """Router and experts."""
         model, b, s = self.model, self.width, self.slice
         top, experts = model.experts_per_token, model.num_experts
         routing = s * (9 * experts + 32 * top) if model.moe_balancing != "none" else s * (5 * experts + 24 * top)
@@ -116,9 +124,10 @@ class Activations:
         return routing + here * ((model.hidden_size + 2 * model.expert_ffn_hidden_size // self.layout.etp) * b + 4)
 
     @cached_property
-    def layer_bytes(self) -> int:
-        """A decoder layer without recompute: two norms with input and output, attention, experts."""
-        return 4 * self.stream_bytes + 2 * self._normed(self.slice * self.model.hidden_size) + self.attention_bytes + self.mlp_bytes
+    def layer_bytes(self) -> Mapping[Kind, int]:
+        """A decoder layer without recompute: two norms with input and output, attention, and what its kind has."""
+        common = 4 * self.stream_bytes + 2 * self._normed(self.slice * self.model.hidden_size) + self.attention_bytes
+        return {kind: common + self.feed_forward_bytes[kind] for kind in KINDS}
 
     @cached_property
     def tap_bytes(self) -> int:
@@ -189,13 +198,14 @@ class Activations:
         return split * 2 * self.width if vocabulary >= CHUNKED_VOCABULARY else split * (self.width + 12)
 
     @cached_property
-    def workspace_bytes(self) -> int:
-        """What the backward pass of one layer needs beside what was kept: gradients around the experts, their activations made again, and, where the kernel
-        wants weights stacked, a copy of the layer's experts and its gradient."""
+    def workspace_bytes(self) -> Mapping[Kind, int]:
+        """What the backward pass of one layer needs beside what was kept. Experts: gradients around them, their activations made again, and, where the kernel
+        wants weights stacked, a copy of the layer's experts and its gradient. Dense: gradients of what it keeps."""
         model, b = self.model, self.width
         here, ffn = self.slice * model.experts_per_token * self.layout.etp, model.expert_ffn_hidden_size // self.layout.etp
         stacked = 2 * 3 * model.num_experts // self.layout.ep * ffn * model.hidden_size * b if b == 2 else 0
-        return here * (3 * model.hidden_size + 6 * ffn) * b + stacked + 3 * self.positions * model.hidden_size * b
+        around = 3 * self.positions * model.hidden_size * b
+        return {"experts": here * (3 * model.hidden_size + 6 * ffn) * b + stacked + around, "dense": self.feed_forward_bytes["dense"] + around}
 
     def _normed(self, numel: int) -> int:
         """What a norm keeps beside its input. Without a fused kernel, torch's RMSNorm keeps the normed numbers too, in float32."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.config.sizes import expert_layers
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.activations import CPU, GPU, Activations, Microbatch
 from megatron_ext.parallel.planner.hardware import Gpu
+from megatron_ext.parallel.planner.layers import KINDS, Kind, Rows, layer_kinds, rows_of, totals
 from megatron_ext.parallel.planner.memory import PartState, State, bucket_of, frozen_state, part_state, total
 from megatron_ext.parallel.planner.tensors import Run, chunk_runs
 from megatron_ext.parallel.planner.workload import Workload
@@ -57,12 +60,14 @@ class Sizer:
     def __init__(self, model: ModelConfig, work: Workload, gpu: Gpu, overlaps: bool, recompute_layers: int = 1) -> None:
         self.model, self.work, self.gpu, self.overlaps, self.recompute_layers = model, work, gpu, overlaps, recompute_layers
         self._allowance = gpu.allowance
+        self._kinds, self._rows_of_stages = layer_kinds(model), dict[range, Rows]()
+        self._layers: dict[tuple[int, int, int], Rows] = {}
         self._stages: dict[tuple[int, int], tuple[Stage, ...]] = {}
-        self._runs: dict[tuple[int, ...], tuple[list[Run], list[Run], State]] = {}
-        self._parts: dict[tuple[int | None, ...], PartState] = {}
+        self._runs: dict[tuple[object, ...], tuple[list[Run], list[Run], State]] = {}
+        self._parts: dict[tuple[object, ...], PartState] = {}
         self._states: dict[tuple[int, ...], tuple[State, tuple[int, int]]] = {}
         self._kept: dict[tuple[object, ...], tuple[int, int, int]] = {}
-        self._traits: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self._traits: dict[tuple[int, ...], list[tuple[object, ...]]] = {}
         self._workspaces: dict[tuple[object, ...], int] = {}
         self._activations: dict[tuple[int, ...], Activations] = {}
         self._telling: dict[tuple[int, int], list[int]] = {}
@@ -73,6 +78,22 @@ class Sizer:
             self._stages[key] = pipeline_stages(self.model, layout.pp, layout.vpp, self.work.training.vision)
         return self._stages[key]
 
+    def layers(self, layout: Layout, rank: int) -> Rows:
+        """Of a pipeline rank, by kind."""
+        key = layout.pp, layout.vpp, rank
+        if key not in self._layers:
+            self._layers[key] = totals(tuple(row for stage in self.stages(layout)[rank :: layout.pp] for row in self._rows(stage)))
+        return self._layers[key]
+
+    def _rows(self, stage: Stage) -> Rows:
+        if stage.layers not in self._rows_of_stages:
+            self._rows_of_stages[stage.layers] = rows_of(self._kinds[stage.layers.start : stage.layers.stop])
+        return self._rows_of_stages[stage.layers]
+
+    def _kind(self, stage: Stage) -> tuple[object, ...]:
+        """What decides which parameters a stage has."""
+        return self._rows(stage), len(stage.asks), stage.first, stage.last, stage.runs_vision
+
     def telling_ranks(self, layout: Layout) -> list[int]:
         """Pipeline ranks of which one is the fullest. An earlier rank has no fewer micro-batches in flight, so that one which holds no more than an earlier
         rank does, chunk by chunk, is none of them."""
@@ -80,11 +101,17 @@ class Sizer:
         if key not in self._telling:
             stages, kept = self.stages(layout), list[tuple[int, list[int]]]()
             for rank in range(layout.pp):
-                holds = [number for stage in stages[rank :: layout.pp] for number in (*_kind(stage), len(stage.sends), stage.sends_features)]
+                holds = [number for stage in stages[rank :: layout.pp] for number in self._amounts(stage)]
                 if not any(all(more >= less for more, less in zip(earlier, holds, strict=True)) for _, earlier in kept):
                     kept.append((rank, holds))
             self._telling[key] = [rank for rank, _ in kept]
         return self._telling[key]
+
+    def _amounts(self, stage: Stage) -> tuple[int, ...]:
+        """Whoever holds no more of any of these needs no more memory."""
+        of_kind = dict(totals(self._rows(stage)))
+        layers = (of_kind.get(kind, 0) for kind in KINDS)
+        return (*layers, len(stage.asks), stage.first, stage.last, stage.runs_vision, len(stage.sends), stage.sends_features)
 
     def numels(self, layout: Layout, rank: int) -> tuple[int, int]:
         """Elements of a pipeline rank's dense and expert buffers."""
@@ -131,7 +158,7 @@ class Sizer:
 
     def _chunk(self, layout: Layout, stage: Stage, rank: int) -> tuple[PartState, PartState, State]:
         """Dense parameters, experts, and what is frozen."""
-        bucket, kind, bf16 = bucket_of(stage, layout, self.overlaps), _kind(stage), self.model.dtype == "bf16"
+        bucket, kind, bf16 = bucket_of(stage, layout, self.overlaps), self._kind(stage), self.model.dtype == "bf16"
         split = layout.tp, layout.ep, layout.etp, *kind
         if split not in self._runs:
             runs = chunk_runs(self.model, layout, stage, self.work.training)
@@ -140,32 +167,33 @@ class Sizer:
         dense_key = layout.tp, layout.ep == 1, layout.dp * layout.cp, bucket, *kind
         if dense_key not in self._parts:
             self._parts[dense_key] = part_state(dense, layout.dp * layout.cp, 0, bf16, bucket)
-        expert_key = layout.ep, layout.etp, layout.edp, bucket, len(stage.layers)
+        expert_key = layout.ep, layout.etp, layout.edp, bucket, dict(totals(self._rows(stage))).get("experts", 0)
         if expert_key not in self._parts:
             self._parts[expert_key] = part_state(experts, layout.edp, 0, bf16, bucket)
         return self._parts[dense_key], self._parts[expert_key], frozen
 
-    def _traits_of(self, layout: Layout, rank: int) -> list[tuple[int, ...]]:
+    def _traits_of(self, layout: Layout, rank: int) -> list[tuple[object, ...]]:
         """What decides what the chunks of a rank keep of a micro-batch."""
         key = layout.pp, layout.vpp, rank
         if key not in self._traits:
             stages = self.stages(layout)[rank :: layout.pp]
-            self._traits[key] = [(*_kind(stage), len(stage.sends), stage.sends_features, stage.receives_features) for stage in stages]
+            self._traits[key] = [(*self._kind(stage), len(stage.sends), stage.sends_features, stage.receives_features) for stage in stages]
         return self._traits[key]
 
-    def _keep(self, shapes: Activations, stage: Stage, traits: tuple[int, ...], recompute: str) -> tuple[int, int, int]:
+    def _keep(self, shapes: Activations, stage: Stage, traits: tuple[object, ...], recompute: str) -> tuple[int, int, int]:
         key = id(shapes), recompute, traits
         if key not in self._kept:
-            self._kept[key] = _kept(shapes, stage, recompute, self.recompute_layers)
+            self._kept[key] = _kept(shapes, stage, self._rows(stage), recompute, self.recompute_layers)
         return self._kept[key]
 
-    def _workspace(self, shapes: Activations, recompute: str, asks: bool) -> int:
-        """The backward pass of a layer, with what is computed again for it."""
-        key = id(shapes), recompute, asks
+    def _workspace(self, shapes: Activations, kinds: tuple[Kind, ...], recompute: str, asks: bool) -> int:
+        """The backward pass of the layer that needs the most, with what is computed again for it."""
+        key = id(shapes), kinds, recompute, asks
         if key not in self._workspaces:
-            again = {"none": 0, "selective": shapes.attention_bytes, "full": self.recompute_layers * shapes.layer_bytes}[recompute]
+            again = {"none": dict.fromkeys(KINDS, 0), "selective": dict.fromkeys(KINDS, shapes.attention_bytes), "full": shapes.layer_bytes}[recompute]
+            block = self.recompute_layers if recompute == "full" else 1
             taps = shapes.tap_query_bytes * (2 if recompute == "full" else 1) if asks else 0
-            self._workspaces[key] = shapes.workspace_bytes + again + taps
+            self._workspaces[key] = max(shapes.workspace_bytes[kind] + block * again[kind] for kind in kinds) + taps
         return self._workspaces[key]
 
     def _step_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> tuple[int, int, int, int, int]:
@@ -177,7 +205,8 @@ class Sizer:
             of_decoder, of_vision, of_clvr = self._keep(shapes, stage, traits, recompute)
             decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
         logits = shapes.logits_bytes(self.work.stage == "rl") if stages[-1].last else 0
-        return decoder, vision, clvr, logits, self._workspace(shapes, recompute, any(stage.asks for stage in stages))
+        kinds = tuple(kind for kind, _ in self.layers(layout, rank))
+        return decoder, vision, clvr, logits, self._workspace(shapes, kinds, recompute, any(stage.asks for stage in stages))
 
     def _need_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> float:
         """What differs between the ranks of a layout."""
@@ -197,14 +226,19 @@ class Sizer:
         moved += 2 * shapes.slice * self.model.experts_per_token * self.model.hidden_size * shapes.width * (layout.ep > 1)
         return int(sum(size > 1 for size in sizes) * self.gpu.communicator_bytes) + moved
 
+    @cached_property
+    def _routes(self) -> int:
+        """Of a token of rl, over all layers."""
+        return len(expert_layers(self.model)) * self.model.experts_per_token if self.work.stage == "rl" else 0
+
     def _inputs_bytes(self, layout: Layout) -> int:
         """The rows of a step on the device, which are there all at once: token ids and masks, pictures in float32, and for rl the recorded routes in int16."""
-        routes = 2 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        routes = 2 * self._routes
         return self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2 * 4)
 
     def _host_bytes(self, layout: Layout, state: State) -> int:
         """The same rows in host memory, pictures as bytes, routes as int16 and gates beside them in float16; and the copy of an asynchronous save."""
-        routes = 4 * self.model.num_layers * self.model.experts_per_token if self.work.stage == "rl" else 0
+        routes = 4 * self._routes
         rows = self.work.rows // layout.dp * (self.work.row_tokens * (16 + routes) + self.work.row_tiles * 3 * self.model.vision.image_size**2)
         return rows + (state.weights_bytes + state.optimizer_bytes) * self.work.async_save
 
@@ -249,20 +283,15 @@ def in_flight(layout: Layout, rank: int, count: int) -> list[int]:
     return held
 
 
-def _kind(stage: Stage) -> tuple[int, ...]:
-    """What decides which parameters a stage has."""
-    return len(stage.layers), len(stage.asks), stage.first, stage.last, stage.runs_vision
-
-
-def _kept(shapes: Activations, stage: Stage, recompute: str, block: int) -> tuple[int, int, int]:
+def _kept(shapes: Activations, stage: Stage, layers: Rows, recompute: str, block: int) -> tuple[int, int, int]:
     """Bytes of one micro-batch in flight on one chunk: decoder with projector and output layer, vision, CLVR."""
-    layers, taps = len(stage.layers), len(stage.asks)
+    taps = len(stage.asks)
     if recompute == "full":
-        blocks = -(-layers // block)
+        blocks = -(-len(stage.layers) // block)
         decoder, clvr = blocks * shapes.stream_bytes, taps * (shapes.tap_image_bytes + shapes.stream_bytes)
     else:
         attention = shapes.attention_bytes if recompute == "selective" else 0
-        decoder, clvr = layers * (shapes.layer_bytes - attention), taps * shapes.tap_bytes
+        decoder, clvr = sum(count * (shapes.layer_bytes[kind] - attention) for kind, count in layers), taps * shapes.tap_bytes
     decoder += shapes.payload_bytes(stage)
     if stage.first:
         decoder += shapes.projector_bytes

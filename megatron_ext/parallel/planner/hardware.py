@@ -76,7 +76,7 @@ class Cluster:
     def collective_s(self, num_bytes: float, ranks: int, stride: int) -> float:
         """An all-gather or reduce-scatter of `num_bytes`, the sum over the ranks, in a ring: every rank passes (n - 1) / n of them on. Between nodes the
         members on one node share its network links."""
-        if ranks == 1:
+        if ranks == 1 or not num_bytes:
             return 0.0
         members = self._on_one_node(ranks, stride)
         gpu = self.gpu

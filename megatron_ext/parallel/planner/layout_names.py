@@ -28,10 +28,18 @@ def name_of(layout: Layout) -> str:
     >>> name_of(Layout(tp=4, sp=True, pp=2, vpp=1, cp=1, ep=8, etp=1, dp=1, num_ranks=8))
     'TP4xPP2xEP8'
     """
-    follows = 1 if layout.ep > 1 else layout.tp
-    parts = [(axis, getattr(layout, axis)) for axis in AXES]
-    words = [f"{axis.upper()}{size}" for axis, size in parts if (size != follows if axis == "etp" else size > 1)]
+    words = [f"{axis.upper()}{size}" for axis, size in sizes_of(layout).items() if size is not None and (axis == "etp" or size > 1)]
     return "x".join(words) or "DP"
+
+
+def sizes_of(layout: Layout) -> dict[str, int | None]:
+    """The axes as a configuration gives them: `etp` is None where it follows from the others.
+
+    >>> sizes_of(Layout(tp=4, sp=True, pp=2, vpp=1, cp=1, ep=8, etp=1, dp=1, num_ranks=8))
+    {'tp': 4, 'cp': 1, 'pp': 2, 'vpp': 1, 'ep': 8, 'etp': None}
+    """
+    follows = 1 if layout.ep > 1 else layout.tp
+    return {axis: getattr(layout, axis) if axis != "etp" or layout.etp != follows else None for axis in AXES}
 
 
 def parse_name(text: str, flag: str = "--why") -> Named:

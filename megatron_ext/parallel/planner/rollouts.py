@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_ext.config.sizes import count_parameters, vision_tokens
+from megatron_ext.config.sizes import count_parameters, expert_layers, vision_tokens
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.activations import Activations, Microbatch
 from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.layers import Rows, layer_kinds, rows_of, totals
 from megatron_ext.parallel.planner.tensors import chunk_runs
-from megatron_ext.parallel.planner.work import Work
+from megatron_ext.parallel.planner.work import Costs, Work
 from megatron_ext.parallel.stages import pipeline_stages
 
 COMPACTION = 0.375
@@ -100,7 +102,7 @@ class Replica:
         compaction = int(COMPACTION * cache)
         workspace = max(self._decode_bytes(), self._prefill_bytes())
         groups = sum(size > 1 for size in (layout.tp, layout.dp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
-        routes = rows * answers.most_tokens * model.num_layers * model.experts_per_token * (3 if model.num_experts <= 256 else 4)
+        routes = rows * answers.most_tokens * len(expert_layers(model)) * model.experts_per_token * (3 if model.num_experts <= 256 else 4)
         host = routes + 3 * width * count_parameters(model).total
         gpu = self.cluster.gpu
         allowance = int(gpu.allowance * (cache + compaction + vision + workspace))
@@ -118,9 +120,13 @@ class Replica:
         memory_s, compute_s = self._memory_s(rows), self._compute_s(rows)
         steps = waves * answers.response_tokens
         launches_s = steps * gpu.layer_overhead_s * model.num_layers
-        communication_s = steps * model.num_layers * self._exchange_s(rows)
+        communication_s = steps * (model.num_layers * self._sums_s(rows) + len(expert_layers(model)) * self._exchange_s(rows))
         prefill = self._prefill_s(min(prompts, per_wave)) * waves
         return GenerationTimes(prefill, steps * max(memory_s, compute_s), launches_s, communication_s, waves, memory_s, compute_s)
+
+    @cached_property
+    def _layers(self) -> Rows:
+        return totals(rows_of(layer_kinds(self.model)))
 
     def _cache_token_bytes(self) -> int:
         model = self.model
@@ -138,7 +144,7 @@ class Replica:
         shapes = self._prompt_shapes(max(1, self.batch // self.answers.samples))
         vision = self.model.vision
         tiles = shapes.batch.tiles * (vision_tokens(vision) + 1) * (3 * vision.hidden_size + vision.ffn_hidden_size) * shapes.width
-        return max(shapes.layer_bytes, tiles)
+        return max(*(shapes.layer_bytes[kind] for kind, _ in self._layers), tiles)
 
     def _memory_s(self, rows: int) -> float:
         """Reading the weights that a step touches, and the cache."""
@@ -148,8 +154,8 @@ class Replica:
         cache = rows * length * self._cache_token_bytes() * (1 + 2 * groups if groups > 1 else 1)
         experts, dense, _ = self.numels
         together = rows * layout.dp if layout.ep > 1 else rows
-        touched = 1 - (1 - model.experts_per_token / model.num_experts) ** together
-        return ((dense + experts * touched) * _width(model) + cache) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
+        touched = experts * (1 - (1 - model.experts_per_token / model.num_experts) ** together) if experts else 0
+        return ((dense + touched) * _width(model) + cache) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
 
     def _compute_s(self, rows: int) -> float:
         model, gpu = self.model, self.cluster.gpu
@@ -157,17 +163,22 @@ class Replica:
         lanes = rows * (active.active - active.vision - active.projector) / self.layout.tp
         return 2 * lanes / (gpu.flops(model.dtype) * gpu.mfu)
 
+    def _sums_s(self, rows: int) -> float:
+        """Of one layer: two sums over tensor parallelism."""
+        return 2 * 2 * self.cluster.collective_s(rows * self.model.hidden_size * _width(self.model), self.layout.tp, 1)
+
     def _exchange_s(self, rows: int) -> float:
-        """Of one layer: two sums over tensor parallelism, two exchanges over experts."""
+        """Of one layer: two exchanges over experts."""
         hidden, width, layout, cluster = self.model.hidden_size, _width(self.model), self.layout, self.cluster
-        tensor = 2 * 2 * cluster.collective_s(rows * hidden * width, layout.tp, 1)
         experts = 2 * cluster.all_to_all_s(rows / layout.tp * self.model.experts_per_token * hidden * width, layout.ep, layout.etp)
-        return tensor + experts + 2 * cluster.collective_s(rows * self.model.experts_per_token * hidden * width, layout.etp, 1) * (layout.ep > 1)
+        return experts + 2 * cluster.collective_s(rows * self.model.experts_per_token * hidden * width, layout.etp, 1) * (layout.ep > 1)
 
     def _prefill_s(self, prompts: int) -> float:
         work, gpu = Work(self._prompt_shapes(prompts), self.cluster), self.cluster.gpu
-        layers, taps = self.model.num_layers, len(self.model.clvr.active_taps)
-        total = (work.attention() + work.experts()).times(layers) + work.vision() + work.projector()
+        taps, behind = len(self.model.clvr.active_taps), {"experts": work.experts, "dense": work.dense}
+        total = work.vision() + work.projector() if self.model.vision.enabled else Costs()
+        for kind, count in self._layers:
+            total += (work.attention() + behind[kind]()).times(count)
         total = total + work.tap().times(taps) if taps else total
         return total.flops / (gpu.flops(self.model.dtype) * gpu.mfu) + total.tp_s + total.ep_s + total.passes * gpu.layer_overhead_s
 

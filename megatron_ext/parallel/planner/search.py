@@ -24,7 +24,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.parallel.plan import Layout, check_layout
 from megatron_ext.parallel.planner.fit import Memory, Sizer
 from megatron_ext.parallel.planner.hardware import Cluster
-from megatron_ext.parallel.planner.layout_names import AXES, RECOMPUTE, name_of
+from megatron_ext.parallel.planner.layout_names import RECOMPUTE, name_of, sizes_of
 from megatron_ext.parallel.planner.times import StepTimes, Timer
 from megatron_ext.parallel.planner.work import Held, held_by
 from megatron_ext.parallel.planner.workload import Workload
@@ -178,7 +178,8 @@ class Search:
         key = layout.pp, layout.vpp
         if key not in self._held:
             stages = self.sizer.stages(layout)
-            self._held[key] = list(Counter(held_by(stages[rank :: layout.pp]) for rank in range(layout.pp)).items())
+            held = (held_by(stages[rank :: layout.pp], self.sizer.layers(layout, rank)) for rank in range(layout.pp))
+            self._held[key] = list(Counter(held).items())
         return self._held[key]
 
     def _best(self, layout: Layout, refused: _Refused, recompute: tuple[str, ...] | None = None, rows: list[int] | None = None) -> Found | None:
@@ -218,6 +219,10 @@ class Search:
                         yield Layout(tp, tp > 1, pp, self.only.get("vpp", 1), cp, ep, etp, dp, total)
 
     def _expert_grids(self, axes: Mapping[str, list[int]], tp: int, stage_ranks: int, pp: int, refused: _Refused) -> Iterator[tuple[int, int]]:
+        """(ep, etp); of a model without experts the one that follows from tp."""
+        if not self.model.num_experts:
+            yield from [(1, tp)] if axes["ep"] and axes["etp"] else []
+            return
         for ep in axes["ep"]:
             for etp in [self.only["etp"]] if "etp" in self.only else sorted({1, tp} if ep > 1 else {tp}):
                 if etp not in axes["etp"] or (ep == 1 and etp != tp):
@@ -236,7 +241,8 @@ class Search:
     def _axis(self, axis: str, refused: _Refused) -> list[int]:
         """Sizes of one axis that the model can be split by, if the others are 1."""
         total, model = self.cluster.gpus, self.model
-        most = {"tp": MOST_TP, "cp": MOST_CP, "pp": 2 * model.num_layers, "ep": 2 * model.num_experts, "etp": MOST_TP}[axis]
+        experts = {"ep": 2 * model.num_experts, "etp": MOST_TP} if model.num_experts else {"ep": 1, "etp": 1}
+        most = ({"tp": MOST_TP, "cp": MOST_CP, "pp": 2 * model.num_layers} | experts)[axis]
         sizes = [self.only[axis]] if axis in self.only else [size for size in range(1, min(total, most) + 1) if total % size == 0]
         allowed = []
         for size in sizes:
@@ -258,11 +264,10 @@ def _slowness(one: Found) -> tuple[float, int]:
 
 def parallel_of(base: ParallelConfig, layout: Layout, recompute: str | None = None) -> ParallelConfig:
     """The section of the configuration that asks for this layout."""
-    sizes = {axis: getattr(layout, axis) for axis in AXES} | {"num_ranks": layout.num_ranks}
-    return base.model_copy(update=sizes | ({} if recompute is None else {"recompute": recompute}))
+    return base.model_copy(update={**sizes_of(layout), "num_ranks": layout.num_ranks} | ({} if recompute is None else {"recompute": recompute}))
 
 
-def memory_error(memory: Memory, cluster: Cluster) -> UserError:
+def memory_error(memory: Memory, cluster: Cluster, has_experts: bool) -> UserError:
     """Both numbers, the largest part, and what would shrink it."""
     parts = {name.removesuffix("_bytes"): getattr(memory, name) for name in Memory.__dataclass_fields__ if name not in ("rank", "host_bytes", "context_bytes")}
     largest = max(parts, key=parts.__getitem__)
@@ -277,7 +282,8 @@ def memory_error(memory: Memory, cluster: Cluster) -> UserError:
     need, have = memory.total_bytes / GIB, cluster.gpu.memory_bytes / GIB
     largest_part = f"the most goes to {largest} ({parts[largest] / GIB:.1f} GiB)"
     what = f"pipeline rank {memory.rank} needs {need:.1f} GiB and {cluster.gpu.name} has {have:.1f} GiB; {largest_part}"
-    return UserError("memory", what, remedies.get(largest, "spread the experts (ep), the layers (pp) or the tensors (tp) over more ranks"))
+    spread = "the experts (ep), the layers (pp) or the tensors (tp)" if has_experts else "the layers (pp) or the tensors (tp)"
+    return UserError("memory", what, remedies.get(largest, f"spread {spread} over more ranks"))
 
 
 class _Refused:
@@ -314,7 +320,7 @@ class _Refused:
             self._note(name, known.error)
             return
         smallest, count = memory(), known.layouts + 1 if known is not None else 1
-        self._families[name] = Refusal(name, memory_error(smallest, search.cluster), count, smallest)
+        self._families[name] = Refusal(name, memory_error(smallest, search.cluster, search.model.num_experts > 0), count, smallest)
 
     def _note(self, name: str, error: UserError) -> None:
         known = self._families.get(name)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
 from megatron_ext.config.sizes import vision_tokens
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.layers import Kind, layer_kinds, rows_of
 from megatron_ext.parallel.stages import Stage
 
-PARTS = ("vision", "projector", "embeddings", "attention", "router", "experts", "norms", "clvr")
+PARTS = ("vision", "projector", "embeddings", "attention", "router", "experts", "dense", "norms", "clvr")
 """As in `config.sizes.Parameters`."""
 
 
@@ -45,17 +46,24 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """`count` decoder layers of one kind, one after another."""
+
+    layer: tuple[Run, ...]
+    count: int
+
+
+@dataclass(frozen=True)
 class ChunkRuns:
-    """The parameters of one model chunk on one rank: `layer`, repeated `layers` times, stands between the others."""
+    """The parameters of one model chunk on one rank."""
 
     before: tuple[Run, ...]
-    layer: tuple[Run, ...]
-    layers: int
+    layers: tuple[Layers, ...]
     after: tuple[Run, ...]
 
     def all(self) -> list[Run]:
         """In the order of `named_parameters()`."""
-        return [*self.before, *self.layer * self.layers, *self.after]
+        return [*self.before, *(run for alike in self.layers for run in alike.layer * alike.count), *self.after]
 
     def trained(self, sharded_by_experts: bool) -> list[Run]:
         """Those of one of the two kinds of buffers, in the same order, in as few runs as say the same."""
@@ -63,14 +71,17 @@ class ChunkRuns:
         def chosen(runs: tuple[Run, ...]) -> list[Run]:
             return [run for run in runs if run.trains and run.sharded_by_experts == sharded_by_experts]
 
-        layer = chosen(self.layer)
-        if len(layer) == 1:
-            layers = [replace(layer[0], count=layer[0].count * self.layers)]
-        elif all(run.count == 1 for run in layer):
-            layers = [Run("layers", tuple(numel for run in layer for numel in run.numels), self.layers)] if layer else []
-        else:
-            layers = layer * self.layers
+        layers = [run for alike in self.layers for run in _repeated(chosen(alike.layer), alike.count)]
         return [*chosen(self.before), *layers, *chosen(self.after)]
+
+
+def _repeated(layer: list[Run], count: int) -> list[Run]:
+    """`count` times the same parameters, as one run where that is possible."""
+    if len(layer) == 1:
+        return [replace(layer[0], count=layer[0].count * count)]
+    if layer and all(run.count == 1 for run in layer):
+        return [Run("layers", tuple(numel for run in layer for numel in run.numels), count)]
+    return layer * count
 
 
 def chunk_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Training = Training()) -> ChunkRuns:
@@ -78,26 +89,42 @@ def chunk_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Train
     before: list[Run] = []
     if stage.runs_vision:
         before += _vision(model.vision, training.vision)
+    if stage.first and model.vision.enabled:
+        before.append(_projector(model.vision, model.hidden_size))
     if stage.first:
-        before += [_projector(model.vision, model.hidden_size), Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,))]
+        before.append(Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,)))
+    kinds = rows_of(layer_kinds(model)[stage.layers.start : stage.layers.stop])
+    layers = tuple(Layers(tuple(_layer(model, layout, kind, training.routers)), count) for kind, count in kinds)
     after = [_tap(model.clvr, model.hidden_size, model.vision.hidden_size, layout.tp) for _ in stage.asks]
     if stage.last:
         after += [Run("norms", (model.hidden_size,)), *_output(model, layout.tp, stage.first)]
-    return ChunkRuns(tuple(before), tuple(_layer(model, layout, training.routers)), len(stage.layers), tuple(after))
+    return ChunkRuns(tuple(before), layers, tuple(after))
 
 
-def _layer(model: ModelConfig, layout: Layout, routers_train: bool) -> list[Run]:
-    """Megatron's TransformerLayer: norm, attention (projection before qkv), q and k norms, norm, router, experts in turn fc1 [2 F / etp, H], fc2."""
+def _layer(model: ModelConfig, layout: Layout, kind: Kind, routers_train: bool) -> list[Run]:
+    """Megatron's TransformerLayer: norm, attention (projection before qkv), q and k norms, norm, and what its kind has."""
     hidden, tp = model.hidden_size, layout.tp
     query, key_value = model.num_attention_heads * model.head_dim // tp, model.num_query_groups * model.head_dim // tp
-    ffn = model.expert_ffn_hidden_size // layout.etp
-    return [
+    attention = [
         Run("norms", (hidden,)),
         Run("attention", (query * hidden, (query + 2 * key_value) * hidden)),
         Run("norms", (model.head_dim, model.head_dim, hidden)),
+    ]
+    return attention + (_experts(model, layout, routers_train) if kind == "experts" else [_dense(model, tp)])
+
+
+def _experts(model: ModelConfig, layout: Layout, routers_train: bool) -> list[Run]:
+    """Router, then experts in turn: fc1 [2 F / etp, H], fc2."""
+    hidden, ffn = model.hidden_size, model.expert_ffn_hidden_size // layout.etp
+    return [
         Run("router", (model.num_experts * hidden,), trains=routers_train),
         Run("experts", (2 * ffn * hidden, hidden * ffn), model.num_experts // layout.ep, sharded_by_experts=layout.ep > 1),
     ]
+
+
+def _dense(model: ModelConfig, tp: int) -> Run:
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size // tp
+    return Run("dense", (2 * ffn * hidden, hidden * ffn))
 
 
 def _vision(vision: VisionConfig, trains: bool) -> Iterator[Run]:

@@ -4,6 +4,7 @@ A product of [m, k] and [k, n] is 2 m k n operations (FLOPs); the backward pass 
 that a causal mask leaves. T, s, Te as in `activations.py`. Traffic of a decoder layer in its forward pass, H and K as there, b bytes a number:
 
     tensor parallel    gather T H b in front of the attention, scatter T H b behind it           backward: both again, and the gather for the weights' gradient
+                       the same around a dense SwiGLU
     expert parallel    an all-to-all of s K H b to the experts and one back                      backward: both again
     expert tensor      gather and scatter Te H b of the experts' tokens                          backward: both again
     context parallel   gather keys and values, 2 T cp kv b                                       backward: scatter their gradients
@@ -11,16 +12,17 @@ that a causal mask leaves. T, s, Te as in `activations.py`. Traffic of a decoder
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.parallel.planner.activations import Activations
 from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.layers import KINDS, Kind, Rows
 from megatron_ext.parallel.stages import Stage
 
-VIT_LAYER, TAP = 0.25, 0.5
-"""How many decoder layers' worth of kernels a ViT layer and a tap launch: 12 and 25 of about 50, counted in the modules."""
+DENSE, VIT_LAYER, TAP = 0.15, 0.25, 0.5
+"""How many decoder layers' worth of kernels a dense SwiGLU, a ViT layer and a tap launch: 7, 12 and 25 of about 50, counted in the modules."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Work:
         gather = 2 * self.cluster.collective_s(here * hidden * b, layout.etp, 1)
         return Costs(flops, tp_s=gather, ep_s=exchange, passes=0.6)
 
+    def dense(self) -> Costs:
+        model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
+        tp_s = 2 * self.cluster.collective_s(T * model.hidden_size * self.shapes.width, layout.tp, 1)
+        return Costs(6 * T * model.hidden_size * model.ffn_hidden_size / layout.tp, tp_s=tp_s, passes=DENSE)
+
     def tap(self) -> Costs:
         clvr, layout, T = self.shapes.model.clvr, self.shapes.layout, self.shapes.positions
         vision, hidden = self.shapes.model.vision, self.shapes.model.hidden_size
@@ -101,9 +108,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one micro-batch: a decoder layer, a tap, the encoder, the projector, the output layer."""
+    """Of one micro-batch: a decoder layer of each kind, a tap, the encoder, the projector, the output layer."""
 
-    layer: Costs
+    layers: Mapping[Kind, Costs]
     tap: Costs
     vision: Costs
     projector: Costs
@@ -111,8 +118,9 @@ class Parts:
 
     def of(self, held: Held) -> Costs:
         """Of what a pipeline rank holds."""
-        total = self.layer.times(held.layers)
-        for cost, count in ((self.tap, held.taps), (self.vision, held.encoders), (self.projector, held.first), (self.head, held.last)):
+        layers = ((self.layers[kind], count) for kind, count in held.layers)
+        total = Costs()
+        for cost, count in (*layers, (self.tap, held.taps), (self.vision, held.encoders), (self.projector, held.first), (self.head, held.last)):
             if count:
                 total += cost.times(count)
         return total
@@ -123,7 +131,7 @@ class Held:
     """What a pipeline rank holds of the model, and what it sends: `messages` a micro-batch, with `streams` hidden states and `features` sets of ViT
     features."""
 
-    layers: int
+    layers: Rows
     taps: int
     encoders: int
     first: int
@@ -133,11 +141,11 @@ class Held:
     features: int
 
 
-def held_by(stages: Sequence[Stage]) -> Held:
-    """Of one rank's chunks."""
+def held_by(stages: Sequence[Stage], layers: Rows) -> Held:
+    """Of one rank's chunks, which have `layers` together."""
     sending = [stage for stage in stages if not stage.last]
     return Held(
-        sum(len(stage.layers) for stage in stages),
+        layers,
         sum(len(stage.asks) for stage in stages),
         sum(stage.runs_vision for stage in stages),
         sum(stage.first for stage in stages),
@@ -150,14 +158,15 @@ def held_by(stages: Sequence[Stage]) -> Held:
 
 def parts(work: Work, recompute: str, vision_trains: bool, has_taps: bool, gradients: bool) -> Parts:
     """Forward costs; with `gradients` those of the backward pass, of everything that trains and of what is computed again, are added."""
-    attention, experts = work.attention(), work.experts()
-    layer, tap = attention + experts, work.tap() if has_taps else Costs()
-    vision, projector, head = work.vision(), work.projector(), work.head()
+    attention, feed_forward = work.attention(), {"experts": work.experts(), "dense": work.dense()}
+    layers = {kind: attention + feed_forward[kind] for kind in KINDS}
+    tap, vision, projector, head = work.tap() if has_taps else Costs(), work.vision(), work.projector(), work.head()
     if not gradients:
-        return Parts(layer, tap, vision, projector, head)
-    again = {"none": Costs(), "selective": attention, "full": layer}[recompute]
+        return Parts(layers, tap, vision, projector, head)
+    behind = {"experts": feed_forward["experts"].backward(), "dense": feed_forward["dense"].backward(tp=1.5)}
+    again = {kind: {"none": Costs(), "selective": attention, "full": layers[kind]}[recompute] for kind in KINDS}
     return Parts(
-        layer + attention.backward(tp=1.5) + experts.backward() + again,
+        {kind: layers[kind] + attention.backward(tp=1.5) + behind[kind] + again[kind] for kind in KINDS},
         tap.times(1 + (recompute == "full")) + tap.backward(tp=1.5),
         vision + vision.backward() if vision_trains else vision,
         projector + projector.backward(),

@@ -56,7 +56,11 @@ class Assumed:
 
 
 def tiles_of_a_row(config: RunConfig, assumed: Assumed) -> int:
-    """One picture a row unless told otherwise: with dynamic tiling its most tiles and the thumbnail, else one tile."""
+    """One picture a row unless told otherwise: with dynamic tiling its most tiles and the thumbnail, else one tile. None for a model without vision."""
+    if not config.model.vision.enabled:
+        if assumed.row_tiles:
+            raise UserError("--row-tiles", f"{assumed.row_tiles} tiles are shown to a model without vision (model.vision.enabled = false)", "leave it out")
+        return 0
     if assumed.row_tiles is not None:
         return assumed.row_tiles
     return config.data.max_tiles + (config.data.max_tiles > 1) if config.data.kind != "suite" and config.data.image_processing == "internvl" else 1

@@ -16,6 +16,9 @@ from megatron_ext.parallel.plan import check_layout, check_rollout_layout
 ROOT = Path(__file__).parents[3]
 SFT, RL = (str(ROOT / "examples" / "internvl3_5_30b_a3b" / name) for name in ("sft.yaml", "rl.yaml"))
 TINY = str(ROOT / "examples" / "tiny.yaml")
+DENSE = ["model.num_experts=0", "earl.enabled=false"]
+ALONE = ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=mine.jsonl"]
+QWEN3_8B = ["model.num_experts=0", "model.ffn_hidden_size=12288", "model.hidden_size=4096", "model.num_query_groups=8", "earl.enabled=false"]
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
@@ -66,7 +69,8 @@ def test_a_layout_that_is_refused_is_told_with_exit_code_2(capsys: pytest.Captur
             [TINY, "--gpus", "2", "parallel.engine=deepspeed", f"parallel.deepspeed={ROOT}/deepspeed_configs/zero1.json"],
             "parallel.engine: deepspeed is not planned",
         ),
-        ([TINY, "--gpus", "2", "model.num_experts=0", "earl.enabled=false"], "model.num_experts: is not planned"),
+        ([TINY, "--gpus", "2", *DENSE, "--why", "EP2"], "parallel.ep: 2 ranks for the experts of a model that has none (model.num_experts = 0); remove it"),
+        ([TINY, "--gpus", "2", *ALONE, "--row-tiles", "2"], "--row-tiles: 2 tiles are shown to a model without vision"),
         ([TINY, "--gpus", "2", "--calibrate", "nowhere"], "nowhere is not the folder of a run"),
     ],
 )
@@ -85,6 +89,19 @@ def test_rollouts_share_the_devices_or_have_their_own(capsys: pytest.CaptureFixt
 
 
 PARTS = ("prefill_s", "decode_s", "launches_s", "communication_s")
+
+
+@pytest.mark.parametrize("changes", [QWEN3_8B, [*QWEN3_8B, *ALONE], [*ALONE], ["model.dense_layers=[0, 1]", "model.ffn_hidden_size=6144"]])
+@pytest.mark.parametrize("source", [SFT, RL])
+def test_models_without_experts_without_vision_and_with_a_few_dense_layers_are_planned(
+    source: str, changes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tensor parallelism among them, whose etp a dense model must not be asked for."""
+    said = plan(capsys, source, *changes, "--gpus", "64", "--gpu", "h200", "--only", "tp=2", "--emit", str(tmp_path / "plan"))
+    assert "TP2" in said
+    config = load_config(tmp_path / "plan" / "config.yaml").config
+    assert config.parallel.tp == 2
+    assert check_layout(config.model, config.parallel) == check_rollout_layout(config.model, config.rollout.parallel) == []
 
 
 @pytest.mark.parametrize("source", [SFT, RL])

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ext.config.schema import ClvrConfig, ParallelConfig
+from megatron_ext.config.schema import ClvrConfig, ParallelConfig, VisionConfig
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.activations import CPU, Activations, Microbatch
 from megatron_ext.parallel.planner.fit import in_flight
+from megatron_ext.parallel.planner.layers import layer_kinds
 from megatron_ext.training.microbatches import microbatches
+from tests.support.layouts import batch_of
 from tests.support.models import small_config
 from tests.support.training import PAD, start, token_batch
 
@@ -26,6 +28,10 @@ CASES: dict[str, dict[str, Any]] = {
     "wide taps": {"hidden_size": 64, "clvr": TWO_TAPS},
     "no CLVR, many experts": {"hidden_size": 64, "num_experts": 32, "experts_per_token": 4, "clvr": ONE_TAP.model_copy(update={"enabled": False})},
     "every head its own keys": {"hidden_size": 64, "num_query_groups": 4, "clvr": ONE_TAP, "expert_ffn_hidden_size": 96},
+    "dense": {"hidden_size": 64, "clvr": ONE_TAP, "num_experts": 0, "ffn_hidden_size": 192},
+    "dense, bf16": {"hidden_size": 64, "clvr": ONE_TAP, "num_experts": 0, "ffn_hidden_size": 192, "dtype": "bf16"},
+    "a dense layer among experts": {"hidden_size": 64, "clvr": ONE_TAP, "dense_layers": (1,), "ffn_hidden_size": 256},
+    "a language model alone": {"hidden_size": 64, "vision": VisionConfig(enabled=False), "clvr": ONE_TAP.model_copy(update={"enabled": False})},
 }
 
 
@@ -52,15 +58,19 @@ def test_the_formula_is_within_eight_percent_of_what_torch_keeps(name: str, pack
     model = small_config(**CASES[name])
     with open_parallel(ParallelConfig(), 0, 1, f"file://{tmp_path}/store", seed=0) as context:
         state = start(context, model)
-        batch = microbatches(token_batch(0, ROWS), ROWS, PAD, context.device, packed=packed)[0]
+        rows = token_batch(0, ROWS) if model.vision.enabled else batch_of(0, images=False)
+        batch = microbatches(rows, ROWS, PAD, context.device, packed=packed)[0]
         kept = Kept({parameter.untyped_storage().data_ptr() for parameter in state.chunks[0].parameters()})
         with kept:
             state.wrapped[0](batch.inputs)
-    rows, length = batch.inputs.tokens_BS.shape
-    shape = Microbatch(1, length, ROWS, True) if packed else Microbatch(rows, length, 1, False)
+    count, length = batch.inputs.tokens_BS.shape
+    tiles = len(batch.inputs.tiles_ICHW)
+    shape = Microbatch(1, length, tiles, True) if packed else Microbatch(count, length, tiles // count, False)
     shapes = Activations(model, Layout.of(ParallelConfig()), shape, True, CPU)
     taps = len(model.clvr.taps) if model.clvr.enabled else 0
-    predicted = model.num_layers * shapes.layer_bytes + taps * shapes.tap_bytes + shapes.vision_bytes(True) + shapes.projector_bytes + shapes.head_bytes
+    predicted = sum(shapes.layer_bytes[kind] for kind in layer_kinds(model)) + taps * shapes.tap_bytes + shapes.head_bytes
+    if model.vision.enabled:
+        predicted += shapes.vision_bytes(True) + shapes.projector_bytes
     assert predicted == pytest.approx(sum(kept.storages.values()), rel=0.08)
 
 
@@ -76,7 +86,7 @@ def test_sequence_and_context_parallelism_divide_what_a_layer_keeps() -> None:
     batch = Microbatch(1, 4096, 1, False)
 
     def layer(**parallel: int) -> int:
-        return Activations(model, Layout.of(ParallelConfig(**parallel)), batch, True).layer_bytes
+        return Activations(model, Layout.of(ParallelConfig(**parallel)), batch, True).layer_bytes["experts"]
 
     whole = layer()
     assert layer(tp=2, ep=2, num_ranks=2) == pytest.approx(whole / 2, rel=0.01)

@@ -14,7 +14,16 @@ from megatron_ext.parallel.stages import pipeline_stages
 
 @pytest.mark.parametrize("preset", ["tiny", "internvl3_5_30b_a3b"])
 @pytest.mark.parametrize(
-    "changes", [[], ["model.clvr.enabled=false"], ["model.clvr.gate=tanh_gate"], ["model.vision.qk_norm=true", "model.vision.norm=rmsnorm"]]
+    "changes",
+    [
+        [],
+        ["model.clvr.enabled=false"],
+        ["model.clvr.gate=tanh_gate"],
+        ["model.vision.qk_norm=true", "model.vision.norm=rmsnorm"],
+        ["model.num_experts=0", "earl.enabled=false"],
+        ["model.dense_layers=[0, 2]"],
+        ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=x"],
+    ],
 )
 @pytest.mark.parametrize("pp", [1, 3])
 def test_all_stages_of_one_rank_each_hold_the_whole_model(preset: str, changes: list[str], pp: int) -> None:
