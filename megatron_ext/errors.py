@@ -68,6 +68,6 @@ class LeaderEnded(Exception):
 
 
 class StoppedForRequeue(Exception):
-    """Stopped on request at a step boundary with a checkpoint written."""
+    """Stopped on request, with what was done on disk: run again, the stage goes on from there."""
 
     exit_code = EXIT_REQUEUE

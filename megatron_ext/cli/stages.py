@@ -17,7 +17,8 @@ from typing import Any
 from megatron_ext.cli.launched import Launch
 from megatron_ext.cli.run_folder import RunFolder
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.errors import UserError
+from megatron_ext.errors import StoppedForRequeue, UserError
+from megatron_ext.parallel.stopping import stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,30 @@ def _sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
 def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     if not config.model.num_experts:
         raise UserError("discover", "finds clusters of experts, and the model has none (model.num_experts = 0)", "leave this stage out")
-    import numpy as np
-
-    from megatron_ext.earl.clusters import discover
-    from megatron_ext.earl.files import write_clusters
-    from megatron_ext.inference.survey import run_discovery_survey
-
     checkpoint = run.start_of_rl(config)
-    with np.load(run_discovery_survey(config, checkpoint, run.discover), allow_pickle=False) as survey:
-        clusters = discover(
-            survey["mass_NLE"],
-            survey["skill_N"].tolist(),
-            survey["template_N"].tolist(),
-            config.discover,
-            config.seed,
-            control_NLE=survey["control_NLE"],
-            checkpoint=str(checkpoint),
-        )
-    write_clusters(clusters, run.clusters)
+    with stop_on_signals(launch.stop_file) as stop:
+        import numpy as np
+
+        from megatron_ext.earl.clusters import discover
+        from megatron_ext.earl.files import write_clusters
+        from megatron_ext.inference.survey import run_discovery_survey
+
+        def poll() -> None:
+            if stop.asked:
+                raise StoppedForRequeue("stopped after the last answer: run again to resume")
+
+        with np.load(run_discovery_survey(config, checkpoint, run.discover, stop), allow_pickle=False) as survey:
+            clusters = discover(
+                survey["mass_NLE"],
+                survey["skill_N"].tolist(),
+                survey["template_N"].tolist(),
+                config.discover,
+                config.seed,
+                control_NLE=survey["control_NLE"],
+                checkpoint=str(checkpoint),
+                poll=poll,
+            )
+        write_clusters(clusters, run.clusters)
     for found in clusters.skills:
         print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
     return {"clusters": {found.skill: found.status for found in clusters.skills}}
@@ -91,19 +98,19 @@ def _rl(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
 
 
 def _evaluate_sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
-    return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters if config.model.num_experts else None)
+    return evaluate(config, run.start_of_rl(config), run.evaluation("sft"), run.clusters if config.model.num_experts else None, launch.stop_file)
 
 
 def _evaluate_rl(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
-    return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters if config.model.num_experts else None)
+    return evaluate(config, run.checkpoints("rl"), run.evaluation("rl"), run.clusters if config.model.num_experts else None, launch.stop_file)
 
 
-def evaluate(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None) -> dict[str, Any]:
+def evaluate(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None, stop_file: Path | None = None) -> dict[str, Any]:
     """Accuracy by skill of any checkpoint, written to `out`."""
-    from megatron_ext.inference.evaluate import run_evaluation
+    with stop_on_signals(stop_file) as stop:
+        from megatron_ext.inference.evaluate import run_evaluation
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return run_evaluation(config, checkpoint, out, clusters)
+        return run_evaluation(config, checkpoint, out, clusters, stop)
 
 
 STAGES = {

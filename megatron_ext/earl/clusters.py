@@ -12,7 +12,7 @@ give the same clusters, and renaming skills renames clusters and changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -106,11 +106,12 @@ def discover(
     seed: int,
     control_NLE: np.ndarray | None = None,
     checkpoint: str = "",
+    poll: Callable[[], None] = lambda: None,
 ) -> ExpertClusters:
     """Finds the clusters. `mass_NLE` float: gate mass of each prompt's correct answer, summing to 1 over experts; `template_N` are the strata of the test.
 
-    With `control_NLE` (the mass that token ids explain, `TokenTable.expected`), skills are compared by `mass - control`. Raises UserError when the settings
-    cannot work on this model or these prompts.
+    With `control_NLE` (the mass that token ids explain, `TokenTable.expected`), skills are compared by `mass - control`. `poll` is called every now and
+    then, and may raise. Raises UserError when the settings cannot work on this model or these prompts.
     """
     mass_NLE = np.asarray(mass_NLE, dtype=np.float64)
     _check(mass_NLE, skill_N, template_N, config, control_NLE)
@@ -118,7 +119,7 @@ def discover(
     plain, sample = _samples(mass_NLE, control_NLE, skill_N, template_N, skills)
     rng = np.random.default_rng(seed)
     permuted_RN = permuted_labels(sample.label_N, sample.stratum_N, config.permutations, rng)
-    null_R = max_z_null(sample.contrast_NLE, permuted_RN, sample.stratum_N, len(skills))
+    null_R = max_z_null(sample.contrast_NLE, permuted_RN, sample.stratum_N, len(skills), poll)
     critical, found = critical_z(null_R, config.fwer), sample.effects()
     evidence = _Evidence(
         sample=sample,
@@ -127,7 +128,7 @@ def discover(
         p_XLE=family_wise_p(found.z_XLE, null_R),
         chosen_XLE=select(found, critical, config),
         jaccard_X=split_half_jaccard(sample, critical, config, rng),
-        frequency_XLE=bootstrap_frequency(sample, critical, config, rng),
+        frequency_XLE=bootstrap_frequency(sample, critical, config, rng, poll),
         transfer_X=transfer_auroc(sample, critical, config),
         uncontrolled_XLE=None if control_NLE is None else _uncontrolled(plain, permuted_RN, config),
     )

@@ -9,6 +9,7 @@ The numbers of experts and layers are a budget and no finding: which of many equ
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,10 +89,13 @@ def split_half_jaccard(sample: Sample, critical: float, config: DiscoverConfig, 
     return jaccard_X / NUM_SPLITS
 
 
-def bootstrap_frequency(sample: Sample, critical: float, config: DiscoverConfig, rng: np.random.Generator) -> np.ndarray:
-    """[X, L, E]: how often a pair is selected when prompts are drawn again with replacement, within skill and template."""
+def bootstrap_frequency(
+    sample: Sample, critical: float, config: DiscoverConfig, rng: np.random.Generator, poll: Callable[[], None] = lambda: None
+) -> np.ndarray:
+    """[X, L, E]: how often a pair is selected when prompts are drawn again with replacement, within skill and template. `poll`, called each time, may raise."""
     total = np.zeros((sample.num_skills, *sample.mass_NLE.shape[1:]))
     for _ in range(config.bootstraps):
+        poll()
         total += _resampled(sample, np.concatenate([rng.choice(rows, len(rows)) for rows in _cells(sample)]), critical, config)
     return total / config.bootstraps
 

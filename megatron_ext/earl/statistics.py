@@ -7,6 +7,7 @@ within strata (templates): what a template explains is never credited to a skill
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,14 +56,16 @@ def permuted_labels(label_N: np.ndarray, stratum_N: np.ndarray, num_permutations
     return permuted_RN
 
 
-def max_z_null(mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndarray, num_skills: int) -> np.ndarray:
-    """[R]: the largest |z| over all skills, layers and experts in each permutation. Comparing every |z| with it controls the family-wise error rate."""
+def max_z_null(mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndarray, num_skills: int, poll: Callable[[], None] = lambda: None) -> np.ndarray:
+    """[R]: the largest |z| over all skills, layers and experts in each permutation. Comparing every |z| with it controls the family-wise error rate.
+    `poll` is called now and then, and may raise."""
     flat = mass_NLE.reshape(len(mass_NLE), -1)
     centred_NC, inverse_sd_XC = _permutation_moments(flat, permuted_RN[0], stratum_N, num_skills)
     centred_NC, inverse_sd_XC = centred_NC.astype(np.float32), inverse_sd_XC.astype(np.float32)
     chunk = max(1, _CHUNK_BYTES // (4 * num_skills * flat.shape[1]))
     largest = []
     for first in range(0, len(permuted_RN), chunk):
+        poll()
         member_RXN = (permuted_RN[first : first + chunk, None, :] == np.arange(num_skills)[None, :, None]).astype(np.float32)
         z = (member_RXN.reshape(-1, member_RXN.shape[-1]) @ centred_NC).reshape(len(member_RXN), num_skills, -1)
         z *= inverse_sd_XC

@@ -1,6 +1,6 @@
 """Accuracy by skill: greedy, sampled (mean@k, pass@k) and blind, and how much of its expert cluster each skill uses.
 
-    prompts of a split -> every rank answers its share -> Outcome per prompt -> one JSON file a checkpoint
+    prompts of a split -> replicas answer them in chunks, which a stop does not lose (chunks.py) -> Outcome per prompt -> one JSON file a checkpoint
 
 Greedy says what the model answers, mean@k how often a sampled answer is right, pass@k how often one of k is. Blind repeats the greedy evaluation with
 the image replaced by
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ import numpy as np
 from PIL import Image
 
 from megatron_ext.batch import Prompt, Rollout
+from megatron_ext.checkpoint.folder import find_checkpoint
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.chat import question_text
-from megatron_ext.data.prompts import chance_of, draw_skills, skills_of
+from megatron_ext.data.prompts import chance_of, draw_skills, num_prompts, skills_of
 from megatron_ext.data.rewards import correctness
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
+from megatron_ext.inference.chunks import NEVER, Chunks, answer_chunks, facts_of, in_order, open_chunks
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.parallel.local import run_ranks
+from megatron_ext.parallel.stopping import StopRequest
 
 PROMPT_SEED = 0
 """Every checkpoint of every run answers the same prompts, so that differences are paired."""
-TIMEOUT_S = 3600.0
 SAMPLES_PER_SKILL = 4
 
 
@@ -57,31 +58,41 @@ class Outcome:
     question: str
 
 
-def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None = None) -> dict[str, Any]:
-    """Evaluates the checkpoint on `config.evaluate.split`, writes the table to `out` (JSON) and returns it. Starts its own ranks."""
-    parallel = all_replicas(config)
-    parts = run_ranks(evaluate_rank, parallel.num_ranks, config, checkpoint, clusters, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
-    outcomes = [outcome for part in parts for outcome in part]
-    table = {"checkpoint": str(checkpoint), "split": config.evaluate.split, **summarise(outcomes, config)}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write_samples(out.with_suffix(""), outcomes, config)
+def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None = None, stop: StopRequest = NEVER) -> dict[str, Any]:
+    """Evaluates the checkpoint on `config.evaluate.split`, writes the table to `out` (JSON) and returns it. Starts its own ranks.
+
+    Raises StoppedForRequeue when asked to stop; run again it goes on, from what it keeps in the folder of the same name as `out`.
+    """
+    settings, step = config.evaluate, find_checkpoint(checkpoint)
+    folder, count = out.with_suffix(""), num_prompts(settings.split, settings.prompts_per_skill, config.data)
+    chunks = open_chunks("evaluate", folder / "chunks", count, config, facts_of(config, ["evaluate"], step, clusters))
+    contents = answer_chunks("evaluate", chunks, config, evaluate_rank, step, clusters, stop=stop)
+    outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
+    table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
+    _write_samples(folder, outcomes, config)
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(out)
+    chunks.discard()
     return table
 
 
-def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoint: Path, clusters: Path | None) -> list[Outcome]:
-    """This rank's share of the outcomes: every dp-th prompt."""
+def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfig, chunks: Chunks, checkpoint: Path, clusters: Path | None) -> None:
+    """Saves the outcomes of this rank's chunks."""
     with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
         engine, tokenizer = load_engine(config, checkpoint, context)
         settings = config.evaluate
         prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
-        mine = prompts[context.dp_rank :: context.layout.dp]
         bonus = None if clusters is None else _bonus(config, clusters)
-        outcomes = answer(engine, tokenizer, mine, sampled, config, bonus)
-        return outcomes if context.tp_rank == 0 else []
+        for chunk in chunks.left_to(context.dp_rank):
+            outcomes = answer(engine, tokenizer, chunks.prompts_of(chunk, prompts), sampled, config, bonus)
+            if context.tp_rank == 0:
+                chunks.save(chunk, json.dumps([asdict(outcome) for outcome in outcomes]).encode())
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    return Outcome(**{**row, "samples": tuple(row["samples"])})
 
 
 def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:

@@ -1,83 +1,135 @@
 """The survey before discovery: which experts do correct, on-policy answers use, prompt by prompt?
 
-    train-split prompts of every skill -> sampled answers -> the correct ones -> gate mass [L, E] of each answer's positions -> survey.npz
+    train-split prompts of every skill -> sampled answers, in chunks that a stop does not lose (chunks.py) -> the correct ones
+      -> gate mass [L, E] of each answer's positions -> survey.npz
 
 Prompt and response are logged apart and never pooled: `mass_NLE` is the answer's, `prompt_mass_NLE` the prompt's. `control_NLE` is what the token ids
-alone explain
-(`earl/token_control.py`). The unit is the prompt: one answer each.
+alone explain (`earl/token_control.py`). The unit is the prompt: one answer each.
 """
 
 from __future__ import annotations
 
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.batch import Rollout, gate_mass
+from megatron_ext.batch import Prompt, Rollout, RouteTrace, gate_mass
+from megatron_ext.checkpoint.folder import find_checkpoint
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.prompts import draw_skills
+from megatron_ext.data.prompts import draw_skills, num_prompts
 from megatron_ext.data.rewards import correctness
 from megatron_ext.device import session
 from megatron_ext.earl.token_control import TokenTable
 from megatron_ext.errors import UserError
+from megatron_ext.inference.chunks import NEVER, Chunks, Facts, answer_chunks, facts_of, open_chunks
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.parallel.local import run_ranks
+from megatron_ext.parallel.stopping import StopRequest
 
 SURVEY_FILE = "survey.npz"
 PROMPT_SEED = 1_000_003
 """Train-split prompts that training streams and RL do not draw with their own seeds."""
-TIMEOUT_S = 3600.0
 
 
-def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path) -> Path:
+@dataclass(frozen=True)
+class Correct:
+    """A correct answer, as far as the survey needs it. `tokens_S`: prompt and response; `rows`: [start, stop) of the positions that chose the response."""
+
+    key: str
+    skill: str
+    template: str
+    rows: tuple[int, int]
+    tokens_S: np.ndarray
+    routes: RouteTrace
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> Correct:
+        prompt = rollout.prompt
+        tokens_S = np.concatenate([prompt.tokens_S, rollout.response_T])
+        return cls(prompt.key, prompt.skill, str(prompt.meta["template"]), rollout.response_rows, tokens_S, rollout.routes)
+
+
+def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path, stop: StopRequest = NEVER) -> Path:
     """Answers `discover.prompts_per_skill` prompts of every skill, keeps the correct answers, and writes `folder/survey.npz`. Starts its own ranks.
 
-    Raises UserError when no answer was correct: there is nothing to find clusters of.
+    A file that is there and depends on the same facts is returned as it is. Raises UserError when no answer was correct: there is nothing to find clusters of.
+    Raises StoppedForRequeue when asked to stop; run again it goes on.
     """
-    parallel = all_replicas(config)
-    parts = run_ranks(survey_rank, parallel.num_ranks, config, checkpoint, timeout_s=TIMEOUT_S, threads_per_rank=parallel.threads_per_rank)
-    asked = sum(part[0] for part in parts)
-    correct = [rollout for part in parts for rollout in part[1]]
-    if not correct:
-        raise UserError("discover", f"none of {asked} sampled answers of {checkpoint} was correct", "fine-tune longer, or lower data.level")
-    folder.mkdir(parents=True, exist_ok=True)
+    count, step = num_prompts("train", config.discover.prompts_per_skill, config.data), find_checkpoint(checkpoint)
+    facts = facts_of(config, ["discover.prompts_per_skill", "discover.token_control_kappa"], step)
     path, draft = folder / SURVEY_FILE, folder / f"partial-{SURVEY_FILE}"
-    np.savez_compressed(draft, allow_pickle=False, **survey_table(correct, config), asked=np.array(asked))
-    draft.replace(path)
+    if path.exists() and _facts(path) == facts:
+        return path
+    chunks = open_chunks("discover", folder / "chunks", count, config, facts)
+    contents = answer_chunks("discover", chunks, config, survey_rank, step, stop=stop)
+    correct = [answer for content in contents for answer in unpacked(content)]
+    if correct:
+        np.savez_compressed(draft, allow_pickle=False, **survey_table(correct, config), asked=np.array(count), facts=np.array(json.dumps(facts)))
+        draft.replace(path)
+    chunks.discard()
+    if not correct:
+        raise UserError("discover", f"none of {count} sampled answers of {checkpoint} was correct", "fine-tune longer, or lower data.level")
     return path
 
 
-def survey_rank(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoint: Path) -> tuple[int, list[Rollout]]:
-    """How many prompts this rank asked, and its correct answers."""
+def _facts(survey: Path) -> Facts:
+    with np.load(survey, allow_pickle=False) as arrays:
+        return dict(json.loads(str(arrays["facts"]))) if "facts" in arrays else {}
+
+
+def survey_rank(rank: int, world_size: int, init_method: str, config: RunConfig, chunks: Chunks, checkpoint: Path) -> None:
+    """Saves the correct answers of this rank's chunks."""
     with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
         engine, tokenizer = load_engine(config, checkpoint, context)
         prompts = draw_skills("train", config.discover.prompts_per_skill, PROMPT_SEED + config.seed, config.data, tokenizer, config.model.vision)
-        mine = prompts[context.dp_rank :: context.layout.dp]
-
-        def seeds(index: int, sample: int) -> int:
-            return rollout_seed("survey", config.seed, mine[index].key, sample)
-
         right = correctness(config.rl.reward, config.earl.correct_threshold)
-        correct = [rollout for rollout in engine.generate(mine, 1, seeds=seeds, version=0) if right(rollout.prompt, rollout.text)]
-        return (len(mine), correct) if context.tp_rank == 0 else (0, [])
+        for chunk in chunks.left_to(context.dp_rank):
+            asked = chunks.prompts_of(chunk, prompts)
+
+            def seeds(index: int, sample: int, asked: Sequence[Prompt] = asked) -> int:
+                return rollout_seed("survey", config.seed, asked[index].key, sample)
+
+            correct = [Correct.of(rollout) for rollout in engine.generate(asked, 1, seeds=seeds, version=0) if right(rollout.prompt, rollout.text)]
+            if context.tp_rank == 0:
+                chunks.save(chunk, packed(correct))
 
 
-def survey_table(rollouts: list[Rollout], config: RunConfig) -> dict[str, np.ndarray]:
+def packed(answers: Sequence[Correct]) -> bytes:
+    """The answers as the bytes of an npz file; `unpacked` takes them back."""
+    words = [[answer.key, answer.skill, answer.template, answer.rows] for answer in answers]
+    arrays = {"words": np.array(json.dumps(words))}
+    for index, answer in enumerate(answers):
+        arrays |= {f"tokens_{index}": answer.tokens_S, f"experts_{index}": answer.routes.experts_SLK, f"gates_{index}": answer.routes.gates_SLK}
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def unpacked(content: bytes) -> list[Correct]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return [
+            Correct(key, skill, template, (start, stop), arrays[f"tokens_{index}"], RouteTrace(arrays[f"experts_{index}"], arrays[f"gates_{index}"]))
+            for index, (key, skill, template, (start, stop)) in enumerate(json.loads(str(arrays["words"])))
+        ]
+
+
+def survey_table(answers: Sequence[Correct], config: RunConfig) -> dict[str, np.ndarray]:
     """The arrays of `survey.npz`, one row an answer, in the order of their keys whatever rank answered."""
-    rollouts = sorted(rollouts, key=lambda rollout: rollout.prompt.key)
+    answers = sorted(answers, key=lambda answer: answer.key)
     experts = config.model.num_experts
     table = TokenTable(experts, config.discover.token_control_kappa)
-    tokens = [np.concatenate([rollout.prompt.tokens_S, rollout.response_T]) for rollout in rollouts]
-    for rollout, sequence in zip(rollouts, tokens, strict=True):
-        table.add(rollout.routes, sequence, *rollout.response_rows, rollout.prompt.skill)
-    spans = [slice(*rollout.response_rows) for rollout in rollouts]
+    for answer in answers:
+        table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill)
     return {
-        "mass_NLE": np.stack([gate_mass(rollout.routes, experts, *rollout.response_rows) for rollout in rollouts]),
-        "prompt_mass_NLE": np.stack([gate_mass(rollout.routes, experts, 0, rollout.response_rows[0]) for rollout in rollouts]),
-        "control_NLE": np.stack([table.expected(sequence[span]) for sequence, span in zip(tokens, spans, strict=True)]),
-        "skill_N": np.array([rollout.prompt.skill for rollout in rollouts]),
-        "template_N": np.array([str(rollout.prompt.meta["template"]) for rollout in rollouts]),
-        "key_N": np.array([rollout.prompt.key for rollout in rollouts]),
+        "mass_NLE": np.stack([gate_mass(answer.routes, experts, *answer.rows) for answer in answers]),
+        "prompt_mass_NLE": np.stack([gate_mass(answer.routes, experts, 0, answer.rows[0]) for answer in answers]),
+        "control_NLE": np.stack([table.expected(answer.tokens_S[slice(*answer.rows)]) for answer in answers]),
+        "skill_N": np.array([answer.skill for answer in answers]),
+        "template_N": np.array([answer.template for answer in answers]),
+        "key_N": np.array([answer.key for answer in answers]),
     }

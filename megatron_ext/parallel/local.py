@@ -25,6 +25,7 @@ from megatron_ext.parallel.rank_process import Call, RankProcess
 
 _GRACE_S = 0.5
 _LONGEST_WAIT_S = 3600.0
+_WATCH_EVERY_S = 0.2
 
 
 def run_ranks(
@@ -34,11 +35,13 @@ def run_ranks(
     timeout_s: float,
     threads_per_rank: int = 1,
     forward_signals: Sequence[signal.Signals] = (),
+    watch: Callable[[], None] | None = None,
 ) -> list[Any]:
     """Calls `fn(rank, num_ranks, init_method, *args)` in `num_ranks` new processes; the results, in rank order.
 
     `fn` is a top-level function of an importable module; arguments and results travel by value (pickle). `init_method` names a fresh file store.
     Signals in `forward_signals` that reach this process meanwhile are passed on to the ranks, which decide what to do; without, Ctrl-C ends them.
+    `watch` is called a few times a second in this process; what it raises ends the ranks at once.
 
     Raises `RankFailed` naming the rank that failed first, with its traceback, or the ranks still running after `timeout_s`; a rank's `UserError` as it is;
     `StoppedForRequeue` when a rank raised it, after all ranks have finished.
@@ -51,7 +54,7 @@ def run_ranks(
         with _forwarding(forward_signals, ranks):
             for rank in range(num_ranks):
                 ranks.append(RankProcess(Call(fn, rank, num_ranks, f"file://{folder}/store", args, threads_per_rank, dict(os.environ))))
-            _await(ranks, time.monotonic() + timeout_s, timeout_s)
+            _await(ranks, time.monotonic() + timeout_s, timeout_s, watch)
         _raise_first_failure(ranks)
         return [rank.outcome.result for rank in ranks if rank.outcome is not None]
     finally:
@@ -60,10 +63,12 @@ def run_ranks(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _await(ranks: list[RankProcess], deadline: float, timeout_s: float) -> None:
+def _await(ranks: list[RankProcess], deadline: float, timeout_s: float, watch: Callable[[], None] | None) -> None:
     """Returns when every rank has reported, or shortly after one has failed: the others' last words may tell who failed first."""
     while running := [rank for rank in ranks if rank.outcome is None]:
-        remaining = min(deadline - time.monotonic(), _LONGEST_WAIT_S)
+        if watch is not None:
+            watch()
+        remaining = min(deadline - time.monotonic(), _LONGEST_WAIT_S if watch is None else _WATCH_EVERY_S)
         if remaining <= 0:
             if any(rank.outcome is not None and rank.outcome.failed for rank in ranks):
                 return

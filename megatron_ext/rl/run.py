@@ -33,6 +33,7 @@ from megatron_ext.errors import StoppedForRequeue, UserError
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.observe.metrics import MetricsWriter, read_metrics
 from megatron_ext.observe.progress import stage_progress
+from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
 from megatron_ext.rl.loop import Recipe, run_loop
@@ -42,7 +43,6 @@ from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reward_pool import RewardPool
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.sampling import keep_all, keep_differing
-from megatron_ext.training.stopping import stop_on_signals
 
 REWARD_WORKERS = 2
 VALIDATION_SEED = 1

@@ -19,10 +19,10 @@ import torch
 from megatron_ext.config.schema import TrainConfig
 from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.parallel.groups import ParallelContext
+from megatron_ext.parallel.stopping import StopRequest
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.losses import TOKENS_PER_ROW, Microbatch, NextToken
 from megatron_ext.training.step import optimizer_step
-from megatron_ext.training.stopping import StopRequest
 
 
 class Report(Protocol):

@@ -15,7 +15,8 @@ import yaml
 
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.parallel.launch import LocalRanks, Ranks
-from megatron_ext.training.stage_names import STOP_SIGNALS, Stage
+from megatron_ext.parallel.stopping import STOP_SIGNALS
+from megatron_ext.training.stage_names import Stage
 
 LOCAL = LocalRanks()
 

@@ -17,12 +17,12 @@ from megatron_ext.model.assembly import build_chunks
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.progress import stage_progress
 from megatron_ext.parallel.groups import MeetingPoint, ParallelContext, open_parallel
+from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.feed import Stream, open_feed
 from megatron_ext.training.loop import Report, train
 from megatron_ext.training.stage_names import Stage
-from megatron_ext.training.stopping import stop_on_signals
 from megatron_ext.training.text_stream import TextStream
 
 _SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}

@@ -94,7 +94,7 @@ def test_pretraining_over_two_nodes_stops_at_the_time_limit_is_queued_again_and_
 ) -> None:
     tiny = slurm.folder / "runs" / "tiny"
     pretrain = tiny / "pretrain"
-    job = slurm.sbatch("--time=1", "--signal=B:USR1@55", "examples/slurm/pretrain.sbatch")
+    job = slurm.sbatch("--time=4", "--signal=B:USR1@235", "examples/slurm/pretrain.sbatch")  # warned after a few seconds, and then with minutes to stop
     warned = (tiny / "logs" / f"{job}.0" / "STOP").exists
     slurm.wait(job, lambda: warned() or len(read_metrics(pretrain)) >= 3)
     ranks = [*processes_of(job, task=0), *processes_of(job, task=1)]

@@ -26,6 +26,8 @@ CHECKPOINTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Paral
     "experts alone": (hf.build_text, {}, {"TP2 EP2": TP2_EP2}),
     "dense alone": (hf.build_text, {"model_type": "qwen3"}, {"PP2": PP2}),
 }
+LONG = {("experts", "TP2"), ("experts", "EP2"), ("experts", "PP2")}
+"""Journeys: each of their features is in another case too."""
 
 
 @cache
@@ -52,7 +54,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("kind", "parallel"),
-    [pytest.param(kind, parallel, id=f"{kind}, {name}") for kind, (_, _, layouts) in CHECKPOINTS.items() for name, parallel in layouts.items()],
+    [
+        pytest.param(kind, parallel, id=f"{kind}, {name}", marks=[pytest.mark.journey] if (kind, name) in LONG else [])
+        for kind, (_, _, layouts) in CHECKPOINTS.items()
+        for name, parallel in layouts.items()
+    ],
 )
 def test_every_layout_computes_the_logits_of_transformers(folders: dict[str, Path], kind: str, parallel: ParallelConfig) -> None:
     described, inputs, expected = converted(kind, folders[kind])

@@ -73,13 +73,13 @@ RECOMPUTED = {"recompute": "full", "recompute_layers": 2}
 CASES: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     1: [(DP2, {}), (TP2, SLOW), ({**EP2, **RECOMPUTED}, PACKED)],
     2: [(DP2, BLIND), ({**TP2, **RECOMPUTED}, PACKED), (EP2, {})],
-    3: [(DP2, SLOW), (TP2, BLIND), ({**EP2, **RECOMPUTED}, PACKED), (CP2, {})],
+    3: [(DP2, SLOW), (TP2, BLIND), ({**CP2, **EP2, **RECOMPUTED}, PACKED)],
 }
 """Layouts of two ranks, and how they train: plain, clipped with a slower router and a schedule, the same with a frozen encoder, packed rows. Every batch of
 every case holds micro-batches without an image."""
 
 
-@pytest.mark.parametrize("stage", CASES)
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.journey), 2, 3])  # DeepSpeed's optimizer of stage 1 is that of stage 2
 def test_two_ranks_train_like_one_rank_of_engine_megatron(stage: int, small_shards: Path) -> None:
     trials = [Trial(zero(f"zero{stage}", small_shards, **layout), disturbed=layout is DP2, **how) for layout, how in CASES[stage]]
     reports = run_ranks(run_trials, 2, trials, one_rank()["start"], timeout_s=110)
@@ -121,22 +121,21 @@ def test_an_engine_with_a_part_left_out_is_seen(small_shards: Path) -> None:
 
 
 def test_engines_continue_each_other_in_other_layouts(small_shards: Path, tmp_path: Path) -> None:
-    """Four updates on one rank of engine megatron; the same by relay: megatron, ZeRO-3 with experts split, ZeRO-1 with tensors split, ZeRO-3 again, megatron.
+    """Four updates on one rank of engine megatron; the same by relay: megatron, ZeRO-3 with experts split, ZeRO-1 with tensors split, megatron.
 
     A restored learning rate, moment or master weight that is off shows in the next losses and norms.
     """
-    straight = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, last=5)], one_rank()["start"], timeout_s=60)[0][0]
-    folders = [tmp_path / str(number) for number in range(4)]
+    straight = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, last=4)], one_rank()["start"], timeout_s=60)[0][0]
+    folders = [tmp_path / str(number) for number in range(3)]
     first = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, save=folders[0], last=1)], one_rank()["start"], timeout_s=60)[0]
     relay = [
         Trial(zero("zero3", small_shards, **EP2), CLIPPED, load=folders[0], save=folders[1], last=2),
         Trial(zero("zero1", small_shards, **TP2), CLIPPED, load=folders[1], save=folders[2], last=3),
-        Trial(zero("zero3", small_shards, **DP2), CLIPPED, load=folders[2], save=folders[3], last=4),
     ]
     between = run_ranks(run_trials, 2, relay, None, timeout_s=110)[0]
-    last = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, load=folders[3], last=5)], None, timeout_s=60)[0]
+    last = run_ranks(run_trials, 1, [Trial(ParallelConfig(), CLIPPED, load=folders[2], last=4)], None, timeout_s=60)[0]
     curve = [step for report in (*first, *between, *last) for step in report["curve"]]
-    assert len(curve) == 5
+    assert len(curve) == 4
     for ours, theirs in zip(curve, straight["curve"], strict=True):
         assert {metric: ours[metric] for metric in METRICS} == pytest.approx({metric: theirs[metric] for metric in METRICS}, rel=1e-5)
     for name, weight in straight["end"].items():

@@ -17,7 +17,7 @@ from megatron_ext.inference.ask import MOST_LIKELY, answers
 from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
 from megatron_ext.inference.survey import run_discovery_survey
 from megatron_ext.parallel.local import run_ranks
-from tests.support.generation import answers_of_a_rank
+from tests.support.generation import Answers, answers_of_a_rank
 from tests.support.rl_run import prepare, rl_config, save_clusters
 
 
@@ -72,18 +72,22 @@ def test_standard_errors_and_means_of_a_table_worked_by_hand(run: tuple[RunConfi
     assert row["mean@2"] == 0.75 and row["pass@2"] == 1.0 and row["blind"] == 0.25 and row["cluster_mass"] == pytest.approx(0.3)
 
 
+@pytest.fixture(scope="module")
+def answers_of_one_rank() -> Answers:
+    return run_ranks(answers_of_a_rank, 1, ParallelConfig(), timeout_s=120)[0]
+
+
 @pytest.mark.parametrize(
     "parallel",
     [ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=4, tp=2, ep=2)],
     ids=["TP2+SP", "EP2", "TP2 x EP2"],
 )
-def test_the_engine_gives_the_same_answers_in_every_layout(parallel: ParallelConfig) -> None:
+def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: Answers, parallel: ParallelConfig) -> None:
     """Five prompts, three samples: tokens and routes equal those of one rank, log-probs to 1e-4. Under EP2 one rank has two prompts, or none, and
     keeps step."""
-    alone = run_ranks(answers_of_a_rank, 1, ParallelConfig(), timeout_s=120)[0]
     parts = run_ranks(answers_of_a_rank, parallel.num_ranks, parallel, timeout_s=120)
     together = {key: answer for part in parts for key, answer in part.items()}
-    assert together.keys() == alone.keys()
-    for key, (tokens, logprobs, digest) in alone.items():
+    assert together.keys() == answers_of_one_rank.keys()
+    for key, (tokens, logprobs, digest) in answers_of_one_rank.items():
         assert together[key][0] == tokens and together[key][2] == digest
         np.testing.assert_allclose(together[key][1], logprobs, atol=1e-4)

@@ -25,8 +25,14 @@ def sequential() -> dict[str, Any]:
     return run_ranks(train, 1, Case(ParallelConfig(), changes={"experts_kernel": "sequential"}), None, timeout_s=100)[0]
 
 
-@pytest.mark.parametrize("kernel", ["in_place", "grouped_mm"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+LONG = {("TP2 ETP2", "grouped_mm"), ("TP2 EP2 ETP2", "grouped_mm")}
+"""Journeys: these layouts train with this kernel in test_layouts.py too."""
+CASES = [
+    pytest.param(layout, kernel, marks=[pytest.mark.journey] if (layout, kernel) in LONG else []) for layout in LAYOUTS for kernel in ("in_place", "grouped_mm")
+]
+
+
+@pytest.mark.parametrize(("layout", "kernel"), CASES)
 def test_losses_and_gradients_are_those_of_megatrons_experts_on_one_rank(layout: str, kernel: str) -> None:
     expected, parallel = sequential(), LAYOUTS[layout]
     ranks = run_ranks(train, parallel.num_ranks, Case(parallel, changes={"experts_kernel": kernel}), expected["start"], timeout_s=100)

@@ -37,7 +37,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_in_the_same_layout_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(case: Case, tmp_path: Path) -> None:
     for rank in run_ranks(stop_and_resume, case.parallel.num_ranks, case, tmp_path / "checkpoints", timeout_s=100):
-        assert rank["resumed"] == rank["expected"]
+        assert rank["resumed"] == rank["expected"] and len(rank["expected"]) == 1
         straight, resumed = rank["weights"]
         assert straight == resumed
 
@@ -49,14 +49,12 @@ CHAINS = {
 
 
 @pytest.mark.parametrize(("case", "chain"), CHAINS.values(), ids=CHAINS.keys())
-def test_a_run_that_changes_its_layout_every_other_step_has_the_losses_of_one_rank(case: Case, chain: list[ParallelConfig], tmp_path: Path) -> None:
-    """Every hop loads what another layout saved: weights, moments, schedule."""
-    expected = run_ranks(go_on, 1, case, tmp_path / "straight", 2 * len(chain), timeout_s=100)[0]
-    for number, parallel in enumerate(chain):
-        last = 2 * (number + 1)
+def test_a_run_that_changes_its_layout_at_every_step_has_the_losses_of_one_rank(case: Case, chain: list[ParallelConfig], tmp_path: Path) -> None:
+    """Every hop loads what another layout saved: weights, moments, schedule. A moment that is off shows in the loss of the hop after."""
+    expected = run_ranks(go_on, 1, case, tmp_path / "straight", len(chain), timeout_s=100)[0]
+    for last, parallel in enumerate(chain, start=1):
         for curve in run_ranks(go_on, parallel.num_ranks, replace(case, parallel=parallel), tmp_path / "chain", last, timeout_s=100):
-            assert len(curve) == 2
-            for ours, theirs in zip(curve, expected[last - 2 : last], strict=True):
-                assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-                assert ours["lr"] == theirs["lr"]
-                assert ours["num_tokens"] == theirs["num_tokens"]
+            (ours,), theirs = curve, expected[last - 1]
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["lr"] == theirs["lr"]
+            assert ours["num_tokens"] == theirs["num_tokens"]

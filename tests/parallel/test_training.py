@@ -40,7 +40,11 @@ def on_one_rank(aux: float) -> Any:
     return ranks(train_rank, ONE, small_config(moe_aux_loss_coeff=aux), STEPS, 8)[0]
 
 
-@pytest.mark.parametrize("parallel", [DP2, TP2, EP2, TP2_EP2, TP2_EP2_DP2], ids=names)
+LONG = pytest.mark.journey
+"""Their layouts are held against one rank in test_layouts.py too, their crossings in test_resume.py."""
+
+
+@pytest.mark.parametrize("parallel", [DP2, TP2_EP2, *(pytest.param(long, marks=LONG) for long in (TP2, EP2, TP2_EP2_DP2))], ids=names)
 def test_losses_and_gradient_norms_are_those_of_one_rank(parallel: ParallelConfig) -> None:
     """Microbatches of two rows against one of eight. Without the auxiliary loss, which is a product of means over its microbatch."""
     expected, _ = on_one_rank(0.0)
@@ -61,7 +65,7 @@ def test_two_data_parallel_ranks_end_with_the_weights_of_one() -> None:
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("parallel", [TP2, TP2_EP2], ids=names)
+@pytest.mark.parametrize("parallel", [pytest.param(TP2, marks=LONG), TP2_EP2], ids=names)
 def test_the_auxiliary_loss_sees_the_whole_sequence_under_tensor_parallelism(parallel: ParallelConfig) -> None:
     expected, _ = on_one_rank(0.1)
     for metrics, _ in ranks(train_rank, parallel, small_config(moe_aux_loss_coeff=0.1), STEPS, 8):
@@ -81,7 +85,10 @@ def test_metrics_of_two_ranks_are_those_of_all_their_items() -> None:
         assert reduced == merge_metrics(parts)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(ONE, TP2_EP2), (DP2, TP2), (TP2, EP2), (EP2, ONE), (TP2_EP2, DP2)], ids=names)
+CROSSINGS = [(DP2, TP2), (TP2, EP2), *(pytest.param(*long, marks=LONG) for long in ((ONE, TP2_EP2), (EP2, ONE), (TP2_EP2, DP2)))]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), CROSSINGS, ids=names)
 def test_a_run_goes_on_in_another_layout(saved: ParallelConfig, loaded: ParallelConfig, tmp_path: Path) -> None:
     expected, _ = ranks(save_rank, saved, tmp_path, 2, 4)[0]
     metrics, _ = ranks(load_rank, loaded, tmp_path, 4)[0]

@@ -25,7 +25,7 @@ from tests.support.training import PAD, part, token_batch
 TAPS = ClvrConfig(taps=((0, 1), (1, 3), (2, 3)), num_heads=4, num_kv_heads=2, head_dim=8, gate="tanh_gate")
 """One tap inside a stage of PP2, one that crosses to the next, one whose adapter lives on the second stage, where the ViT's features have to come from
 somewhere."""
-STEPS, ROWS, MICRO = 3, 8, 2
+STEPS, ROWS, MICRO = 2, 8, 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def batch_of(step: int, images: bool = True) -> TokenBatch:
 
 
 def train(rank: int, world_size: int, init_method: str, case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
-    """Three updates, each rank taking its data-parallel share. `weights` replace the drawn ones. Tensors are reported by rank 0 alone."""
+    """Two updates, each rank taking its data-parallel share. `weights` replace the drawn ones. Tensors are reported by rank 0 alone."""
     with open_parallel(case.parallel, rank, world_size, init_method, seed=rank) as context:
         model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
         chunks = build_chunks(model, IMAGE, context, seed=3, vision_trains=case.train_vision)

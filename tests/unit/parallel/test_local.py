@@ -105,6 +105,16 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     assert not any(_alive(pid) for pid in _pids(tmp_path, 2))
 
 
+def test_what_a_watch_raises_ends_the_ranks(tmp_path: Path) -> None:
+    def watch() -> None:
+        if all((tmp_path / str(rank)).exists() for rank in range(2)):
+            raise StoppedForRequeue("seen enough")
+
+    with pytest.raises(StoppedForRequeue, match="seen enough"):
+        run_ranks(ranks.sleep, 2, tmp_path, 60.0, timeout_s=TIMEOUT_S, watch=watch)
+    assert not any(_alive(pid) for pid in _pids(tmp_path, 2))
+
+
 def test_a_forwarded_signal_lets_every_rank_finish_before_the_stop_is_told(tmp_path: Path) -> None:
     def tell() -> None:
         _eventually(lambda: all((tmp_path / str(rank)).exists() for rank in range(2)))

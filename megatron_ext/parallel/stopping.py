@@ -1,9 +1,11 @@
-"""Stopping on request: a signal that reaches any rank, or a file that appears, makes all ranks stop after the same step.
+"""Stopping on request: a signal that reaches any rank, or a file that appears, ends a stage with what it has done on disk.
 
-    SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 -> noted  |
-    a stop file                                   | -> asked for at the step boundary, agreed by all ranks -> checkpoint -> StoppedForRequeue (exit code 75)
+    SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 -> noted  |    trains: asked for at the step boundary, agreed by all ranks -> checkpoint  |
+    a stop file                                   | ->                                                                            | -> StoppedForRequeue
+                                                  |    answers: seen by the process that started the ranks, which ends them       |    (exit code 75)
 
-A second Ctrl-C does not wait for the step. The file is for a scheduler's script: unlike a signal it cannot come too early, and reaches nobody else.
+A second Ctrl-C waits for nothing. The file is for a scheduler's script: unlike a signal it cannot come too early, and reaches nobody else. Importing this
+does not import torch.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    from megatron_ext.parallel.groups import ParallelContext
 
-from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.training.stage_names import STOP_SIGNALS
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -38,6 +41,8 @@ class StopRequest:
 
     def agreed(self, context: ParallelContext) -> bool:
         """Whether any rank was asked to stop; rank 0 looks for the file. Collective over the whole world, so all ranks get the same answer."""
+        import torch
+
         mine = self.asked if context.rank == 0 else self.received is not None
         if context.world_size == 1:
             return mine
