@@ -229,7 +229,12 @@ class RolloutConfig(Section):
     """0 keeps every token."""
     max_new_tokens: int = Field(24, gt=0)
     batch_size: int = Field(256, gt=0)
-    """Sequences decoded side by side by one replica."""
+    """Answers written side by side by one replica. As some end, others take their places."""
+    prefill_tokens: int = Field(16384, gt=0)
+    """Positions of prompts that are read in one forward pass, padding included; what it takes of memory grows with it."""
+    cache_gib: float | None = Field(None, gt=0)
+    """Memory on a rank for the keys and values of prompts and answers. Fewer answers are written side by side where more would not fit; where those that are
+    begun outgrow it, the youngest are begun again later, and say the same. Unset: whatever `batch_size` answers take."""
     replicas: int = Field(2, gt=0)
     """Rollout worlds; each has `parallel.num_ranks` processes."""
     parallel: ParallelConfig = ParallelConfig()

@@ -59,7 +59,7 @@ def num_prompts(split: Split, count: int, data: DataConfig) -> int:
     """How many `draw_skills` draws, without drawing them."""
     if data.kind == "suite":
         return count * len(skills_of(data))
-    return sum(min(count, len(read_split(data.path, split, skill))) for skill in skills_of(data))
+    return sum(min(count, len(open_records(data, split, skill))) for skill in skills_of(data))
 
 
 def chance_of(skill: str, data: DataConfig) -> float | None:

@@ -1,37 +1,36 @@
-"""Generation with the Megatron model itself: the rollout engine.
+"""Generation with the Megatron model itself: the rollout engine, with continuous batching.
 
-    prompts -> chunks -> prefill, once per PROMPT (vision tower, CLVR keys and values, self-attention cache, routes)
-            -> repeat for the samples of each prompt -> decode side by side, finished rows leave -> Rollouts
+    waiting requests -> read together, once per PROMPT (vision tower, CLVR keys and values, self-attention, routes) -> rows join those that are being written
+    one step of all rows -> a token each -> finished rows leave, as Rollouts -> their places are taken by the next requests
 
 Every rollout carries the log-probability of each token and the router trace of every position. Under expert parallelism all ranks of the group step
-together: a rank without work
-decodes a dummy row, or the all-to-all of the others would wait for ever. Under tensor parallelism every rank returns the same rollouts.
+together: a rank without work takes part with padding, or the all-to-all of the others would wait for ever. Under tensor parallelism every rank returns the same
+rollouts. Read on: `model/memory.py` (what is kept between steps), `admission.py` (who is read when), `answers.py` (what is written).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from megatron_ext.batch import NO_TILES, Prompt, Rollout, RouteTrace, Tiles, expert_dtype
+from megatron_ext.batch import NO_TILES, Prompt, Rollout, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
-from megatron_ext.config.sizes import expert_layers
 from megatron_ext.errors import UserError
+from megatron_ext.inference.admission import Request, WaitingRoom
+from megatron_ext.inference.answers import Answer
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
-from megatron_ext.model.generation import Memory, decode, prefill
+from megatron_ext.model.generation import decode, read
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
+from megatron_ext.model.memory import Footprint, Memory
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
-
-COMPACT_BELOW = 0.75
-"""Rows are dropped from the cache once fewer than this share of them is still unfinished: copying the cache costs about a decode step."""
 
 
 class Vocabulary(Protocol):
@@ -44,43 +43,125 @@ class Vocabulary(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-@dataclass
-class _Decoded:
-    """What the rows of a chunk have produced so far."""
-
-    tokens_RT: np.ndarray
-    logprobs_RT: np.ndarray
-    experts_RTLK: np.ndarray
-    gates_RTLK: np.ndarray
-    lengths_R: np.ndarray
-    stopped_R: np.ndarray
-
-
 class Engine:
     """Generates with one replica's model. `seeds(prompt index, sample)` gives each rollout's seed."""
 
     def __init__(self, model: VisionLanguageModel, context: ParallelContext, vocabulary: Vocabulary, config: RolloutConfig) -> None:
         self.model, self.context, self.vocabulary, self.config = model, context, vocabulary, config
         self._banned = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, vocabulary.image_id, context.pgs.tp, context.device)
+        self._footprint = Footprint.of(model.model_config, context.layout.tp)
+        self._budget = math.inf if config.cache_gib is None else config.cache_gib * 2**30
+        self._begun = 0
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Prompt], samples: int, *, seeds: Callable[[int, int], int], version: int, greedy: bool = False) -> list[Rollout]:
         """`samples` rollouts of every prompt, prompt by prompt. Greedy ignores seeds. Collective over the replica's ranks."""
+        answers = self.stream(prompts, samples, seeds=seeds, version=version, greedy=greedy)
+        return [rollout for _, rollout in sorted(answers, key=lambda answer: (answer[0], answer[1].sample))]
+
+    def stream(
+        self, prompts: Sequence[Prompt], samples: int, *, seeds: Callable[[int, int], int], version: int, greedy: bool = False
+    ) -> Iterator[tuple[int, Rollout]]:
+        """The same rollouts as they finish, each with the number of its prompt. Whoever reads them must read them all: other ranks wait for this one."""
         self._require_room(prompts)
+        self._require_memory(prompts)
+        requests = [
+            Request(number, prompt, tuple((sample, seeds(number, sample)) for sample in range(samples))) for number, prompt in enumerate(prompts) if samples
+        ]
+        waiting = WaitingRoom(requests, self.config.batch_size, self.config.prefill_tokens)
+        memory, answers = Memory(self.config.max_new_tokens, self.context.device), list[Answer]()
         was_training = self.model.training
         self.model.eval()
         try:
-            per_chunk = max(1, self.config.batch_size // samples)
-            starts = range(0, len(prompts), per_chunk)
-            rollouts: list[Rollout] = []
-            for chunk in range(self._agree(len(starts))):
-                first = chunk * per_chunk
-                part = list(prompts[first : first + per_chunk])
-                rows = [seeds(first + index, number) for index in range(len(part)) for number in range(samples)]
-                rollouts += self._chunk(part, samples, np.array(rows, dtype=np.int64), version, greedy or self.config.temperature == 0)
-            return rollouts
+            while True:
+                finished = self._step(waiting, memory, answers, greedy or self.config.temperature == 0)
+                if finished is None:
+                    break
+                yield from ((answer.number, answer.rollout(version, self.vocabulary)) for answer in finished)
         finally:
             self.model.train(was_training)
+
+    @torch.no_grad()
+    def _step(self, waiting: WaitingRoom, memory: Memory, answers: list[Answer], greedy: bool) -> list[Answer] | None:
+        """One token for every row, and the first one for those that join. `answers` are the rows of the memory, in its order. Returns those that finished; None
+        once no rank of the expert group has anything left to do."""
+        self._put_off(waiting, memory, answers)
+        joining = waiting.next(len(answers), lambda requests: self._fits(memory, requests))
+        reads, writes = self._agree(bool(joining), bool(answers))
+        if not reads and not writes:
+            return None
+        logits = [self._write(memory, answers)] if writes else []
+        if reads:
+            logits += self._read(joining, memory, answers)
+        if not answers:
+            return []
+        tokens_R, logprobs_R = self._next(torch.cat(logits), answers, greedy)
+        for answer, token, logprob in zip(answers, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
+            answer.take(token, logprob, self.vocabulary.eos_id, self.config.max_new_tokens)
+        left_R = np.array([answer.finish is not None for answer in answers])
+        if not left_R.any():
+            return []
+        finished = [answer for answer in answers if answer.finish is not None]
+        answers[:] = [answers[row] for row in memory.retire(left_R)]
+        return finished
+
+    def _fits(self, memory: Memory, joining: Sequence[Request]) -> bool:
+        rows = memory.num_rows + sum(len(request.samples) for request in joining)
+        return memory.need_bytes(self._footprint, rows, [request.prompt for request in joining]) <= self._budget
+
+    def _put_off(self, waiting: WaitingRoom, memory: Memory, answers: list[Answer]) -> None:
+        """Where the answers have outgrown the memory they may take, the youngest are begun again later: with their seeds, they will say the same."""
+        fitting = len(answers)
+        while fitting > 1 and memory.need_bytes(self._footprint, fitting) > self._budget:
+            fitting -= 1
+        if fitting == len(answers):
+            return
+        youngest = sorted(answers, key=lambda answer: answer.born)[fitting:]
+        waiting.put_back(Request(answer.number, answer.prompt, ((answer.sample, answer.seed),)) for answer in youngest)
+        kept = memory.retire(np.array([answer in youngest for answer in answers]))
+        answers[:] = [answers[row] for row in kept]
+
+    def _write(self, memory: Memory, answers: list[Answer]) -> torch.Tensor:
+        """Logits [R, vocab / tp] after the latest token of every row."""
+        tokens_R = torch.tensor([answer.tokens[-1] for answer in answers], dtype=torch.int64, device=self.context.device)
+        with self.model.router_tap.record() as routes:
+            logits_RV = decode(self.model, tokens_R, memory)
+        for answer, experts_LK, gates_LK in zip(answers, *self._routes(routes, len(answers)), strict=True):
+            answer.route(experts_LK, gates_LK)
+        return logits_RV
+
+    def _read(self, joining: list[Request], memory: Memory, answers: list[Answer]) -> list[torch.Tensor]:
+        """Seats the requests behind the rows that are there: the logits [rows, vocab / tp] of their first tokens. A rank without requests reads a dummy, and
+        forgets it."""
+        prompts = [request.prompt for request in joining] or [_dummy_prompt(self.vocabulary)]
+        inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp, self.context.device)
+        with self.model.router_tap.record() as routes:
+            reading = read(self.model, inputs, lengths_P)
+        length, rows = inputs.tokens_BS.shape[1], len(prompts)
+        experts_PSLK, gates_PSLK = (x.reshape(length, rows, *x.shape[1:]).swapaxes(0, 1) for x in self._routes(routes, length * rows))
+        for request, length, experts_SLK, gates_SLK in zip(joining, lengths_P, experts_PSLK, gates_PSLK, strict=bool(joining)):
+            for number, seed in request.samples:
+                answers.append(Answer(request.number, request.prompt, number, seed, experts_SLK[:length], gates_SLK[:length], born=self._begun))
+                self._begun += 1
+        return [reading.seat(memory, [len(request.samples) for request in joining])] if joining else []
+
+    def _routes(self, routes: Routes, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Experts and gates [tokens, L, K] as a rollout holds them."""
+        ids = expert_dtype(self.model.model_config.num_experts)
+        return routes.experts(tokens).cpu().numpy().astype(ids), routes.gates(tokens).half().cpu().numpy()
+
+    def _next(self, logits_RV: torch.Tensor, answers: list[Answer], greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        policy = policy_logits(logits_RV, self.config.temperature, self._banned)
+        whole = gather_from_tensor_model_parallel_region(policy, group=self.context.pgs.tp)
+        seeds_R, places_R = (np.array(values, dtype=np.int64) for values in zip(*((answer.seed, len(answer.tokens)) for answer in answers), strict=True))
+        return sample(whole, uniforms(seeds_R, places_R), self.config.top_k, self.config.top_p, greedy)
+
+    def _agree(self, *wishes: bool) -> tuple[bool, ...]:
+        """What any rank of the expert group wishes; without expert parallelism its own wishes."""
+        if self.context.layout.ep == 1:
+            return wishes
+        value = torch.tensor(wishes, dtype=torch.int32, device=self.context.device)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.context.pgs.ep)
+        return tuple(value.bool().tolist())
 
     def _require_room(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError where a prompt and the longest answer to it have more positions than the model."""
@@ -89,83 +170,13 @@ class Engine:
             problem = f"{self.config.max_new_tokens} after a prompt of {longest} tokens exceeds model.max_positions = {most}"
             raise UserError("rollout.max_new_tokens", problem, "generate fewer tokens, or shorten the prompts")
 
-    def _chunk(self, prompts: list[Prompt], samples: int, seeds_R: np.ndarray, version: int, greedy: bool) -> list[Rollout]:
-        idle = not prompts
-        real = prompts
-        if idle:
-            prompts, seeds_R = [_dummy_prompt(self.vocabulary)], np.zeros(samples, dtype=np.int64)
-        inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp, self.context.device)
-        with self.model.router_tap.record() as routes:
-            logits_PV, memory = prefill(self.model, inputs, torch.from_numpy(lengths_P), inputs.tokens_BS.shape[1] + self.config.max_new_tokens)
-        experts_PSLK, gates_PSLK = _by_row(routes, inputs.tokens_BS.shape[1], len(prompts))
-        repeat = torch.arange(len(prompts)).repeat_interleave(samples)
-        decoded = self._decode_all(logits_PV[repeat], memory.select(repeat), seeds_R, greedy, idle)
-        return [
-            self._rollout(prompt, number, int(seeds_R[row]), version, decoded, row, (experts_PSLK[index], gates_PSLK[index]))
-            for index, prompt in enumerate(real)
-            for number, row in enumerate(range(index * samples, (index + 1) * samples))
-        ]
-
-    def _decode_all(self, logits_RV: torch.Tensor, memory: Memory, seeds_R: np.ndarray, greedy: bool, idle: bool) -> _Decoded:
-        """Steps until every row of every rank of the expert group has stopped."""
-        limit, num_rows = self.config.max_new_tokens, len(seeds_R)
-        model = self.model.model_config
-        trace = (num_rows, limit, len(expert_layers(model)), model.experts_per_token)
-        out = _Decoded(
-            np.zeros((num_rows, limit), np.int32),
-            np.zeros((num_rows, limit), np.float32),
-            np.zeros(trace, expert_dtype(model.num_experts)),
-            np.zeros(trace, np.float16),
-            np.zeros(num_rows, np.int64),
-            np.zeros(num_rows, bool),
-        )
-        alive = np.arange(num_rows)  # the rows in the cache, by their place in the chunk
-        active = np.full(num_rows, not idle)  # which of these are still being written
-        for step in range(limit):
-            tokens_B, logprobs_B = self._next(logits_RV, seeds_R[alive], step, greedy)
-            chosen, logprobs = tokens_B.cpu().numpy(), logprobs_B.cpu().numpy()
-            rows = alive[active]
-            out.tokens_RT[rows, step], out.logprobs_RT[rows, step] = chosen[active], logprobs[active]
-            out.lengths_R[rows] = step + 1
-            ended = active & (chosen == self.vocabulary.eos_id)
-            out.stopped_R[alive[ended]] = True
-            active &= ~ended
-            if step == limit - 1 or not self._agree(int(active.any())):
-                break
-            if active.any() and active.mean() < COMPACT_BELOW:
-                keep = torch.from_numpy(np.flatnonzero(active))
-                memory, tokens_B = memory.select(keep), tokens_B[keep]
-                alive, active = alive[active], np.ones(len(keep), bool)
-            with self.model.router_tap.record() as routes:
-                logits_RV = decode(self.model, tokens_B, memory)
-            experts, gates = routes.experts(len(alive)).cpu().numpy(), routes.gates(len(alive)).cpu().numpy()
-            out.experts_RTLK[alive[active], step], out.gates_RTLK[alive[active], step] = experts[active], gates[active]
-        return out
-
-    def _next(self, logits_BV: torch.Tensor, seeds_B: np.ndarray, step: int, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        policy = policy_logits(logits_BV, self.config.temperature, self._banned)
-        whole = gather_from_tensor_model_parallel_region(policy, group=self.context.pgs.tp)
-        return sample(whole, uniforms(seeds_B, step), self.config.top_k, self.config.top_p, greedy)
-
-    def _agree(self, number: int) -> int:
-        """The largest number any rank of the expert group names; without expert parallelism its own."""
-        if self.context.layout.ep == 1:
-            return number
-        value = torch.tensor([number], device=self.context.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.context.pgs.ep)
-        return int(value)
-
-    def _rollout(
-        self, prompt: Prompt, number: int, seed: int, version: int, decoded: _Decoded, row: int, prompt_routes: tuple[np.ndarray, np.ndarray]
-    ) -> Rollout:
-        length, size = int(decoded.lengths_R[row]), len(prompt.tokens_S)
-        tokens = decoded.tokens_RT[row, :length].copy()
-        text = tokens[:-1] if decoded.stopped_R[row] else tokens
-        experts = np.concatenate([prompt_routes[0][:size].astype(decoded.experts_RTLK.dtype), decoded.experts_RTLK[row, : length - 1]])
-        gates = np.concatenate([prompt_routes[1][:size].astype(np.float16), decoded.gates_RTLK[row, : length - 1]])
-        finish = "stop" if decoded.stopped_R[row] else "length"
-        logprobs = decoded.logprobs_RT[row, :length].copy()
-        return Rollout(prompt, number, seed, version, tokens, logprobs, finish, self.vocabulary.decode(text.tolist()), RouteTrace(experts, gates))
+    def _require_memory(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where one answer alone may outgrow `rollout.cache_gib`."""
+        for prompt in prompts:
+            need = self._footprint.token * (len(prompt.tokens_S) + self.config.max_new_tokens) + self._footprint.tile * len(prompt.tiles)
+            if need > self._budget:
+                problem = f"{self.config.cache_gib:g} GiB do not hold {self.config.max_new_tokens} tokens after a prompt of {len(prompt.tokens_S)}"
+                raise UserError("rollout.cache_gib", problem, f"give at least {math.ceil(need / 2**20) / 2**10:.4g}, or lower rollout.max_new_tokens")
 
 
 def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device: torch.device) -> tuple[ModelInputs, np.ndarray]:
@@ -180,13 +191,6 @@ def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device:
         row_tiles[row, : len(prompt.tiles)] = start + np.arange(len(prompt.tiles))
         start += len(prompt.tiles)
     return model_inputs(tokens, Tiles.join([prompt.tiles for prompt in prompts]), row_tiles, device), lengths
-
-
-def _by_row(routes: Routes, length: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Experts and gates as [rows, length, L, K] numpy."""
-    flat = (routes.experts(length * rows), routes.gates(length * rows))
-    experts, gates = (x.unflatten(0, (length, rows)).transpose(0, 1).cpu().numpy() for x in flat)
-    return experts, gates
 
 
 def _dummy_prompt(vocabulary: Vocabulary) -> Prompt:

@@ -12,18 +12,16 @@ import hashlib
 import numpy as np
 import torch
 
-_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-
 
 def rollout_seed(*parts: object) -> int:
     """A 63-bit seed from (run seed, step, prompt key, sample): stable over processes and machines."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def uniforms(seeds_B: np.ndarray, position: int) -> np.ndarray:
-    """Float64 [B] in [0, 1): the random number of each row at this response position (splitmix64 of seed + position * golden ratio)."""
+def uniforms(seeds_B: np.ndarray, positions: np.ndarray | int) -> np.ndarray:
+    """Float64 [B] in [0, 1): the random number of each row at its response position (splitmix64 of seed + position * golden ratio)."""
     with np.errstate(over="ignore"):
-        z = seeds_B.astype(np.uint64) + np.uint64((position + 1) * 0x9E3779B97F4A7C15 & int(_MASK))
+        z = seeds_B.astype(np.uint64) + (np.asarray(positions).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))

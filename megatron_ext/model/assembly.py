@@ -21,6 +21,7 @@ from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call, ClvrBlock
+from megatron_ext.model.decode_step import decodes_whole
 from megatron_ext.model.decoder import layer_specs, transformer_config
 from megatron_ext.model.frame import Frame, frame_of
 from megatron_ext.model.initialise import initialise
@@ -54,6 +55,7 @@ class VisionLanguageModel(MegatronModule):
         self.decoder = ClvrBlock(config, layer_specs(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
         self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
+        self.decodes_whole = decodes_whole(context.layout)
         self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, received: torch.Tensor | list[torch.Tensor | None] | None) -> None:

@@ -33,28 +33,27 @@ from torch import nn
 
 from megatron_ext.config.schema import ClvrConfig
 from megatron_ext.model.norm import RMSNorm
+from megatron_ext.model.seats import Seats
 
 
 @dataclass(frozen=True)
 class Sight:
     """What the positions of a forward pass may look at. `from_BS`, `until_BS`: vision tokens [from, until) of the row are visible; `inject_BS`: where
-    refinement is added. `decoding`: one token per row, and the rows stand on the first axis of the hidden states."""
+    refinement is added. `seats`, in decode: rows stand on the first axis of the hidden states, one token each; B counts prompts, S is 1, and all answers to a
+    prompt see the same."""
 
     from_BS: torch.Tensor
     until_BS: torch.Tensor
     inject_BS: torch.Tensor
-    decoding: bool = False
+    seats: Seats | None = None
 
 
 @dataclass(frozen=True)
 class VisionMemory:
-    """Keys and values [B, N_kv, V, D] of each tap for the rows of a batch, V counting all tiles of a row."""
+    """Keys and values [B, N_kv, V, D] of each tap for the rows of a batch (in decode, for its prompts), V counting all tiles of a row."""
 
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
-
-    def select(self, rows: torch.Tensor) -> VisionMemory:
-        return VisionMemory(tuple(k[rows] for k in self.keys), tuple(v[rows] for v in self.values))
 
 
 def patch_positions(num_tokens: int, width: int, places_I5: torch.Tensor) -> torch.Tensor:
@@ -121,16 +120,15 @@ class ClvrTap(MegatronModule):
     def forward(self, hidden_SBH: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
         """The gated refinement, shaped like `hidden_SBH` (a sequence slice under sequence parallelism); exactly zero where nothing is injected.
 
-        In decode, `hidden` is [B, 1, H] and `sight` is [B, 1].
+        In decode, `hidden` is [R, 1, H], with rows beyond the memory's as padding for sequence parallelism.
         """
         query = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
-        rows = sight.until_BS.shape[0]
-        query_BNSD = query[:rows].transpose(1, 2) if sight.decoding else query.permute(1, 2, 0, 3)
-        refined_BNSD = _look(query_BNSD, keys_BNVD, values_BNVD, sight)
-        if sight.decoding:
-            flat = F.pad(refined_BNSD.transpose(1, 2).flatten(2), (0, 0, 0, 0, 0, query.shape[0] - rows))
+        if sight.seats is None:
+            flat = _look(query.permute(1, 2, 0, 3), keys_BNVD, values_BNVD, sight).permute(2, 0, 1, 3).flatten(2)
         else:
-            flat = refined_BNSD.permute(2, 0, 1, 3).flatten(2)
+            rows = len(sight.seats.seat_R)
+            refined_PNGD = _look(sight.seats.by_prompt(query[:rows, 0]).transpose(1, 2), keys_BNVD, values_BNVD, sight)
+            flat = F.pad(sight.seats.by_row(refined_PNGD.transpose(1, 2)).flatten(1)[:, None], (0, 0, 0, 0, 0, len(query) - rows))
         out, _ = self.linear_out(flat)
         return out if self.gate is None else torch.tanh(self.gate) * out
 

@@ -26,9 +26,9 @@ from torch import nn
 
 from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig, ParallelConfig
-from megatron_ext.model.attention import KVCache
 from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory, patch_positions
 from megatron_ext.model.frame import Frame
+from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.recompute import recomputed
 from megatron_ext.model.router import Router, pad_where_tokens_are_dropped
@@ -78,7 +78,7 @@ class Call:
     sight: Sight | None
     frame: Frame | None = None
     padding_BS: torch.Tensor | None = None
-    cache: KVCache | None = None
+    cache: Memory | PromptKeys | None = None
 
 
 class ClvrBlock(MegatronModule):

@@ -12,7 +12,7 @@ know which computed. Under expert tensor parallelism these are slices: fc2's par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,18 @@ def swiglu_experts(
 ) -> torch.Tensor:
     """[T, H]. `fc1` [2 F, H] and `fc2` [H, F] by expert. `grouped`: through grouped_mm, otherwise in place."""
     return _SwigluExperts.apply(x_TH, gates_T, list(counts), grouped, *fc1, *fc2)
+
+
+def few_experts(x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Sequence[int], experts: Iterable[Any]) -> torch.Tensor:
+    """The same without gradients, touching only the experts that have tokens: for steps of generation, where most have none."""
+    out_TH, start = torch.empty_like(x_TH), 0
+    for count, expert in zip(counts, experts, strict=True):
+        if count:
+            tokens = slice(start, start + count)
+            active = _activated(torch.mm(x_TH[tokens], expert.linear_fc1.weight.t()), gates_T[tokens])
+            torch.mm(active, expert.linear_fc2.weight.t(), out=out_TH[tokens])
+            start += count
+    return out_TH
 
 
 class _SwigluExperts(torch.autograd.Function):

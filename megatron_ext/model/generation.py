@@ -1,65 +1,87 @@
 """The model as generation uses it: reads prompts once, then takes one token per row and step, with the modules and weights of training.
 
-    prefill(model, prompts)      -> logits after each prompt, Memory
-    decode(model, token, memory) -> logits after it; the memory has grown by one token per row
+    read(model, prompts)          -> logits after each prompt, and what its answers need of it
+    memory.admit(...)             as many rows for each prompt as are to answer it
+    decode(model, tokens, memory) -> logits after one more token of every row
 
 For layouts without pipeline stages and context parallelism.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_ext.model.assembly import VisionLanguageModel
-from megatron_ext.model.attention import KVCache
 from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call
+from megatron_ext.model.decode_step import decode_step
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.rope import rope_angles
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What generation keeps of its rows: self-attention cache, vision memory, and how much of it the next token sees."""
+class Reading:
+    """What reading P prompts gave: `logits_PV` [P, vocab / tp] after the last token of each, and what is remembered of them; `until_P`: how many vision tokens
+    stand before that token."""
 
-    cache: KVCache
+    logits_PV: torch.Tensor
+    lengths_P: np.ndarray
+    keys: PromptKeys
     vision: VisionMemory | None
-    until_B: torch.Tensor
+    until_P: np.ndarray
 
-    def select(self, rows: torch.Tensor) -> Memory:
-        """The memory of the given rows, repeated or dropped as asked. Changes the cache in place."""
-        self.cache.select(rows)
-        return replace(self, vision=None if self.vision is None else self.vision.select(rows), until_B=self.until_B[rows])
+    def seat(self, memory: Memory, rows_P: Sequence[int]) -> torch.Tensor:
+        """Admits the prompts, prompt p with `rows_P[p]` rows; the logits [rows, vocab / tp] that their first tokens are drawn from."""
+        vision = () if self.vision is None else zip(self.vision.keys, self.vision.values, strict=True)
+        memory.admit(self.keys, self.lengths_P, dict(enumerate(vision)), self.until_P, rows_P)
+        return self.logits_PV.repeat_interleave(torch.tensor(rows_P, device=self.logits_PV.device), dim=0)
 
 
-def prefill(model: VisionLanguageModel, inputs: ModelInputs, lengths_B: torch.Tensor, capacity: int) -> tuple[torch.Tensor, Memory]:
-    """Reads prompts of the given lengths. Returns the logits [B, vocab / tp] after each row's last token, and the memory to decode from."""
+def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray) -> Reading:
+    """Reads right-padded prompts of the given lengths."""
     frame = model.frame(inputs)
     payload = model.embed(inputs, frame)
     vision, sight = model.look(inputs, frame, payload.features_IVH)
-    cache = KVCache(capacity)
-    hidden, _ = model.decoder(payload.hidden_SBH, {}, Call(model.rope(frame), vision, sight, cache=cache))
-    cache.start_decode(lengths_B)
+    keys = PromptKeys()
+    hidden, _ = model.decoder(payload.hidden_SBH, {}, Call(model.rope(frame), vision, sight, cache=keys))
     if model.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=model.tp_group)
-    rows = torch.arange(len(lengths_B), device=hidden.device)
-    last_B1H = hidden[lengths_B - 1, rows][:, None]
-    until_B = torch.zeros_like(lengths_B) if sight is None else sight.until_BS[rows, lengths_B - 1]
-    return model.logits(model.scatter(last_B1H))[: len(rows), 0], Memory(cache, vision, until_B)
+    rows_P, last_P = torch.arange(len(lengths_P), device=hidden.device), torch.from_numpy(lengths_P - 1).to(hidden.device)
+    until_P = np.zeros_like(lengths_P) if sight is None else sight.until_BS[rows_P, last_P].cpu().numpy()
+    logits = model.logits(model.scatter(hidden[last_P, rows_P][:, None]))[: len(rows_P), 0]
+    return Reading(logits, lengths_P, keys, vision, until_P)
 
 
-def decode(model: VisionLanguageModel, tokens_B: torch.Tensor, memory: Memory) -> torch.Tensor:
-    """One new token per row -> logits [B, vocab / tp] after it. The rows stand on the first axis, which sequence parallelism splits."""
-    positions_B = memory.cache.lengths_B
-    padded_B = F.pad(positions_B, (0, -len(positions_B) % model.tp_group.size()))
-    rope = rope_angles(padded_B[:, None], model.model_config)
-    nothing_B, everywhere_B = torch.zeros_like(memory.until_B), torch.ones_like(memory.until_B, dtype=torch.bool)
-    sight = Sight(nothing_B[:, None], memory.until_B[:, None], everywhere_B[:, None], decoding=True)
-    hidden = model.scatter(model.embed_tokens(tokens_B[:, None]).transpose(0, 1))
-    hidden, _ = model.decoder(hidden, {}, Call(rope, memory.vision, sight, cache=memory.cache))
-    memory.cache.advance()
-    return model.logits(hidden)[: len(tokens_B), 0]
+def decode(model: VisionLanguageModel, tokens_R: torch.Tensor, memory: Memory) -> torch.Tensor:
+    """One new token per row -> logits [R, vocab / tp] after it; the memory grows by it. The rows stand on the first axis, which sequence parallelism splits. A
+    rank without rows takes part with rows of padding."""
+    memory_of_images = memory.vision() if len(tokens_R) else None
+    looks = (None, None) if memory_of_images is None else (VisionMemory(*memory_of_images), _sight(memory))
+    if model.decodes_whole and len(tokens_R):
+        rope = rope_angles(memory.positions_R, model.model_config)
+        hidden = decode_step(model.decoder, model.embed_tokens(tokens_R[None])[:, 0], rope, memory, *looks)[:, None]
+    else:
+        hidden = _over_ranks(model, tokens_R, memory, *looks)
+    memory.advance()
+    return model.logits(hidden)[: len(tokens_R), 0]
+
+
+def _over_ranks(model: VisionLanguageModel, tokens_R: torch.Tensor, memory: Memory, vision: VisionMemory | None, sight: Sight | None) -> torch.Tensor:
+    """The layers of training, padded to a row a rank at least: [rows, 1, H]."""
+    rows, ranks = len(tokens_R), model.tp_group.size()
+    padding = max(rows + -rows % ranks, ranks) - rows
+    tokens, positions = (F.pad(x, (0, padding)) for x in (tokens_R, memory.positions_R))
+    hidden = model.scatter(model.embed_tokens(tokens[:, None]).transpose(0, 1))
+    return model.decoder(hidden, {}, Call(rope_angles(positions[:, None], model.model_config), vision, sight, cache=memory))[0]
+
+
+def _sight(memory: Memory) -> Sight:
+    until_P1 = memory.until_P[:, None]
+    return Sight(torch.zeros_like(until_P1), until_P1, torch.ones_like(until_P1, dtype=torch.bool), memory.seats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from megatron_ext.batch import NO_TILES, Prompt, Rollout, route_digest
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.errors import UserError
+from megatron_ext.inference.admission import Request, WaitingRoom
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.heads import policy_logits, token_logprobs
 from megatron_ext.model.inputs import model_inputs
+from megatron_ext.model.memory import Footprint
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import EOS, IMAGE, Words, open_gates, small_config, small_prompts
 
@@ -72,6 +75,67 @@ def test_an_answer_does_not_depend_on_its_company(engine: Engine) -> None:
     alone = generate(engine, prompts[7:8])
     for one, other in zip(alone, together[28:32], strict=True):
         assert one.response_T.tolist() == other.response_T.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 8])
+def test_fewer_places_change_no_answer(engine: Engine, context: ParallelContext, batch_size: int) -> None:
+    """Rows join as others leave; whoever stands beside them, tokens and routes are those of all at once, log-probs to rounding."""
+    prompts = small_prompts(7)
+    narrow = Engine(engine.model, context, Words(), engine.config.model_copy(update={"batch_size": batch_size, "prefill_tokens": 20}))
+    for one, other in zip(generate(narrow, prompts, samples=2), generate(engine, prompts, samples=2), strict=True):
+        assert (one.prompt.key, one.sample, one.response_T.tolist(), one.finish) == (other.prompt.key, other.sample, other.response_T.tolist(), other.finish)
+        assert route_digest(one.routes.experts_SLK) == route_digest(other.routes.experts_SLK)
+        np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-4)
+
+
+def test_answers_that_outgrow_their_memory_are_begun_again_and_say_the_same(context: ParallelContext) -> None:
+    """Room for 32 tokens an answer at first, then for 64: of eight answers a few have to wait."""
+    model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
+    roomy = RolloutConfig(max_new_tokens=60, batch_size=8)
+    prompts = small_prompts(8)
+    whole = generate(Engine(model, context, Words(), roomy), prompts, samples=1)
+    tight = Engine(model, context, Words(), roomy.model_copy(update={"cache_gib": Footprint.of(model.model_config, 1).token * 450 / 2**30}))
+    put_off: list[int] = []
+    original = WaitingRoom.put_back
+
+    def counted(room: WaitingRoom, requests: Iterable[Request]) -> None:
+        kept = list(requests)
+        put_off.extend(request.number for request in kept)
+        original(room, kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WaitingRoom, "put_back", counted)
+        assert [r.text for r in generate(tight, prompts, samples=1)] == [r.text for r in whole]
+    assert put_off
+
+
+def test_memory_that_one_answer_may_outgrow_is_refused_at_once(engine: Engine, context: ParallelContext) -> None:
+    small = Engine(engine.model, context, Words(), RolloutConfig(max_new_tokens=12, cache_gib=1e-6))
+    with pytest.raises(UserError, match=r"rollout.cache_gib: 1e-06 GiB do not hold 12 tokens after a prompt of \d+; give at least"):
+        generate(small, small_prompts(1))
+
+
+def test_answers_come_as_they_finish(engine: Engine) -> None:
+    """The stream's first answers are the shortest ones, and all of them are there in the end."""
+    prompts = small_prompts(11)
+    streamed = [rollout for _, rollout in engine.stream(prompts, 2, seeds=lambda number, sample: 10 * number + sample, version=0)]
+    lengths = [len(rollout.response_T) for rollout in streamed]
+    assert lengths == sorted(lengths) and len(set(lengths)) > 1
+    assert {(r.prompt.key, r.sample) for r in streamed} == {(p.key, s) for p in prompts for s in (0, 1)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_experts": 0}, {"dense_layers": (1,)}, {"moe_score_function": "sigmoid", "moe_expert_bias": True}])
+def test_a_step_straight_from_the_weights_equals_the_layers_of_training(context: ParallelContext, changes: dict[str, object]) -> None:
+    model = build_model(small_config(init_std=0.3, **changes), IMAGE, context, seed=5)
+    open_gates(model)
+    engine = Engine(model, context, Words(), RolloutConfig(max_new_tokens=12, batch_size=16))
+    fast = generate(engine, small_prompts(5), samples=2)
+    assert model.decodes_whole
+    model.decodes_whole = False
+    for one, other in zip(fast, generate(engine, small_prompts(5), samples=2), strict=True):
+        assert one.response_T.tolist() == other.response_T.tolist()
+        assert route_digest(one.routes.experts_SLK) == route_digest(other.routes.experts_SLK)
+        np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-5)
 
 
 def test_samples_of_a_prompt_differ_and_the_same_seed_repeats_them(engine: Engine) -> None:

@@ -10,9 +10,10 @@ import torch
 
 from megatron_ext.batch import NO_TILES
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
-from megatron_ext.model.generation import decode, prefill
+from megatron_ext.model.generation import decode, read
 from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
 from megatron_ext.model.inputs import ModelInputs, model_inputs
+from megatron_ext.model.memory import Memory
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, TOKENS_PER_TILE, open_gates, small_batch, small_config
 
@@ -76,23 +77,39 @@ def test_cached_decode_equals_the_full_forward(model: VisionLanguageModel) -> No
     prompts = torch.zeros(3, 14, dtype=torch.int64)
     for row, length in enumerate(lengths):
         prompts[row, :length] = batch.tokens_BS[row, :length]
+    memory = Memory(most_new=10, device=torch.device("cpu"))
     with torch.no_grad():
         full = model(batch)
-        logits, memory = prefill(model, replace(batch, tokens_BS=prompts), lengths, capacity=24)
+        logits = read(model, replace(batch, tokens_BS=prompts), lengths.numpy()).seat(memory, [1, 1, 1])
         torch.testing.assert_close(logits, full[lengths - 1, rows], rtol=1e-5, atol=1e-5)
         for step in range(10):
             logits = decode(model, batch.tokens_BS[rows, lengths + step], memory)
             torch.testing.assert_close(logits, full[lengths + step, rows], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_may_be_repeated_and_dropped_while_decoding(model: VisionLanguageModel) -> None:
-    batch, length = small_batch(), torch.tensor([10, 10, 10])
+def test_rows_join_and_leave_while_others_are_written(model: VisionLanguageModel) -> None:
+    """Two answers to prompt 2 and one to prompt 0 are begun; one to prompt 1 joins; the first leaves: every logit is that of the full forward."""
+    batch = small_batch()
+    memory = Memory(most_new=4, device=torch.device("cpu"))
+
+    def seat(prompts: list[int], rows: list[int]) -> torch.Tensor:
+        chosen = replace(batch, tokens_BS=batch.tokens_BS[prompts, :10], row_tiles_BM=batch.row_tiles_BM[prompts])
+        return read(model, chosen, np.full(len(prompts), 10)).seat(memory, rows)
+
+    def step(prompts: list[int], places: list[int]) -> None:
+        logits = decode(model, batch.tokens_BS[prompts, torch.tensor(places)], memory)
+        torch.testing.assert_close(logits, full[places, prompts], rtol=1e-5, atol=1e-5)
+
     with torch.no_grad():
         full = model(batch)
-        _, memory = prefill(model, replace(batch, tokens_BS=batch.tokens_BS[:, :10]), length, capacity=16)
-        chosen = torch.tensor([2, 0, 2, 1])
-        logits = decode(model, batch.tokens_BS[chosen, 10], memory.select(chosen))
-    torch.testing.assert_close(logits, full[10, chosen], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seat([2, 0], [2, 1]), full[9, [2, 2, 0]], rtol=1e-5, atol=1e-5)
+        step([2, 2, 0], [10, 10, 10])
+        torch.testing.assert_close(seat([1], [1]), full[9, [1]], rtol=1e-5, atol=1e-5)
+        step([2, 2, 0, 1], [11, 11, 11, 10])
+        assert memory.retire(np.array([True, False, False, False])).tolist() == [3, 1, 2]
+        step([1, 2, 0], [11, 12, 12])
+        assert memory.retire(np.array([False, True, False])).tolist() == [0, 2]
+        step([1, 0], [12, 13])
 
 
 def test_padding_behind_a_row_does_not_change_it(model: VisionLanguageModel) -> None:

@@ -1,0 +1,53 @@
+"""Who is read when: requests wait, the longest prompts first, and join as places become free.
+
+Prompts of similar length stand side by side in the memory, so that little of it is padding. Few large readings cost less than many small ones: places are left
+free until a quarter of them is, or until all that wait can be seated.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_ext.batch import Prompt
+
+REFILL = 0.25
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt, its number, and the answers asked of it: (sample, seed) each."""
+
+    number: int
+    prompt: Prompt
+    samples: tuple[tuple[int, int], ...]
+
+
+class WaitingRoom:
+    """`places`: rows that are written side by side; more only where one request asks for more. `most_tokens`: positions of one reading, padding included; more
+    only where one prompt has more."""
+
+    def __init__(self, requests: Iterable[Request], places: int, most_tokens: int) -> None:
+        self._waiting = deque(sorted(requests, key=lambda request: -len(request.prompt.tokens_S)))
+        self._places, self._most_tokens = places, most_tokens
+
+    def put_back(self, requests: Iterable[Request]) -> None:
+        """Requests that could not stay; they come before all others."""
+        self._waiting.extendleft(requests)
+
+    def next(self, taken: int, fits: Callable[[Sequence[Request]], bool] = lambda joining: True) -> list[Request]:
+        """The requests that are read now, with `taken` places in use; `fits` says whether there is memory for them."""
+        free = self._places - taken
+        if taken and free < REFILL * self._places and sum(len(request.samples) for request in self._waiting) > free:
+            return []
+        joining: list[Request] = []
+        while self._waiting:
+            more = [*joining, self._waiting[0]]
+            too_many = (taken or joining) and (sum(len(request.samples) for request in more) > free or not fits(more))
+            too_long = joining and max(len(request.prompt.tokens_S) for request in more) * len(more) > self._most_tokens
+            if too_many or too_long:
+                break
+            self._waiting.popleft()
+            joining = more
+        return joining
