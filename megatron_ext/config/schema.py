@@ -9,6 +9,7 @@
       discover     how expert clusters are found
       earl, rl     the bonus and the reinforcement learning
       evaluate     how accuracy is measured
+      observe      what is shown while it runs
 
 Rules that relate two fields live in `config/rules.py`; reading YAML and overrides in `config/load.py`.
 """
@@ -18,15 +19,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Correction, KlEstimator, KlPlacement, Surrogate
-
-
-class Section(BaseModel):
-    """A frozen section whose unknown keys are errors. `config/load.py` also refuses numbers written as strings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.config.section import Section
 
 
 class VisionConfig(Section):
@@ -390,6 +387,7 @@ class RunConfig(Section):
     earl: EarlConfig = EarlConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     @property
     def run_dir(self) -> Path:
