@@ -34,17 +34,15 @@ def traced_ranks(world_size: int) -> range:
 
 
 class Timeline:
-    """Appends to `folder/timeline.json`; usable as a context manager. What is added is on disk after `flush`."""
+    """Writes `folder/timeline.json`, from the first event on; usable as a context manager. What is added is on disk after `flush`."""
 
     def __init__(self, folder: Path, process: str, most_events: int = MOST_EVENTS) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._path, self._most = folder / FILE_NAME, most_events
         self._tracks: dict[str, int] = {}
         self._names, self._first, self._last = list[str](), list[str](), deque[str](maxlen=most_events)
         self._fresh: list[str] = []
-        self._appended = 0
+        self._appended, self._named = 0, 0
         self._names.append(_name("process_name", 0, process))
-        self._rewrite()
 
     def step(self, track: str, step: int, laps: Sequence[Lap]) -> None:
         """A step and its phases within it."""
@@ -61,14 +59,17 @@ class Timeline:
         self._first += fresh[:room]
         self._last.extend(fresh[room:])
         self._appended += len(fresh[room:])
-        if self._appended > 2 * self._most:
+        if (fresh and not self._named) or self._appended > 2 * self._most:
             self._rewrite()
         elif fresh:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(",\n" + event for event in fresh))
+                file.writelines(",\n" + event for event in [*self._names[self._named :], *fresh])
+            self._named = len(self._names)
 
     def close(self) -> None:
         self.flush()
+        if not self._named:
+            return  # there was nothing to do: the file of the run that did it stays
         with self._path.open("a", encoding="utf-8") as file:
             file.write("\n]\n")
 
@@ -84,19 +85,19 @@ class Timeline:
         self._fresh.append(json.dumps(event))
 
     def _number(self, track: str) -> int:
-        """Perfetto shows tracks in the order of their numbers; a new one is named before its first event."""
+        """Perfetto shows tracks in the order of their numbers."""
         if track not in self._tracks:
             self._tracks[track] = len(self._tracks) + 1
             self._names.append(_name("thread_name", self._tracks[track], track))
-            self._fresh.append(self._names[-1])
         return self._tracks[track]
 
     def _rewrite(self) -> None:
         """Everything that is kept, in a file that takes the old one's place at once."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".partial")
         partial.write_text("[\n" + ",\n".join([*self._names, *self._first, *self._last]), encoding="utf-8")
         partial.replace(self._path)
-        self._appended = len(self._last)
+        self._appended, self._named = len(self._last), len(self._names)
 
 
 def _name(kind: str, thread: int, name: str) -> str:

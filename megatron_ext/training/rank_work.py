@@ -75,7 +75,7 @@ class WorkMeter:
     """Measures one rank."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._probe = device, _Probe(device) if device.type == "cuda" else None
         self._steps: list[tuple[float, float, float]] = []
 
     @contextmanager
@@ -89,11 +89,11 @@ class WorkMeter:
         """Means of the steps since the last call."""
         steps, self._steps = self._steps, []
         data_s, step_s, busy_s = (sum(column) / len(steps) for column in zip(*steps, strict=True))
-        if self._device.type != "cuda":
+        if self._probe is None:
             return RankWork(data_s, step_s, busy_s, 0.0, _resident_bytes(), 0.0)
         peak = float(torch.cuda.max_memory_allocated(self._device))
         share = peak / torch.cuda.get_device_properties(self._device).total_memory
-        return RankWork(data_s, step_s, busy_s, _probe_s(self._device), peak, share)
+        return RankWork(data_s, step_s, busy_s, self._probe.seconds(), peak, share)
 
 
 def thread_seconds() -> float:
@@ -109,15 +109,20 @@ def _resident_bytes() -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _probe_s(device: torch.device) -> float:
-    """The best of a few tries: the first one wakes the GPU up."""
-    left = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=torch.bfloat16, device=device)
-    right = torch.zeros_like(left)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(_PROBE_TRIES + 1)]
-    events[0].record()
-    for event in events[1:]:
-        for _ in range(_PROBE_PRODUCTS):
-            torch.mm(left, left, out=right)
-        event.record()
-    events[-1].synchronize()
-    return min(before.elapsed_time(after) for before, after in pairwise(events)) / 1e3
+class _Probe:
+    """The fixed product, on a GPU. Its 16 MiB are held from the start: they are not to be missing in the middle of a run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._factor = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=torch.bfloat16, device=device)
+        self._product = torch.zeros_like(self._factor)
+
+    def seconds(self) -> float:
+        """The best of a few tries: the first one wakes the GPU up."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(_PROBE_TRIES + 1)]
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(_PROBE_PRODUCTS):
+                torch.mm(self._factor, self._factor, out=self._product)
+            event.record()
+        events[-1].synchronize()
+        return min(before.elapsed_time(after) for before, after in pairwise(events)) / 1e3
