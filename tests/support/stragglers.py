@@ -13,7 +13,7 @@ from megatron_ext.training.loop import train
 from megatron_ext.training.stopping import StopRequest
 from tests.support.training import own_microbatches, start
 
-STEPS, LOG_EVERY = 6, 3
+STEPS, LOG_EVERY = 4, 2
 
 
 def train_slowed(
