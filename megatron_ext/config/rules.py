@@ -21,7 +21,21 @@ _MOST_DIVISORS = 12
 
 def check_rules(config: RunConfig) -> list[UserError]:
     """Every rule between fields that `config` breaks."""
-    rules: tuple[Callable[[RunConfig], Problems], ...] = (_run, _vision, _decoder, _moe, _clvr, _data, _stages, _rollout, _discover, _earl, _rl, _evaluate)
+    rules: tuple[Callable[[RunConfig], Problems], ...] = (
+        _run,
+        _vision,
+        _decoder,
+        _moe,
+        _clvr,
+        _data,
+        _stages,
+        _rollout,
+        _discover,
+        _earl,
+        _rl,
+        _evaluate,
+        _observe,
+    )
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -330,6 +344,12 @@ def _evaluate(config: RunConfig) -> Problems:
             f"{evaluate.sampled_prompts_per_skill} is more than evaluate.prompts_per_skill = {evaluate.prompts_per_skill}",
             "the sampled prompts are the first of the others",
         )
+
+
+def _observe(config: RunConfig) -> Problems:
+    file = config.observe.prometheus_file
+    if file is not None and file.suffix != ".prom":
+        yield UserError("observe.prometheus_file", f"{str(file)!r} would not be read by the textfile collector", "use a name that ends in .prom")
 
 
 def _must_divide(field: str, value: int, other: str, total: int) -> UserError:

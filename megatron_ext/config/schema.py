@@ -9,6 +9,7 @@
       discover     how expert clusters are found
       earl, rl     the bonus and the reinforcement learning
       evaluate     how accuracy is measured
+      observe      what is shown while it runs
 
 Rules that relate two fields live in `config/rules.py`; reading YAML and overrides in `config/load.py`.
 """
@@ -22,6 +23,7 @@ from pydantic import Field
 
 from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Correction, KlEstimator, KlPlacement, Surrogate
 from megatron_ext.config.data_schema import DataConfig as DataConfig
+from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.section import Section as Section
 
 
@@ -368,6 +370,7 @@ class RunConfig(Section):
     earl: EarlConfig = EarlConfig()
     rl: RLConfig = RLConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     @property
     def run_dir(self) -> Path:

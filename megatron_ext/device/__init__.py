@@ -23,6 +23,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """What torch calls a device: "NVIDIA H200", or "cpu"."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def backend() -> Literal["nccl", "gloo"]:
     """The torch.distributed back end for tensors on `device()`."""
     import torch

@@ -14,6 +14,14 @@ from megatron_ext.errors import DataError
 FILE_NAME = "metrics.jsonl"
 STEP_S, POSITIONS_PER_ROW, TILES_PER_ROW = "timing_s/step", "data/positions_per_row", "data/tiles_per_row"
 """Of supervised stages: what the planner is calibrated by."""
+TOKENS_PER_S, TOKENS_PER_S_PER_GPU, MFU = "perf/tokens_per_s", "perf/tokens_per_s_per_gpu", "perf/mfu"
+PEAK_MEMORY, PEAK_MEMORY_RANK, PEAK_MEMORY_SHARE = "perf/peak_memory_bytes", "perf/peak_memory_rank", "perf/peak_memory_share"
+"""The most that any rank has held, which rank, and how much of its GPU that is (absent without GPUs)."""
+SLOWEST_RANK, SLOWEST_OVER_MEAN = "perf/slowest_rank", "perf/slowest_over_mean"
+"""Of what ranks do themselves, without waiting for each other: `training/rank_work.py`."""
+EP_RANK_LOAD = "moe/ep_rank_load_max"
+FAILED = "rollout/failed/"
+"""Followed by the reason: rollouts of a step that came to nothing."""
 Record = dict[str, float]
 
 

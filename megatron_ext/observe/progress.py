@@ -32,7 +32,7 @@ def stage_progress(name: str, total: int, start: int = 0, stream: TextIO | None 
     """Progress from step `start` to `total`. A terminal gets a bar; anything else a plain line every `every_s` seconds and one at the end."""
     stream = stream if stream is not None else sys.stderr
     if stream.isatty():
-        with _bar(Console(file=stream)) as bar:
+        with progress_bar(Console(file=stream)) as bar:
             yield _Bar(bar, name, total, start)
     else:
         plain = _Plain(stream, name, total, start, every_s)
@@ -66,16 +66,16 @@ class _Bar:
         self._bar.update(self._task, completed=step)
 
 
-class _Plain:
+class PlainProgress:
+    """Lines such as "sft 120/600  loss 0.31  5m10s left": one every `every_s` seconds, and a last one."""
+
     def __init__(self, stream: TextIO, name: str, total: int, start: int, every_s: float) -> None:
         self._stream, self._name, self._total, self._start, self._every_s = stream, name, total, start, every_s
-        self._step, self._printed = start, -1
-        self._numbers: Mapping[str, float] = {}
+        self._step, self._printed, self._words = start, -1, ""
         self._began = self._last = time.monotonic()
 
-    def update(self, step: int, numbers: Mapping[str, float] | None = None) -> None:
-        self._step = step
-        self._numbers = self._numbers if numbers is None else numbers
+    def show(self, step: int, words: str) -> None:
+        self._step, self._words = step, words
         now = time.monotonic()
         if now - self._last >= self._every_s:
             self._print(self._time_left(now))
@@ -86,7 +86,7 @@ class _Plain:
             self._print()
 
     def _print(self, left: str = "") -> None:
-        print(f"{self._name} {self._step}/{self._total}  {_words(self._numbers)}{left}".rstrip(), file=self._stream, flush=True)
+        print(f"{self._name} {self._step}/{self._total}  {self._words}{left}".rstrip(), file=self._stream, flush=True)
         self._printed = self._step
 
     def _time_left(self, now: float) -> str:
@@ -94,7 +94,13 @@ class _Plain:
         return f"  {_duration((self._total - self._step) * (now - self._began) / done)} left" if done and self._step < self._total else ""
 
 
-def _bar(console: Console) -> Progress:
+class _Plain(PlainProgress):
+    def update(self, step: int, numbers: Mapping[str, float] | None = None) -> None:
+        self.show(step, self._words if numbers is None else _words(numbers))
+
+
+def progress_bar(console: Console) -> Progress:
+    """For a terminal; its tasks have a field `numbers`, shown beside the bar."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=32),

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from megatron_ext import __version__
+from megatron_ext.observe.health import RL_PHASES, phases_of
 from megatron_ext.observe.metrics import Record, read_metrics, series
-from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, expert_heat_map, usage_bars
+from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, expert_heat_map, phase_bars, usage_bars
 from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_evaluation
+from megatron_ext.observe.stopwatch import TIMING
 from megatron_ext.observe.summary import COLUMNS, number, title
 
 STAGES = ("tokenizer", "pretrain", "sft", "discover", "evaluate/sft", "rl", "evaluate/rl")
@@ -33,6 +35,7 @@ def content(root: Path) -> dict[str, Any]:
         "version": __version__,
         "config": _text(root / "config.yaml"),
         "stages": [_stage(root / stage, stage) for stage in STAGES],
+        "time": _time({stage: read_metrics(root / stage) for stage in ("pretrain", "sft", "rl")}),
         "versions": _versions(root),
         "accuracy": _accuracy(before, after),
         "learning": _learning(read_metrics(root / "pretrain"), read_metrics(root / "sft"), rl),
@@ -73,7 +76,7 @@ HEALTH = (
         "Rollout against learner, same weights", "log-probability difference", ("mismatch/logprob_abs_diff_max", "mismatch/logprob_abs_diff_mean"), log=True
     ),
     Wanted("Largest probability ratio of an update", "ratio", ("actor/ratio_max",)),
-    Wanted("Seconds of a step by role", "s", ("timing_s/*",)),
+    Wanted("Seconds of a step by phase", "s", tuple(TIMING + phase for phase in RL_PHASES)),
 )
 
 
@@ -101,6 +104,17 @@ def _learning(pretrain: list[Record], sft: list[Record], rl: list[Record]) -> li
     losses = [line for line in losses if len(line.steps) > 0]
     first = [curves("Supervised stages: loss on answers", losses, "nats per token", log=True)] if losses else []
     return first + _pictures(rl, LEARNING)
+
+
+def _time(records: dict[str, list[Record]]) -> str | None:
+    """Mean seconds of a step by phase, a bar for each stage that has timed its phases."""
+    rows = {}
+    for stage, lines in records.items():
+        phases = [phases_of(line) for line in lines]
+        names = list(dict.fromkeys(name for line in phases for name in line))
+        if {"forward_backward", "generate"} & set(names):
+            rows[stage] = {name: sum(line.get(name, 0.0) for line in phases) / len(phases) for name in names}
+    return phase_bars(rows) if rows else None
 
 
 def _accuracy(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any] | None:

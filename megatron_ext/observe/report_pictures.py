@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8f98"
 FEW = 8
 """Fewer values than this are drawn as points."""
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#000000")
+PHASE_PALETTE = (GREY, BLUE, GREEN, "#000000", ORANGE, PURPLE, "#56B4E9", "#a6761d", "#E69F00", "#4d4d4d", "#7a5195")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,27 @@ def usage_bars(skills: Sequence[str], before: Sequence[float | None], after: Seq
     axes.set_xticks(range(len(skills)), skills)
     axes.set_ylabel("gate mass on own cluster")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
+    return _png(figure)
+
+
+def phase_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Seconds of a step by phase, a bar for each stage. All bars are equally long: how long the steps themselves are differs too much."""
+    figure, axes = _figure(7.5, 0.75 + 0.42 * len(rows))
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    names.sort(key=lambda name: name in ("save", "evaluate"))
+    left = dict.fromkeys(rows, 0.0)
+    for colour, name in zip(PHASE_PALETTE, names, strict=False):
+        shares = {stage: row.get(name, 0.0) / sum(row.values()) for stage, row in rows.items()}
+        axes.barh(list(rows), list(shares.values()), left=list(left.values()), height=0.6, color=colour, label=name.replace("_", " and "))
+        for at, (stage, share) in enumerate(shares.items()):
+            if share > 0.07:
+                axes.text(left[stage] + share / 2, at, f"{rows[stage][name]:.3g} s", ha="center", va="center", fontsize=7.5, color="white")
+            left[stage] += share
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(visible=False)
+    axes.legend(frameon=False, fontsize=8, ncols=min(len(names), 6), loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1.0, columnspacing=1.2)
     return _png(figure)
 
 

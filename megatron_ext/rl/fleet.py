@@ -21,13 +21,17 @@ from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.batch.bins import split_by_cost
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import WeightSyncError
+from megatron_ext.observe.metrics_file import MFU, STEP_S
+from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 from megatron_ext.rl.weight_sync import Meeting
+from megatron_ext.training.rank_work import rank_metrics
 
 SYNC_ATTEMPTS = 3
 
@@ -100,13 +104,17 @@ class MegatronLearner:
         self._board, self._config, self._deadlines, self._ranks, self._places = board, config, deadlines, tuple(ranks), places
         self._pad_id, self._host, self._port = pad_id, host, port
         self.finished_steps = places[0].finished_steps
+        self._yardstick = yardstick_of(config.model, config.rl.train_vision, places[0].device_name, config.parallel.threads_per_rank)
+        self._save_s = 0.0
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
         shards = self._shards(scored, advantages_R, self._config.rl.minibatches)
         calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         answers = self._board.ask(calls, self._deadlines.update_s)
         self.finished_steps = step + 1
-        return {**answers[0], "perf/peak_memory_bytes": max(answer["perf/peak_memory_bytes"] for answer in answers)}
+        save_s, self._save_s = self._save_s, 0.0
+        metrics = answers[0].metrics
+        return {**metrics, **rank_metrics([answer.work for answer in answers]), **self._mfu(scored, metrics), TIMING + "save": save_s}
 
     def reference_kl(self, scored: Sequence[ScoredRollout]) -> np.ndarray:
         """float64 [R]: how far each answer is from the reference, the estimate of the KL summed over its tokens."""
@@ -120,11 +128,24 @@ class MegatronLearner:
         dp_size = self._places[0].dp_size
         return plan_shards(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
 
+    def _mfu(self, scored: Sequence[ScoredRollout], metrics: Metrics) -> Metrics:
+        """Of the learner's ranks while they learn: passes before the first update, and waiting for rollouts, are no part of the seconds."""
+        if self._yardstick is None:
+            return {}
+        tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in scored)
+        tiles = sum(len(answer.rollout.prompt.tiles) for answer in scored)
+        seconds = metrics[TIMING + "forward_backward"] + metrics[TIMING + "optimizer"]
+        return {MFU: self._yardstick.mfu(len(scored), tokens / len(scored), tiles / len(scored), seconds * len(self._ranks))}
+
     def weights(self) -> Weights:
         return Weights(self.finished_steps, self._ranks, self._host, self._port)
 
     def save(self, step: int) -> None:
+        """`timing_s/save` of the next update is how long this takes."""
+        clock = Stopwatch()
         self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
+        clock.lap("save")
+        self._save_s += clock.seconds()[STEP_S]
 
     def finish_saving(self, at_most_s: float = math.inf) -> None:
         """Returns once the latest checkpoint is written."""

@@ -10,7 +10,6 @@ rollout's where both have the same weights.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,8 +21,11 @@ from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
+from megatron_ext.device import device_name
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
+from megatron_ext.observe.metrics_file import STEP_S
+from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.store import open_store
 from megatron_ext.rl.batching import Shard, microbatches
@@ -32,7 +34,7 @@ from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, pack, send
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
-from megatron_ext.training.loop import peak_memory_bytes
+from megatron_ext.training.rank_work import RankWork, WorkMeter
 from megatron_ext.training.step import optimizer_step
 
 STORE_TIMEOUT_S = 60.0
@@ -40,11 +42,20 @@ STORE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class LearnerPlace:
-    """What a rank tells the driver once it is open: which shard is its own, and how many steps its checkpoint had finished."""
+    """What a rank tells the driver once it is open: which shard is its own, how many steps its checkpoint had finished, and what torch calls its device."""
 
     dp_rank: int
     dp_size: int
     finished_steps: int
+    device_name: str
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What a rank says of an update: metrics, equal on all ranks but for `timing_s/*`, and its own work."""
+
+    metrics: dict[str, float]
+    work: RankWork
 
 
 class LearnerRank:
@@ -63,24 +74,28 @@ class LearnerRank:
         reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
         self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
-        return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished)
+        self._meter = WorkMeter(self._context.device)
+        return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished, device_name(self._context.device))
 
-    def update(self, shards: Sequence[Shard]) -> dict[str, float]:
-        """One optimizer step for each shard (one a minibatch). Returns metrics, equal on all ranks but for memory.
+    def update(self, shards: Sequence[Shard]) -> Updated:
+        """One optimizer step for each shard (one a minibatch).
 
         Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
         """
         self._saver.poll()
         if shards[0].batch.version != self._finished:
             raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
+        clock = Stopwatch()
         parts = [self._microbatches(shard) for shard in shards]
-        began = time.perf_counter()
-        # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
-        parts = [self._policy.prepared(part, with_old=len(parts) > 1) for part in parts]
-        old_log_prob_s = time.perf_counter() - began
-        steps = [optimizer_step(self._engine, part, self._policy, self._context) for part in parts]
+        clock.lap("data")
+        with self._meter.step(clock.seconds()[STEP_S]):
+            # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
+            parts = [self._policy.prepared(part, with_old=len(parts) > 1) for part in parts]
+            clock.lap("old_log_prob")
+            steps = [optimizer_step(self._engine, part, self._policy, self._context, clock.lap) for part in parts]
         self._finished += 1
-        return {**_over_minibatches(steps), "timing_s/old_log_prob": old_log_prob_s, "perf/peak_memory_bytes": peak_memory_bytes()}
+        timings = {TIMING + phase: seconds for phase, seconds in clock.phases().items()}
+        return Updated({**_over_minibatches(steps), **timings}, self._meter.take())
 
     def reference_kl(self, shard: Shard) -> dict[str, float]:
         """See `Policy.reference_kl`."""

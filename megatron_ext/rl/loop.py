@@ -17,14 +17,15 @@ import numpy as np
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.errors import StoppedForRequeue, UserError
+from megatron_ext.observe.stopwatch import Lap, Stopwatch
 from megatron_ext.rl.roles import Fleet, Learner, Metrics, Scorer
 from megatron_ext.rl.sampling import Choice, keep_all
-from megatron_ext.rl.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did; `metrics` joins the numbers of every role with the seconds each took. Trained on was `scored`, not what was `set_aside`."""
+    """What one step did and when (`laps`); `metrics` joins the numbers of every role with the seconds each took. Trained on was `scored`, not what was
+    `set_aside`."""
 
     step: int
     scored: Sequence[ScoredRollout]
@@ -32,6 +33,7 @@ class StepReport:
     failed: Sequence[FailedRollout]
     advantages_R: np.ndarray
     metrics: Metrics
+    laps: Sequence[Lap] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def run_step(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, ste
     if not scored:
         raise UserError(f"step {step}", f"all {len(failed)} rollouts failed; the first: {failed[0].reason}: {failed[0].detail}")
     advantages_R, metrics = recipe.credit(choice.kept, step)
+    clock.lap("advantages")
     metrics |= learner.update(choice.kept, advantages_R, step)
     clock.lap("update")
     metrics |= fleet.publish(learner.weights())
     clock.lap("sync")
-    return StepReport(step, choice.kept, choice.set_aside, failed, advantages_R, metrics | clock.seconds())
+    return StepReport(step, choice.kept, choice.set_aside, failed, advantages_R, metrics | clock.seconds(), clock.laps)

@@ -11,12 +11,13 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ext.errors import RankFailed
+from megatron_ext.observe.fleet_watch import FleetWatch
 
 LOOPBACK = "127.0.0.1"
 POLL_S = 0.5
@@ -70,6 +71,7 @@ class Switchboard:
     """Asks many ranks of one host at once."""
 
     host: Host
+    watch: FleetWatch = field(default_factory=FleetWatch)
 
     def ask(self, calls: Sequence[Call], timeout_s: float, settle: tuple[type[Exception], ...] = ()) -> list[Any]:
         """The answers in the order of the calls. The first error of any rank is raised at once, without waiting for its peers, which may hang in a collective.
@@ -79,6 +81,7 @@ class Switchboard:
         deadline = time.monotonic() + timeout_s
         for call in calls:
             self.host.send(call.rank, call.verb, call.arguments)
+            self.watch.began(call.rank.name, call.verb)
         waiting = {index: call.rank for index, call in enumerate(calls)}
         answers: list[Any] = [None] * len(calls)
         while waiting:
@@ -87,10 +90,18 @@ class Switchboard:
                 raise RankFailed(f"no answer to {calls[0].verb!r} within {timeout_s:.0f} s from {', '.join(rank.name for rank in waiting.values())}")
             for index in [index for index, rank in waiting.items() if rank in ready]:
                 try:
-                    answers[index] = self.host.take(waiting.pop(index))
+                    answers[index] = self._take(waiting.pop(index))
                 except settle as error:
                     answers[index] = error
         return answers
+
+    def _take(self, rank: Rank) -> Any:
+        self.watch.ended(rank.name)
+        try:
+            return self.host.take(rank)
+        except RankFailed:
+            self.watch.lost(rank.name)
+            raise
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is kept of a step: its metrics, its rollouts, and a line of progress for the person who waits.
+"""What is kept of a step: its metrics, which `publish` writes and shows, and its rollouts.
 
 stage_dir/metrics.jsonl                     one line a step
 stage_dir/rollouts/step_000012.jsonl.gz     one line a rollout: what was answered, what it earned, the seed and the version of the weights that made it
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.batch import FailedRollout, ScoredRollout
-from megatron_ext.observe.metrics import MetricsWriter
-from megatron_ext.observe.progress import StageProgress
+from megatron_ext.observe.metrics_file import FAILED, STEP_S, TOKENS_PER_S, TOKENS_PER_S_PER_GPU
+from megatron_ext.observe.observer import Report
 from megatron_ext.rl.loop import StepReport
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.sampling import differs, groups_of
@@ -25,24 +25,22 @@ ROLLOUTS = "rollouts"
 
 
 class Recorder:
-    """Writes every step's report. `num_ranks`: processes of the run, for rates per process."""
+    """Publishes every step's metrics and writes its rollouts. `num_ranks`: processes of the run, for rates per process."""
 
-    def __init__(self, stage_dir: Path, writer: MetricsWriter, progress: StageProgress, num_ranks: int) -> None:
-        self._folder, self._writer, self._progress, self._num_ranks = stage_dir / ROLLOUTS, writer, progress, num_ranks
+    def __init__(self, stage_dir: Path, publish: Report, num_ranks: int) -> None:
+        self._folder, self._publish, self._num_ranks = stage_dir / ROLLOUTS, publish, num_ranks
         self.last: Metrics = {}
 
     def __call__(self, report: StepReport, more: Metrics) -> None:
         finished = report.step + 1
         self.last = {**rollout_metrics(report.scored, report.failed, report.set_aside), **report.metrics, **self._rates(report), **more}
-        self._writer.write(finished, self.last)
+        self._publish(finished, self.last)
         write_rollouts(self._folder, finished, report)
-        shown = {"reward": "reward/mean", "length": "response_length/mean", "tokens/s": "perf/tokens_per_s"}
-        self._progress.update(finished, {short: self.last[name] for short, name in shown.items()})
 
     def _rates(self, report: StepReport) -> Metrics:
         tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in [*report.scored, *report.set_aside])
-        per_s = tokens / report.metrics["timing_s/step"]
-        return {"perf/tokens_per_s": per_s, "perf/tokens_per_s_per_gpu": per_s / self._num_ranks}
+        per_s = tokens / report.metrics[STEP_S]
+        return {TOKENS_PER_S: per_s, TOKENS_PER_S_PER_GPU: per_s / self._num_ranks}
 
 
 def rollout_metrics(kept: Sequence[ScoredRollout], failed: Sequence[FailedRollout], set_aside: Sequence[ScoredRollout] = ()) -> Metrics:
@@ -62,7 +60,7 @@ def rollout_metrics(kept: Sequence[ScoredRollout], failed: Sequence[FailedRollou
     metrics["response_length/clip_ratio"] = float(np.mean([answer.rollout.finish == "length" for answer in scored]))
     metrics["rollout/failed_count"] = float(len(failed))
     metrics["rollout/failed_ratio"] = len(failed) / (len(failed) + len(scored))
-    return metrics | {f"rollout/failed/{reason}": float(count) for reason, count in Counter(failure.reason for failure in failed).items()}
+    return metrics | {FAILED + reason: float(count) for reason, count in Counter(failure.reason for failure in failed).items()}
 
 
 def write_rollouts(folder: Path, finished: int, report: StepReport) -> None:

@@ -31,12 +31,13 @@ from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.errors import StoppedForRequeue, UserError
 from megatron_ext.inference.sampling import rollout_seed
-from megatron_ext.observe.metrics import MetricsWriter, read_metrics
-from megatron_ext.observe.progress import stage_progress
+from megatron_ext.observe.metrics_file import read_metrics
+from megatron_ext.observe.observer import Observer, observe_stage
+from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.loop import Recipe, run_loop
+from megatron_ext.rl.loop import Recipe, StepReport, run_loop
 from megatron_ext.rl.ranks import Host, Switchboard
 from megatron_ext.rl.ray_node import Nodes
 from megatron_ext.rl.record import Recorder
@@ -71,13 +72,18 @@ def run_rl(
     stage_dir.mkdir(parents=True, exist_ok=True)
     pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
-    with RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer, open_host(config, nodes) as host, stop_on_signals(stop_file) as stop:
-        fleet, learner = fleets.start(Switchboard(host), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
+    with (
+        observe_stage(config.observe, config.name, "rl", config.rl.steps, stage_dir) as observer,
+        RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer,
+        open_host(config, nodes) as host,
+        stop_on_signals(stop_file) as stop,
+    ):
+        fleet, learner = fleets.start(Switchboard(host, observer.fleet), config, stage_dir, sft_checkpoint, tokenizer.pad_id, deadlines)
         first = learner.finished_steps
         if stop.asked:
             raise StoppedForRequeue(f"stopped before step {first + 1}: run again to resume")
-        with MetricsWriter(stage_dir) as writer, stage_progress("rl", config.rl.steps, first) as progress:
-            record = Recorder(stage_dir, writer, progress, fleets.num_ranks(config))
+        with observer.steps(first, ("reward/mean", "reward")) as publish:
+            record = Recorder(stage_dir, publish, fleets.num_ranks(config))
             recipe = Recipe(
                 steps=config.rl.steps,
                 samples=config.rl.rollouts_per_prompt,
@@ -86,7 +92,7 @@ def run_rl(
                 choose=partial(keep_differing, wanted=config.rl.prompts_per_step) if config.rl.dynamic_sampling else keep_all,
                 draws=max(1, config.rl.dynamic_sampling),
                 save_every=config.rl.save_every,
-                after_step=lambda report: record(report, validate(report.step + 1, config, fleet, tokenizer)),
+                after_step=lambda report: after_step(report, record, observer, config, fleet, tokenizer),
                 stop_requested=lambda: stop.asked,
             )
             with waiting_for_saves(learner.finish_saving, lambda: learner.finish_saving(LAST_SAVE_S)):
@@ -140,6 +146,15 @@ def skill_counts(step: int, config: RunConfig) -> dict[str, int]:
     offset = np.random.default_rng(rollout_seed(config.seed, "mix", step)).random()
     counts = np.diff(np.floor(edges + offset + 1e-9)).astype(int)
     return dict(zip(ALL_SKILLS, counts.tolist(), strict=True))
+
+
+def after_step(report: StepReport, record: Recorder, observer: Observer, config: RunConfig, fleet: fleets.MegatronFleet, tokenizer: Tokenizer) -> None:
+    """Validates where it is time to, records, and draws the step: the loop's own track lies above those of the ranks."""
+    clock = Stopwatch()
+    found = validate(report.step + 1, config, fleet, tokenizer)
+    clock.lap("evaluate")
+    record(report, {**found, TIMING + "evaluate": clock.phases()["evaluate"]} if found else {})
+    observer.trace_loop(report.step + 1, [*report.laps, *(clock.laps if found else ())])
 
 
 def validate(finished: int, config: RunConfig, fleet: fleets.MegatronFleet, tokenizer: Tokenizer) -> Metrics:

@@ -4,6 +4,7 @@ With c_e tokens at expert e of a layer, counted over the positions of all data-p
 
     max_vio      = max_e c_e / mean_e c_e - 1                     0: even; E / K - 1: one set of K experts takes all   (arXiv 2408.15664, MaxVio)
     load_entropy = -sum_e p_e ln p_e / ln E,  p_e = c_e / sum c   1: even; ln K / ln E: one set of K experts takes all
+    ep_load      = mean over layers of max_r c_r / mean_r c_r     c_r: of the experts that rank r of an expert-parallel group holds; 1: even
     bias_e      += rate * sign(mean_e c_e - c_e)                  after the update                                     (arXiv 2408.15664, algorithm 1)
 """
 
@@ -18,6 +19,7 @@ import torch
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import expert_layers
 from megatron_ext.model.router import Router
+from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.groups import ParallelContext
 
 
@@ -40,6 +42,7 @@ class ExpertLoad:
 
         `moe/aux_loss` or `moe/seq_aux_loss`, `moe/z_loss` (mean over layers, without coefficients; the first two are 1 where the load is even), `moe/max_vio`,
         `moe/load_entropy`, `moe/dropped_frac` (of the assignments of tokens to experts), `moe/expert_bias_max` (the largest absolute bias of this step).
+        `moe/ep_rank_load_max` (with expert parallelism: how much longer than the mean the busiest rank's experts take; in every layer all wait for it).
         What is switched off is absent. Routers see sequence slices under tensor and context parallelism, and layers live on stages: all is summed.
         """
         if not self._row:
@@ -56,6 +59,8 @@ class ExpertLoad:
                 torch.distributed.all_reduce(table, group=group)
         counts_LE, more = np.split(table.cpu().numpy(), [self._model.num_experts], axis=1)
         metrics = load_metrics(counts_LE)
+        if context.layout.ep > 1:
+            metrics[EP_RANK_LOAD] = ep_rank_load(counts_LE, context.layout.ep)
         for column, name in enumerate(names):
             if name == "kept":
                 metrics["moe/dropped_frac"] = float(1.0 - more[:, column].sum() / counts_LE.sum())
@@ -105,6 +110,16 @@ def load_metrics(counts_LE: np.ndarray) -> dict[str, float]:
 def max_vio(counts_LE: np.ndarray) -> np.ndarray:
     """[L]."""
     return counts_LE.max(1) / counts_LE.mean(1) - 1.0
+
+
+def ep_rank_load(counts_LE: np.ndarray, ep: int) -> float:
+    """Each of `ep` ranks holds a run of E / ep experts.
+
+    >>> ep_rank_load(np.array([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]]), 2)
+    1.5
+    """
+    counts_LR = counts_LE.reshape(len(counts_LE), ep, -1).sum(2)
+    return float((counts_LR.max(1) / counts_LR.mean(1)).mean())
 
 
 def load_entropy(counts_LE: np.ndarray) -> np.ndarray:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
@@ -14,18 +13,15 @@ from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
-from megatron_ext.observe.metrics import MetricsWriter
-from megatron_ext.observe.progress import stage_progress
+from megatron_ext.observe.observer import SILENT, StageObserver, observe_stage
 from megatron_ext.parallel.groups import MeetingPoint, ParallelContext, open_parallel
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.feed import Stream, open_feed
-from megatron_ext.training.loop import Report, train
+from megatron_ext.training.loop import train
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.text_stream import TextStream
-
-_SHOWN = {"loss": "loss", "perf/tokens_per_s": "tokens/s"}
 
 
 def train_rank(
@@ -34,7 +30,11 @@ def train_rank(
     """The stage on this rank. Returns the last metrics and `step`."""
     settings: TrainConfig = getattr(config, stage)
     checkpoints = stage_dir / CHECKPOINTS
-    with stop_on_signals(stop_file) as stop, open_parallel(config.parallel, rank, world_size, meeting, config.seed) as context:
+    with (
+        stop_on_signals(stop_file) as stop,
+        _observer(rank, config, stage, stage_dir) as observer,
+        open_parallel(config.parallel, rank, world_size, meeting, config.seed) as context,
+    ):
         tokenizer = load_tokenizer(config.tokenizer_dir)
         engine = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
         stream = _stream(config, stage, settings, tokenizer, stage_dir, context)
@@ -46,7 +46,7 @@ def train_rank(
         with (
             open_feed(stream, settings, tokenizer.pad_id, context) as feed,
             open_saver(checkpoints, settings.keep, context, config.model, asynchronous=settings.async_save) as saver,
-            _reporting(stage, stage_dir, settings.steps, engine.step, context) as report,
+            observer.steps(engine.step, ("loss", "loss")) as report,
         ):
             last = train(
                 engine,
@@ -56,6 +56,7 @@ def train_rank(
                 save=save,
                 poll=saver.poll,
                 report=lambda step, metrics: report(step, {**metrics, **feed.metrics()}),
+                trace=observer.trace,
                 stop=stop,
             )
         return {**last, "step": float(engine.step)}
@@ -89,16 +90,6 @@ def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: T
     return TrainingStream(config.data, config.model.vision, tokenizer, split="train", mix=settings.mix, **common)
 
 
-@contextmanager
-def _reporting(stage: Stage, stage_dir: Path, steps: int, start: int, context: ParallelContext) -> Iterator[Report]:
+def _observer(rank: int, config: RunConfig, stage: Stage, stage_dir: Path) -> AbstractContextManager[StageObserver]:
     """Rank 0 writes metrics and shows progress; the others do nothing."""
-    if context.rank != 0:
-        yield lambda step, metrics: None
-        return
-    with MetricsWriter(stage_dir) as writer, stage_progress(stage, steps, start) as progress:
-
-        def report(step: int, metrics: dict[str, float]) -> None:
-            writer.write(step, metrics)
-            progress.update(step, {short: metrics[name] for name, short in _SHOWN.items()})
-
-        yield report
+    return observe_stage(config.observe, config.name, stage, getattr(config, stage).steps, stage_dir) if rank == 0 else nullcontext(SILENT)

@@ -41,8 +41,12 @@ class Objective(Protocol):
         """What the last pipeline stage's output is worth. The same metric names for every microbatch."""
 
 
-def optimizer_step(engine: Engine, microbatches: Sequence[Any], objective: Objective, context: ParallelContext) -> dict[str, float]:
+def optimizer_step(
+    engine: Engine, microbatches: Sequence[Any], objective: Objective, context: ParallelContext, lap: Callable[[str], None] = lambda phase: None
+) -> dict[str, float]:
     """Updates the weights once. Every rank passes equally many microbatches; the stages of a pipeline, and context-parallel ranks, the same ones.
+
+    `lap` is told the end of `forward_backward`, when its metrics have arrived, and of `optimizer`, whose last kernels a GPU may still be running.
 
     Returns, equal on all ranks: `loss` (token mean), the objective's metrics over all microbatches and ranks, `num_tokens`, `grad_norm` (before clipping),
     `lr`, `moe/*` and `clvr/*`.
@@ -58,11 +62,13 @@ def optimizer_step(engine: Engine, microbatches: Sequence[Any], objective: Objec
         **load,
         **engine.refinement.metrics(context),
     }
+    lap("forward_backward")
     _require_finite(engine, "loss", metrics["loss"])
     norm = engine.gradient_norm()
     _require_finite(engine, "gradient norm", norm)
     engine.update(norm)
     engine.load.balance(tokens_LE)
+    lap("optimizer")
     return {**metrics, "grad_norm": norm, "lr": engine.lr}
 
 

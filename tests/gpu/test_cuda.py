@@ -17,6 +17,7 @@ from megatron_ext.model.heads import token_logprobs
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.local import run_ranks
+from megatron_ext.training.rank_work import WorkMeter, rank_metrics
 from tests.support.models import IMAGE, open_gates, small_batch, small_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -64,3 +65,12 @@ def test_experts_through_grouped_mm_compute_what_they_do_in_place() -> None:
 
 def test_log_probabilities_on_the_gpu_equal_those_on_the_cpu() -> None:
     assert run_ranks(compare_devices, 1, timeout_s=300)[0] < 1e-3
+
+
+def test_a_gpu_is_measured_by_the_probe_and_by_its_memory() -> None:
+    meter = WorkMeter(torch.device("cuda", 0))
+    with meter.step(0.1):
+        pass
+    work = meter.take()
+    assert 0 < work.probe_s < 0.1 and 0 < work.memory_share < 1
+    assert rank_metrics([work, work])["perf/slowest_over_mean"] == 1.0

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from collections import Counter
 
 import pytest
 
@@ -18,6 +19,7 @@ from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl import run as rl
 from tests.support.rl_run import prepare, rl_config, save_clusters
+from tests.support.timelines import as_perfetto_reads, slices
 
 EXPECTED = {
     "reward": ("mean", "std", "min", "max", "frac_zero_std_groups"),
@@ -27,8 +29,8 @@ EXPECTED = {
     "response_length": ("mean", "max", "clip_ratio"),
     "prompt_length": ("mean", "max"),
     "rollout": ("failed_count", "failed_ratio"),
-    "timing_s": ("generate", "reward", "old_log_prob", "update", "sync", "step"),
-    "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "peak_memory_bytes"),
+    "timing_s": ("generate", "reward", "advantages", "update", "sync", "step", "data", "old_log_prob", "forward_backward", "optimizer", "save"),
+    "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_bytes", "peak_memory_rank", "slowest_rank", "slowest_over_mean"),
     "moe": ("max_vio", "load_entropy"),
     "route": ("coverage", "digest_ok"),
     "sync": ("bytes", "digest_ok"),
@@ -71,6 +73,18 @@ def test_two_steps_leave_metrics_a_checkpoint_and_what_was_answered(start, finis
         lines = [json.loads(line) for line in file]
     assert len(lines) == 24 and len({(line["key"], line["sample"]) for line in lines}) == 24
     assert {line["version"] for line in lines} == {0} and len({line["seed"] for line in lines}) == 24
+
+
+def test_the_timeline_shows_the_loop_and_what_every_rank_does_for_it(finished):
+    tracks = slices(as_perfetto_reads(finished[0]))
+    assert set(tracks) == {"loop", "learner rank 0", "learner rank 1", "rollout replica 0 rank 0", "rollout replica 1 rank 0"}
+    phases = ["generate", "reward", "advantages", "update", "sync"]
+    assert [name for name, *_ in tracks["loop"]] == ["step 1", *phases, "step 2", *phases]
+    assert Counter(name for name, *_ in tracks["rollout replica 1 rank 0"])["generate"] == 2
+    assert {"open", "update", "send_weights", "save"} <= {name for name, *_ in tracks["learner rank 1"]}
+    (generate,) = [event for event in tracks["loop"][:6] if event[0] == "generate"]
+    asked = next(event for event in tracks["rollout replica 0 rank 0"] if event[0] == "generate")
+    assert generate[1] <= asked[1] <= asked[2] <= generate[2]
 
 
 def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_rounding(finished):

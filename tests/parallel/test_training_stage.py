@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,15 @@ import yaml
 
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import read_manifest
+from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.schema import ClvrConfig, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig, VisionConfig
 from megatron_ext.data.preprocess import preprocess
 from megatron_ext.data.tokenizer import train_tokenizer
-from megatron_ext.errors import CheckpointError, StoppedForRequeue
+from megatron_ext.errors import CheckpointError, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.training.stage import run_supervised
 from tests.support.shards import write_shard, write_shards
+from tests.support.timelines import as_perfetto_reads, slices
 
 STEPS = 6
 MODEL = ModelConfig(
@@ -74,10 +78,33 @@ def test_a_stage_leaves_its_configuration_metrics_and_checkpoints(config: RunCon
     records = read_metrics(straight)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     wanted = {"loss", "lr", "grad_norm", "moe/max_vio", "moe/load_entropy", "moe/aux_loss", "timing_s/step", "timing_s/data"}
-    wanted |= {"perf/tokens_per_s", "perf/tokens_per_s_per_gpu", "perf/peak_memory_bytes"}
+    wanted |= {"timing_s/forward_backward", "timing_s/optimizer", "timing_s/save"}
+    wanted |= {f"perf/{name}" for name in ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_bytes", "slowest_rank", "slowest_over_mean")}
     assert wanted <= records[-1].keys()
     assert records[-1]["loss"] < records[0]["loss"]
     assert records[-1]["perf/tokens_per_s"] == pytest.approx(2 * records[-1]["perf/tokens_per_s_per_gpu"])
+
+
+def test_a_stage_leaves_a_timeline_in_which_both_ranks_train_step_by_step(straight: Path) -> None:
+    tracks = slices(as_perfetto_reads(straight))
+    assert list(tracks) == ["rank 0", "rank 1"]
+    for events in tracks.values():
+        assert [name for name, *_ in events if name.startswith("step")] == [f"step {step}" for step in range(1, STEPS + 1)]
+        assert Counter(name for name, *_ in events)["save"] == 3
+        for name, start, end in events:
+            steps = [event for event in events if event[0].startswith("step") and event[1] <= start and end <= event[2]]
+            assert len(steps) == 1, f"{name} lies within one step"
+
+
+def test_a_port_that_is_taken_ends_a_stage_before_it_has_begun(config: RunConfig) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        observe = ObserveConfig(prometheus_port=other.getsockname()[1])
+        folder = config.run_dir / "no-port"
+        with pytest.raises(UserError, match=r"observe\.prometheus_port: port \d+ of 127\.0\.0\.1 cannot be opened"):
+            run_supervised(config.model_copy(update={"observe": observe}), "pretrain", folder, None)
+    assert not (folder / "checkpoints").exists() and not (folder / "metrics.jsonl").exists()
 
 
 def test_a_finished_stage_run_again_does_nothing(config: RunConfig, straight: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from megatron_ext.config.schema import Section
+from megatron_ext.config.section import Section
 from megatron_ext.errors import UserError
 
 BUILT_IN = Path(__file__).with_name("gpus.yaml")
@@ -23,6 +23,8 @@ class Gpu(Section):
     """One device, with its share of the links of its node. Peaks are dense; rates are bytes a second in one direction."""
 
     name: str
+    torch_names: tuple[str, ...] = ()
+    """What torch calls it."""
     memory_gib: float = Field(gt=0)
     """What a process can allocate."""
     bf16_flops: float = Field(gt=0)
@@ -123,6 +125,11 @@ def find_gpu(name: str, gpus: dict[str, Gpu]) -> Gpu:
         return gpus[found[0]]
     close = get_close_matches(name.lower(), list(gpus), n=1)
     raise UserError("--gpu", f"there is no type {name!r}", f"did you mean {close[0]}?" if close else f"there are: {', '.join(gpus)}; --gpus-file adds more")
+
+
+def known_device(torch_name: str) -> Gpu | None:
+    """The built-in type of a device that torch calls so; None where there is none."""
+    return next((gpu for gpu in read_gpus().values() if torch_name in gpu.torch_names), None)
 
 
 def _joined(types: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:

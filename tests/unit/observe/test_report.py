@@ -100,6 +100,15 @@ def test_a_complete_run_shows_every_part(run: Path) -> None:
     assert "Not there yet" not in page.text
 
 
+def test_the_time_of_a_step_is_shown_by_phase_for_the_stages_that_know_it(run: Path) -> None:
+    before = len(Page(write_report(run).read_text()).sources)
+    with MetricsWriter(run / "pretrain", tensorboard=False) as writer:
+        writer.write(1, {"loss": 1.0, "timing_s/step": 1.0, "timing_s/data": 0.1, "timing_s/forward_backward": 0.8, "timing_s/optimizer": 0.1})
+    page = Page(write_report(run).read_text())
+    assert "Where a step's time goes" in page.text and "timeline.json" in page.text
+    assert len(page.sources) == before + 1
+
+
 def test_the_file_needs_nothing_beside_it(run: Path) -> None:
     page = Page(write_report(run).read_text())
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.sources)

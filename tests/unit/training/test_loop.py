@@ -11,7 +11,8 @@ from megatron_ext.config.schema import TrainConfig
 from megatron_ext.errors import CheckpointError, StoppedForRequeue
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.stopping import StopRequest, stop_on_signals
-from megatron_ext.training.loop import Window, train
+from megatron_ext.training.ledger import Window
+from megatron_ext.training.loop import train
 from tests.support.training import own_microbatches, start
 
 

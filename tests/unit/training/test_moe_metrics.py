@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.training.moe_metrics import load_entropy, load_metrics, max_vio
+from megatron_ext.training.moe_metrics import ep_rank_load, load_entropy, load_metrics, max_vio
 
 
 def test_the_worst_layer_and_the_mean_entropy_are_reported() -> None:
@@ -28,6 +28,12 @@ def test_a_collapsed_router_reaches_the_bounds(experts: int, data: st.DataObject
     counts = np.where(np.arange(experts) < chosen, 5.0, 0.0)[None]
     assert max_vio(counts)[0] == pytest.approx(experts / chosen - 1)
     assert load_entropy(counts)[0] == pytest.approx(math.log(chosen) / math.log(experts))
+
+
+def test_the_busiest_rank_of_an_expert_parallel_group_is_compared_with_the_mean_in_every_layer() -> None:
+    """Two ranks of two experts. Layer 0: 8 and 0 tokens, twice the mean; layer 1: 4 and 4, for all that its experts differ. Four ranks: 3 and 2 times."""
+    counts = np.array([[6.0, 2.0, 0.0, 0.0], [4.0, 0.0, 4.0, 0.0]])
+    assert ep_rank_load(counts, 2) == 1.5 and ep_rank_load(counts, 4) == 2.5 and ep_rank_load(counts, 1) == 1.0
 
 
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=16).filter(any), st.integers(1, 50))
