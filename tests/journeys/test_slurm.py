@@ -83,6 +83,11 @@ def tensors(stage: Path, step: int) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest.items() if name.endswith(".distcp")}
 
 
+def minutes_run(facts: dict[str, str]) -> int:
+    hours, minutes, _ = facts["RunTime"].split(":")
+    return 60 * int(hours) + int(minutes)
+
+
 def tell(processes: list[int], number: signal.Signals) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
@@ -94,11 +99,12 @@ def test_pretraining_over_two_nodes_stops_at_the_time_limit_is_queued_again_and_
 ) -> None:
     tiny = slurm.folder / "runs" / "tiny"
     pretrain = tiny / "pretrain"
-    job = slurm.sbatch("--time=4", "--signal=B:USR1@235", "examples/slurm/pretrain.sbatch")  # warned after a few seconds, and then with minutes to stop
+    job = slurm.sbatch("--time=60", "--signal=B:USR1@290", "examples/slurm/pretrain.sbatch")
     warned = (tiny / "logs" / f"{job}.0" / "STOP").exists
-    slurm.wait(job, lambda: warned() or len(read_metrics(pretrain)) >= 3)
+    slurm.wait(job, lambda: len(read_metrics(pretrain)) >= 3)
     ranks = [*processes_of(job, task=0), *processes_of(job, task=1)]
     tell(ranks, signal.SIGSTOP)  # on a fast machine they would be done before SLURM looks at its clock, which it does every half minute
+    slurm.command("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes_run(slurm.facts(job)) + 5}")  # under 290 s at its next look, and enough to stop
     slurm.wait(job, warned)
     tell(ranks, signal.SIGCONT)
     slurm.wait(job, lambda: slurm.facts(job)["Restarts"] == "1")
@@ -144,7 +150,8 @@ def test_a_rank_that_is_killed_is_named_and_the_jobs_that_wait_for_it_are_cancel
     assert slurm.wait(first)["JobState"] == "FAILED"
     said = (killed / "logs" / f"{first}.0" / "post-mortem.txt").read_text()
     assert said.startswith("post-mortem: 2 of 2 tasks failed\nfirst: rank 1 on n2 never said that it ended")
-    assert "then: rank 0 on n1 ended with exit code 1" in said and "Connection closed by peer" in said
+    assert "then: rank 0 on n1 ended with exit code 1" in said
+    assert any(words in said for words in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))  # what rank 0 was doing decides
     assert said in (slurm.folder / f"killed-pretrain-{first}.log").read_text()
     assert slurm.wait(second)["Reason"] == "DependencyNeverSatisfied"
 

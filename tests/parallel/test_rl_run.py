@@ -108,7 +108,7 @@ def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
         pytest.param(ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, tp=2), 1, id="an EP2 learner and a TP2 replica"),
         pytest.param(ParallelConfig(num_ranks=2, pp=2), ParallelConfig(), 1, id="a PP2 learner and one replica"),
         pytest.param(ParallelConfig(num_ranks=2, cp=2, recompute="full"), ParallelConfig(num_ranks=2, tp=2), 1, id="a CP2 learner that recomputes"),
-        pytest.param(ParallelConfig(num_ranks=4, pp=2, tp=2), ParallelConfig(), 1, id="a PP2 TP2 learner and one replica"),
+        pytest.param(ParallelConfig(num_ranks=4, pp=2, tp=2), ParallelConfig(), 1, id="a PP2 TP2 learner and one replica", marks=pytest.mark.journey),
     ],
 )
 def test_every_layout_computes_the_same_steps(start, finished, tmp_path, learner, rollout, replicas):
@@ -121,7 +121,7 @@ def test_every_layout_computes_the_same_steps(start, finished, tmp_path, learner
     assert numbers(tmp_path)[1]["reward/mean"] == pytest.approx(numbers(finished[0])[1]["reward/mean"], rel=0.1)
 
 
-@pytest.fixture(scope="module", params=["gspo", "rloo"])
+@pytest.fixture(scope="module")
 def objective(request, start, tmp_path_factory):
     """A configuration of two optimizer steps a step, so that ratios leave 1, and its numbers on one rank with one replica."""
     config, checkpoint = start
@@ -136,7 +136,16 @@ def laid_out(config, learner):
     return config.model_copy(update={"parallel": learner, "rollout": config.rollout.model_copy(update={"replicas": 1})})
 
 
-@pytest.mark.parametrize("learner", [pytest.param(ParallelConfig(num_ranks=2), id="DP2"), pytest.param(ParallelConfig(num_ranks=2, cp=2), id="CP2")])
+@pytest.mark.parametrize(
+    ("objective", "learner"),
+    [
+        pytest.param("gspo", ParallelConfig(num_ranks=2), id="gspo, DP2"),
+        pytest.param("gspo", ParallelConfig(num_ranks=2, cp=2), id="gspo, CP2"),
+        pytest.param("rloo", ParallelConfig(num_ranks=2, cp=2), id="rloo, CP2"),
+        pytest.param("rloo", ParallelConfig(num_ranks=2), id="rloo, DP2", marks=pytest.mark.journey),
+    ],
+    indirect=["objective"],
+)
 def test_ratios_of_whole_answers_and_sums_over_them_do_not_know_the_layout(objective, start, tmp_path, learner):
     config, reference = objective
     rl.run_rl(laid_out(config, learner), tmp_path, start[1], None)
