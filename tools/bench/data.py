@@ -149,7 +149,8 @@ def tokens_of(folder: Path) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     (index,) = folder.glob("*.idx")
-    return int(IndexedDataset(str(index.with_suffix(""))).sequence_lengths.sum())
+    dataset = IndexedDataset(str(index.with_suffix("")))  # kept: what it maps into memory goes with it
+    return int(dataset.sequence_lengths.sum())
 
 
 # --- reading ---
