@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     with _without_collector():
         plans = asked.fleet.run() if asked.fleet else asked.search.run()
     if args.json:
-        print(json.dumps(_json(asked, plans, args.top), indent=1))
+        print(json.dumps(_json(asked, plans, args.top, args.price), indent=1))
     else:
         printer.assumptions(asked.fitted)
         printer.plans(plans, args.top, args.refused)
@@ -148,7 +148,7 @@ def _why(args: argparse.Namespace, asked: Asked, printer: Printer) -> int:
         raise ConfigError(judged) if judged else UserError("--why", f"{args.why} is refused", "")
     plans = asked.search.run()
     if args.json:
-        print(json.dumps(_found(judged), indent=1))
+        print(json.dumps(_found(judged, args.price), indent=1))
     else:
         printer.assumptions(asked.fitted)
         printer.why(judged, plans)
@@ -176,7 +176,7 @@ def _emit(args: argparse.Namespace, asked: Asked, found: Found | FleetFound) -> 
     print("\n".join(f"written: {path}" for path in paths), file=sys.stderr if args.json else sys.stdout)
 
 
-def _json(asked: Asked, plans: Plans | FleetPlans, top: int) -> dict[str, Any]:
+def _json(asked: Asked, plans: Plans | FleetPlans, top: int, price: float | None) -> dict[str, Any]:
     refused = [{"family": one.family, "layouts": one.layouts, "error": str(one.error)} for one in plans.refused]
     return {
         "stage": asked.search.work.stage,
@@ -186,16 +186,22 @@ def _json(asked: Asked, plans: Plans | FleetPlans, top: int) -> dict[str, Any]:
         "gpu": asked.search.cluster.gpu.model_dump(),
         "measured": [asdict(run) for run in asked.fitted.runs] if asked.fitted else [],
         "num_found": len(plans.found),
-        "found": [_found(one) for one in plans.found[:top]],
+        "found": [_found(one, price) for one in plans.found[:top]],
         "refused": refused,
     }
 
 
-def _found(one: Found | FleetFound) -> dict[str, Any]:
+def _found(one: Found | FleetFound, price: float | None = None) -> dict[str, Any]:
     if isinstance(one, Found):
         totals = {"name": one.name, "memory_bytes": one.memory.total_bytes, "step_s": one.times.total_s}
-        return {**totals, "tokens_per_s": one.tokens_per_s, **asdict(one)}
+        return {**totals, **_cost(one.times.total_s, one.layout.num_ranks, price), "tokens_per_s": one.tokens_per_s, **asdict(one)}
     rollout = {"name": one.rollout.name, "memory_bytes": one.rollout.memory.total_bytes, **asdict(one.rollout)}
     totals = {"step_s": one.step_s, "overlapped_s": one.overlapped_s, "tokens_per_s": one.tokens_per_s, "refit_s": one.refit_s}
     shares = {"colocated": one.colocated, "learner_gpus": one.learner_gpus, "rollout_gpus": one.rollout_gpus}
-    return {**shares, **totals, "learner": _found(one.learner), "rollout": rollout}
+    return {**shares, **totals, **_cost(one.step_s, one.gpus, price), "learner": _found(one.learner), "rollout": rollout}
+
+
+def _cost(step_s: float, gpus: int, price: float | None) -> dict[str, float]:
+    """Of a step."""
+    hours = step_s * gpus / 3600
+    return {"gpu_hours": hours} if price is None else {"gpu_hours": hours, "cost": hours * price}

@@ -37,6 +37,7 @@ TIME_PARTS = {
     "expert parallel": "ep_s",
     "context parallel": "cp_s",
     "pipeline sends": "pp_s",
+    "signals": "signals_s",
     "launches": "launches_s",
     "pipeline bubble": "bubble_s",
     "data parallel, not hidden": "dp_s",
@@ -103,7 +104,7 @@ class Printer:
             table.add_column(name, justify="left" if name in ("layout", "recompute", "") else "right", no_wrap=True)
         for number, one in enumerate(found, start=1):
             total, times = one.times.total_s, one.times
-            traffic = (times.tp_s + times.ep_s + times.cp_s + times.pp_s + times.dp_s) / total
+            traffic = (times.tp_s + times.ep_s + times.cp_s + times.pp_s + times.signals_s + times.dp_s) / total
             table.add_row(
                 str(number), Text(one.name, "cyan"), str(one.layout.dp), one.recompute, str(one.micro_rows), f"{one.memory.total_bytes / GIB:.1f} GiB",
                 self._bar(one.memory.total_bytes), _seconds(total), f"{times.bubble_s / total:.0%}", f"{traffic:.0%}", f"{one.tokens_per_s:,.0f}",
@@ -193,11 +194,14 @@ class Printer:
         return table
 
     def _fit(self, fitted: Fitted) -> None:
-        table = self._parts("  fitted to", "measured", "")
-        table.add_column("predicted", justify="right")
+        table = self._parts("  fitted to", "measured")
+        for name in ("predicted", "", "held out", ""):
+            table.add_column(name, justify="right", no_wrap=True)
         for run in fitted.runs:
-            table.add_row(f"  {run.name}", f"{run.measured_s:.4f} s", f"{run.predicted_s / run.measured_s - 1:+.0%}", f"{run.predicted_s:.4f} s")
+            cells = [word for seconds in (run.predicted_s, run.held_out_s) for word in _against(seconds, run.measured_s)]
+            table.add_row(f"  {run.name}", f"{run.measured_s:.4f} s", "", *cells)
         self.console.print(table)
+        self._say("  held out: predicted from the runs of the other layouts alone")
         for line in fitted.yaml().splitlines():
             self._say(f"    {line}")
 
@@ -210,7 +214,8 @@ class Printer:
 
     def _cost(self, seconds: float) -> tuple[str, ...]:
         hours = seconds * self.search.cluster.gpus / 3600
-        return (f"{hours:.3g}", f"{hours * self.price:,.2f}") if self.price else (f"{hours:.3g}",)
+        told = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+        return (told, f"{hours * self.price:,.2f}") if self.price else (told,)
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(Text(text, style), soft_wrap=True)
@@ -242,17 +247,25 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} G" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
+def _against(seconds: float | None, measured_s: float) -> tuple[str, str]:
+    """
+    >>> _against(1.1, 1.0)
+    ('1.1000 s', '+10%')
+    """
+    return ("", "") if seconds is None else (f"{seconds:.4f} s", f"{seconds / measured_s - 1:+.0%}")
+
+
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}"
 
 
 def _seconds(seconds: float) -> str:
     """
-    >>> _seconds(0.01234), _seconds(12.34), _seconds(7384.0)
-    ('12 ms', '12.3 s', '2.05 h')
+    >>> _seconds(0.01234), _seconds(1.234), _seconds(12.34), _seconds(7384.0)
+    ('12 ms', '1.23 s', '12.3 s', '2.05 h')
     """
     if seconds < 0.1:
         return f"{seconds * 1e3:.0f} ms"
     if seconds < 600:
-        return f"{seconds:.1f} s"
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.2f} h"

@@ -29,7 +29,7 @@ def pack(payload: Payload, stage: Stage) -> torch.Tensor:
     parts = [payload.hidden_SBH, *(payload.waiting[tap] for tap in stage.sends)]
     if stage.sends_features and payload.features_IVH is not None:
         parts.append(_as_rows(payload.features_IVH, payload.hidden_SBH))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)  # contiguous, as sending asks: after images were spliced in, the hidden states alone are not
 
 
 def unpack(received: torch.Tensor, stage: Stage, length: int, tiles: int, vision_tokens: int, vision_hidden: int) -> Payload:

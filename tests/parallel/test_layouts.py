@@ -63,6 +63,7 @@ CASES = {
     "EP2, every other layer dense": Case(EP2, changes={"dense_layers": (0, 2)}),
     "TP2 EP2 DP2, a language model alone": Case(layout(4, tp=2, ep=2), changes=ALONE),
     "PP2, a language model alone": Case(PP2, changes=ALONE),
+    "PP2, without CLVR": Case(PP2, changes={"clvr": ClvrConfig(enabled=False, taps=())}),
 }
 
 

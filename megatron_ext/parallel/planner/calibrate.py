@@ -1,8 +1,10 @@
-"""Fits the free constants of a device type to finished runs: MFU, link efficiency, overhead of a layer and of a step. Without torch.
+"""Fits the free constants of a device type to finished runs: MFU, link efficiency, latency, overhead of a layer and of a step. Without torch.
 
 run folder: config.yaml + <stage>/metrics.jsonl  ->  layout, workload as it really was, median seconds of a step
-seconds = x_0 + x_1 / mfu + x_2 / link_efficiency + x_3 layer_overhead_s + x_4 step_overhead_s            x_i: the formulas of `times.py`
+seconds = x_0 + x_1 / mfu + x_2 / link_efficiency + x_3 node_latency_s + x_4 layer_overhead_s + x_5 step_overhead_s         x_i: the formulas of `times.py`
 -> least squares of relative errors, all constants positive, over the subsets of constants that leave at least one run over; what is not fitted stays as it was
+
+What a fit is worth is seen on layouts that it did not see: `Measured.held_out_s`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
+from operator import mul
 from pathlib import Path
 
 from megatron_ext.config.load import load_config
@@ -18,23 +22,26 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.observe.metrics_file import FILE_NAME, POSITIONS_PER_ROW, STEP_S, TILES_PER_ROW, Record, read_metrics
 from megatron_ext.parallel.plan import Layout
+from megatron_ext.parallel.planner.fit import Memory
 from megatron_ext.parallel.planner.hardware import Cluster, Gpu
 from megatron_ext.parallel.planner.layout_names import name_of
 from megatron_ext.parallel.planner.search import Search
 from megatron_ext.parallel.planner.workload import Assumed, Workload, workload
 
-CONSTANTS = ("mfu", "link_efficiency", "layer_overhead_s", "step_overhead_s")
+CONSTANTS = ("mfu", "link_efficiency", "node_latency_s", "layer_overhead_s", "step_overhead_s")
 _INVERSE = ("mfu", "link_efficiency")
 _NEVER = 1e30
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage of a finished run: `measured_s`, the median of its steps, and what the formulas say of it."""
+    """A stage of a finished run: `measured_s`, the median of its steps, and what the formulas say of it. `held_out_s`: with constants fitted to the runs of
+    other layouts alone; None where there are none."""
 
     name: str
     measured_s: float
     predicted_s: float
+    held_out_s: float | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class Fitted:
 
     def yaml(self) -> str:
         """A fragment for --gpus-file."""
-        lines = [f"    {name}: {getattr(self.gpu, name):.6g}" for name in self.constants]
+        names = [*self.constants, *(["network_latency_s"] if "node_latency_s" in self.constants else [])]
+        lines = [f"    {name}: {getattr(self.gpu, name):.6g}" for name in names]
         return "\n".join(["gpus:", f"  {self.gpu.name}: # fitted; the other fields as before", *lines])
 
 
@@ -61,11 +69,29 @@ class Run:
     recompute: str
     measured_s: float
 
+    @cached_property
+    def memory(self) -> Memory:
+        return self.search.sizer.memory(self.layout, self.recompute, self.micro_rows)
+
+    @cached_property
+    def micro_rows(self) -> int:
+        return self.search.micro_rows(self.layout)[0]
+
+    @cached_property
+    def _parts(self) -> dict[tuple[str, ...], tuple[float, list[float]]]:
+        return {}
+
+    def parts(self, chosen: tuple[str, ...]) -> tuple[float, list[float]]:
+        """Seconds without what the chosen constants cost, and the seconds that each of them, or its inverse, is multiplied by."""
+        if chosen not in self._parts:
+            gpu = self.search.cluster.gpu
+            nothing = {name: _NEVER if name in _INVERSE else 0.0 for name in chosen}
+            base = self.predicted_s(gpu.model_copy(update=nothing))
+            self._parts[chosen] = base, [self.predicted_s(gpu.model_copy(update={**nothing, name: 1.0})) - base for name in chosen]
+        return self._parts[chosen]
+
     def predicted_s(self, gpu: Gpu) -> float:
-        search = Search(self.search.config, self.search.work, replace(self.search.cluster, gpu=gpu))
-        rows = search.micro_rows(self.layout)[0]
-        memory = search.sizer.memory(self.layout, self.recompute, rows)
-        return search.evaluate(self.layout, self.recompute, rows, memory).times.total_s
+        return self.search.timed_by(gpu).evaluate(self.layout, self.recompute, self.micro_rows, self.memory).times.total_s
 
 
 def calibrate(folders: Sequence[Path], gpu: Gpu) -> Fitted:
@@ -74,20 +100,34 @@ def calibrate(folders: Sequence[Path], gpu: Gpu) -> Fitted:
 
 
 def fit(runs: Sequence[Run], gpu: Gpu) -> Fitted:
-    """The subset of constants whose best positive values leave the smallest squared relative error."""
-    best: tuple[float, Gpu, tuple[str, ...]] | None = None
+    """To all runs, and what it is worth: every layout predicted from the others."""
+    fitted, chosen = fitted_to(runs, gpu)
+    without = {layout: fitted_to(others, gpu)[0] if (others := _others(runs, layout)) else None for layout in {run.layout for run in runs}}
+    measured = [
+        Measured(run.name, run.measured_s, run.predicted_s(fitted), None if (other := without[run.layout]) is None else run.predicted_s(other)) for run in runs
+    ]
+    return Fitted(fitted, chosen, tuple(measured))
+
+
+def _others(runs: Sequence[Run], layout: Layout) -> list[Run]:
+    """Whatever their batches and recompute, runs of one layout are left out together."""
+    return [run for run in runs if run.layout != layout]
+
+
+def fitted_to(runs: Sequence[Run], gpu: Gpu) -> tuple[Gpu, tuple[str, ...]]:
+    """The subset of constants whose best positive values leave the smallest squared relative error, a larger one only where it is better by a hundredth: the
+    type with them, and their names."""
+    best: tuple[float, dict[str, float]] | None = None
     for size in range(1, max(1, min(len(CONSTANTS), len(runs) - 1)) + 1):
         for chosen in combinations(CONSTANTS, size):
-            fitted = _solved(runs, gpu, chosen)
-            if fitted is None:
-                continue
-            error = sum((run.predicted_s(fitted) / run.measured_s - 1) ** 2 for run in runs)
-            if best is None or error < 0.99 * best[0]:
-                best = error, fitted, chosen
+            solved = _solved(runs, chosen)
+            if solved is not None and (best is None or solved[0] < 0.99 * best[0]):
+                best = solved
     if best is None:
         raise UserError("--calibrate", f"no constant of {gpu.name} could be fitted to {len(runs)} stages", "give runs that took longer, or of other layouts")
-    _, fitted, chosen = best
-    return Fitted(fitted, chosen, tuple(Measured(run.name, run.measured_s, run.predicted_s(fitted)) for run in runs))
+    values = best[1]
+    slowest = max(gpu.network_latency_s, values.get("node_latency_s", 0.0))
+    return gpu.model_copy(update={**values, "network_latency_s": slowest}), tuple(values)
 
 
 def read_runs(folder: Path, gpu: Gpu) -> list[Run]:
@@ -121,15 +161,12 @@ def _run(config: RunConfig, stage: str, folder: Path, records: Sequence[Record],
     return Run(name, Search(config, work, cluster), layout, config.parallel.recompute, middle[STEP_S])
 
 
-def _solved(runs: Sequence[Run], gpu: Gpu, chosen: tuple[str, ...]) -> Gpu | None:
-    """Least squares of relative errors in the chosen constants, or in their inverses; None where a value is not positive or cannot be told from others."""
-    nothing = {name: _NEVER if name in _INVERSE else 0.0 for name in chosen}
-    rows, targets = [], []
-    for run in runs:
-        base = run.predicted_s(gpu.model_copy(update=nothing))
-        columns = [run.predicted_s(gpu.model_copy(update={**nothing, name: 1.0})) - base for name in chosen]
-        rows.append([column / run.measured_s for column in columns])
-        targets.append(1 - base / run.measured_s)
+def _solved(runs: Sequence[Run], chosen: tuple[str, ...]) -> tuple[float, dict[str, float]] | None:
+    """Least squares of relative errors in the chosen constants, or in their inverses: what is left, and their values. None where a value is not positive or
+    cannot be told from others."""
+    parts = [run.parts(chosen) for run in runs]
+    rows = [[column / run.measured_s for column in columns] for run, (_, columns) in zip(runs, parts, strict=True)]
+    targets = [1 - base / run.measured_s for run, (base, _) in zip(runs, parts, strict=True)]
     size = len(chosen)
     matrix = [
         [sum(row[i] * row[j] for row in rows) for j in range(size)] + [sum(row[i] * target for row, target in zip(rows, targets, strict=True))]
@@ -138,8 +175,9 @@ def _solved(runs: Sequence[Run], gpu: Gpu, chosen: tuple[str, ...]) -> Gpu | Non
     solution = _gauss(matrix)
     if solution is None or min(solution) <= 0:
         return None
+    left = sum((sum(map(mul, row, solution)) - target) ** 2 for row, target in zip(rows, targets, strict=True))
     values = {name: 1 / value if name in _INVERSE else value for name, value in zip(chosen, solution, strict=True)}
-    return gpu.model_copy(update=values) if values.get("mfu", 0.5) <= 1 else None
+    return (left, values) if values.get("mfu", 0.5) <= 1 else None
 
 
 def _gauss(matrix: list[list[float]]) -> list[float] | None:

@@ -87,6 +87,16 @@ class Cluster:
             rate, latency = min(rate, gpu.network_bytes_per_s * members), gpu.network_latency_s
         return num_bytes * (ranks - 1) / ranks / (rate * gpu.link_efficiency) + latency
 
+    def all_reduce_s(self, num_bytes: float, ranks: int, stride: int) -> float:
+        """A reduce-scatter and a gather in one call."""
+        return self.collective_s(2 * num_bytes, ranks, stride)
+
+    def signal_s(self, ranks: int, stride: int) -> float:
+        """A collective that sends next to nothing."""
+        if ranks == 1:
+            return 0.0
+        return self.gpu.network_latency_s if self._on_one_node(ranks, stride) < ranks else self.gpu.node_latency_s
+
     def all_to_all_s(self, num_bytes: float, ranks: int, stride: int) -> float:
         """Every rank sends `num_bytes`, the n-th part of them to each rank; what leaves the node goes over its own network link."""
         if ranks == 1:

@@ -180,7 +180,7 @@ class Replica:
         for kind, count in self._layers:
             total += (work.attention() + behind[kind]()).times(count)
         total = total + work.tap().times(taps) if taps else total
-        return total.flops / (gpu.flops(self.model.dtype) * gpu.mfu) + total.tp_s + total.ep_s + total.passes * gpu.layer_overhead_s
+        return total.flops / (gpu.flops(self.model.dtype) * gpu.mfu) + total.tp_s + total.ep_s + total.signals_s + total.passes * gpu.layer_overhead_s
 
     def _prompt_shapes(self, prompts: int) -> Activations:
         return Activations(self.model, self.layout, Microbatch(prompts, self.answers.prompt_tokens, self.answers.tiles, False), False)

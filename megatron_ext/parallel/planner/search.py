@@ -23,7 +23,7 @@ from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.errors import UserError
 from megatron_ext.parallel.plan import Layout, check_layout
 from megatron_ext.parallel.planner.fit import Memory, Sizer
-from megatron_ext.parallel.planner.hardware import Cluster
+from megatron_ext.parallel.planner.hardware import Cluster, Gpu
 from megatron_ext.parallel.planner.layout_names import RECOMPUTE, name_of, sizes_of
 from megatron_ext.parallel.planner.times import StepTimes, Timer
 from megatron_ext.parallel.planner.work import Held, held_by
@@ -104,8 +104,15 @@ class Search:
 
     def on(self, gpus: int) -> Search:
         """The same question for other numbers of devices; what was computed for one serves the other."""
-        other = replace(self, cluster=replace(self.cluster, gpus=gpus))
-        for shared in ("sizer", "timer", "_held"):
+        return self._sharing(replace(self.cluster, gpus=gpus), "sizer", "timer", "_held")
+
+    def timed_by(self, gpu: Gpu) -> Search:
+        """The same question where only the times of the devices are others."""
+        return self._sharing(replace(self.cluster, gpu=gpu), "sizer", "_held")
+
+    def _sharing(self, cluster: Cluster, *names: str) -> Search:
+        other = replace(self, cluster=cluster)
+        for shared in names:
             other.__dict__[shared] = getattr(self, shared)
         return other
 

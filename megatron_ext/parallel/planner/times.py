@@ -3,7 +3,7 @@
 t_r     = seconds of one micro-batch, forward and backward, on pipeline rank r
 update  = m max_r t_r + (sum_r t_r - max_r t_r) / vpp       m micro-batches; the second term is the bubble (Narayanan et al. 2021, arXiv 2104.04473)
         + gradients summed and weights gathered over data-parallel ranks, less what hides behind the backward pass
-        + Adam's own traffic to memory + what a step costs in any case
+        + Adam's own traffic to memory + what a step costs in any case, and the collectives by which ranks agree that it was sound
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ _ADAM_BYTES = 44
 """Read and written for each parameter of a rank's shard: gradient (4), two moments (16), float32 weights (8), the weight (4), norm, clipping, division (12)."""
 
 
+_SENDS = 2
+"""Messages for each payload of a pipeline stage: how large it is, then what it holds."""
+_AGREEING = 5
+"""Collectives of a step beside gradients and weights: loss and metrics, loads of the experts, sizes of refinements, the gradient norm, the tokens."""
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Seconds of one step on the slowest rank. `hidden_s` of data-parallel communication is not in the sum."""
 
-    compute_s: float
-    tp_s: float
-    ep_s: float
-    cp_s: float
-    pp_s: float
-    launches_s: float
-    bubble_s: float
+    compute_s: float = 0.0
+    tp_s: float = 0.0
+    ep_s: float = 0.0
+    cp_s: float = 0.0
+    pp_s: float = 0.0
+    signals_s: float = 0.0
+    launches_s: float = 0.0
+    bubble_s: float = 0.0
     dp_s: float = 0.0
     optimizer_s: float = 0.0
     fixed_s: float = 0.0
@@ -41,8 +48,7 @@ class StepTimes:
 
     @property
     def total_s(self) -> float:
-        parts = (self.compute_s, self.tp_s, self.ep_s, self.cp_s, self.pp_s, self.launches_s, self.bubble_s, self.dp_s, self.optimizer_s, self.fixed_s)
-        return sum(parts)
+        return sum(getattr(self, name) for name in self.__dataclass_fields__ if name != "hidden_s")
 
 
 class Timer:
@@ -80,30 +86,48 @@ class Timer:
         found = []
         for held, number in ranks:
             cost, sends_s = of_parts.of(held), both * self._sends_s(layout, shapes, held)
-            found.append((cost.flops / rate + cost.tp_s + cost.ep_s + cost.cp_s + cost.passes * gpu.layer_overhead_s + sends_s, number, cost, sends_s))
+            waits_s = cost.tp_s + cost.ep_s + cost.cp_s + cost.signals_s + sends_s
+            found.append((cost.flops / rate + cost.passes * gpu.layer_overhead_s + waits_s, number, cost, sends_s))
         slowest_s, _, cost, sends_s = max(found, key=lambda rank: rank[0])
         bubble_s = self.work.updates * (sum(seconds * number for seconds, number, _, _ in found) - slowest_s) / layout.vpp
-        launches_s = count * cost.passes * gpu.layer_overhead_s
-        return StepTimes(count * cost.flops / rate, count * cost.tp_s, count * cost.ep_s, count * cost.cp_s, count * sends_s, launches_s, bubble_s)
+        return StepTimes(
+            compute_s=count * cost.flops / rate,
+            tp_s=count * cost.tp_s,
+            ep_s=count * cost.ep_s,
+            cp_s=count * cost.cp_s,
+            pp_s=count * sends_s,
+            signals_s=count * cost.signals_s,
+            launches_s=count * cost.passes * gpu.layer_overhead_s,
+            bubble_s=bubble_s,
+        )
 
     def _sends_s(self, layout: Layout, shapes: Activations, held: Held) -> float:
         if not held.messages:
             return 0.0
         vision = self.model.vision
         features = held.features * shapes.batch.tiles * vision_tokens(vision) * vision.hidden_size * shapes.width
-        first = self.cluster.send_s(held.streams * shapes.stream_bytes + features, layout.num_ranks // layout.pp)
-        return first + (held.messages - 1) * self.cluster.gpu.node_latency_s
+        stride = layout.num_ranks // layout.pp
+        first = self.cluster.send_s(held.streams * shapes.stream_bytes + features, stride)
+        return first + (_SENDS * held.messages - 1) * self.cluster.send_s(0, stride)
 
     def _updates(self, layout: Layout, numels: tuple[int, int]) -> StepTimes:
         """What every update of a step adds to its passes."""
         cluster, gpu, updates = self.cluster, self.cluster.gpu, self.work.updates
         dense, experts = numels
         moved = 4 + (2 if self.model.dtype == "bf16" else 4)
-        dp_s = cluster.collective_s(moved * dense, layout.dp * layout.cp, layout.tp) + cluster.collective_s(moved * experts, layout.edp, layout.etp * layout.ep)
+        replicas = (dense, layout.dp * layout.cp, layout.tp), (experts, layout.edp, layout.etp * layout.ep)
+        dp_s = sum(cluster.collective_s(width * numel, ranks, stride) for numel, ranks, stride in replicas for width in (4, moved - 4))
         hidden_s = gpu.overlap * dp_s if self.overlaps else 0.0
         owned = dense / (layout.dp * layout.cp) + experts / layout.edp
         adam_s = (owned * _ADAM_BYTES + 8 * (dense + experts)) / (gpu.memory_bytes_per_s * gpu.memory_efficiency)
-        return StepTimes(0, 0, 0, 0, 0, 0, 0, *(updates * seconds for seconds in (dp_s - hidden_s, adam_s, gpu.step_overhead_s, hidden_s)))
+        agree_s = _AGREEING * cluster.signal_s(layout.num_ranks, 1)
+        return StepTimes(
+            signals_s=updates * agree_s,
+            dp_s=updates * (dp_s - hidden_s),
+            optimizer_s=updates * adam_s,
+            fixed_s=updates * gpu.step_overhead_s,
+            hidden_s=updates * hidden_s,
+        )
 
 
 def _sum(steps: Sequence[StepTimes]) -> StepTimes:

@@ -5,9 +5,13 @@ that a causal mask leaves. T, s, Te as in `activations.py`. Traffic of a decoder
 
     tensor parallel    gather T H b in front of the attention, scatter T H b behind it           backward: both again, and the gather for the weights' gradient
                        the same around a dense SwiGLU
-    expert parallel    an all-to-all of s K H b to the experts and one back                      backward: both again
-    expert tensor      gather and scatter Te H b of the experts' tokens                          backward: both again
-    context parallel   gather keys and values, 2 T cp kv b                                       backward: scatter their gradients
+    expert parallel    an all-to-all of s K H b to the experts, one of their gates, one back     backward: all again
+    expert tensor      gather and scatter Te H b of the experts' tokens, gather their gates      backward: all again
+    context parallel   gather keys, and values, T cp kv b each                                   backward: scatter their gradients
+    signals            what next to nothing is sent for, but every rank waits: how many tokens   backward: nothing
+                       each expert gets, the balancing loss; maxima and sums of the loss
+
+Where ranks are slow to meet, how often they do decides, not how much they send. `tests/parallel/test_collectives.py` holds how often against what torch counts.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from megatron_ext.parallel.stages import Stage
 
 DENSE, VIT_LAYER, TAP = 0.15, 0.25, 0.5
 """How many decoder layers' worth of kernels a dense SwiGLU, a ViT layer and a tap launch: 7, 12 and 25 of about 50, counted in the modules."""
+_GATE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -33,18 +38,26 @@ class Costs:
     tp_s: float = 0.0
     ep_s: float = 0.0
     cp_s: float = 0.0
+    signals_s: float = 0.0
     passes: float = 0.0
 
     def __add__(self, other: Costs) -> Costs:
-        return Costs(self.flops + other.flops, self.tp_s + other.tp_s, self.ep_s + other.ep_s, self.cp_s + other.cp_s, self.passes + other.passes)
+        return Costs(
+            self.flops + other.flops,
+            self.tp_s + other.tp_s,
+            self.ep_s + other.ep_s,
+            self.cp_s + other.cp_s,
+            self.signals_s + other.signals_s,
+            self.passes + other.passes,
+        )
 
-    def times(self, factor: float, tp: float | None = None) -> Costs:
-        """`factor` times as much; of tensor-parallel communication `tp` times."""
-        return Costs(self.flops * factor, self.tp_s * (factor if tp is None else tp), self.ep_s * factor, self.cp_s * factor, self.passes * factor)
+    def times(self, factor: float) -> Costs:
+        """`factor` times as much."""
+        return Costs(self.flops * factor, self.tp_s * factor, self.ep_s * factor, self.cp_s * factor, self.signals_s * factor, self.passes * factor)
 
     def backward(self, tp: float = 1.0) -> Costs:
-        """Twice the arithmetic, the same communication but for `tp` times the tensor-parallel one."""
-        return Costs(2 * self.flops, tp * self.tp_s, self.ep_s, self.cp_s, self.passes)
+        """Twice the arithmetic, the same communication but for `tp` times the tensor-parallel one, and no signals."""
+        return Costs(2 * self.flops, tp * self.tp_s, self.ep_s, self.cp_s, 0.0, self.passes)
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Work:
         linear = 2 * T * hidden * (2 * query + 2 * keys)
         scores = 4 * T * self.shapes.batch.row_tokens / 2 * query
         tp_s = 2 * self.cluster.collective_s(T * hidden * b, layout.tp, 1)
-        cp_s = self.cluster.collective_s(2 * T * layout.cp * keys * b, layout.cp, layout.tp)
+        cp_s = 2 * self.cluster.collective_s(T * layout.cp * keys * b, layout.cp, layout.tp)
         return Costs(linear + scores, tp_s=tp_s, cp_s=cp_s, passes=0.4)
 
     def experts(self) -> Costs:
@@ -69,9 +82,11 @@ class Work:
         hidden, b, top = model.hidden_size, self.shapes.width, model.experts_per_token
         here = s * top * layout.etp
         flops = 2 * s * hidden * model.num_experts + 6 * here * hidden * model.expert_ffn_hidden_size / layout.etp
-        exchange = 2 * self.cluster.all_to_all_s(s * top * hidden * b, layout.ep, layout.etp)
-        gather = 2 * self.cluster.collective_s(here * hidden * b, layout.etp, 1)
-        return Costs(flops, tp_s=gather, ep_s=exchange, passes=0.6)
+        cluster = self.cluster
+        exchange = 2 * cluster.all_to_all_s(s * top * hidden * b, layout.ep, layout.etp) + cluster.all_to_all_s(s * top * _GATE_BYTES, layout.ep, layout.etp)
+        gather = 2 * cluster.collective_s(here * hidden * b, layout.etp, 1) + cluster.collective_s(here * _GATE_BYTES, layout.etp, 1)
+        balance_s = cluster.signal_s(layout.tp * layout.cp, 1) if model.moe_balancing != "none" else 0.0
+        return Costs(flops, tp_s=gather, ep_s=exchange, signals_s=cluster.signal_s(layout.etp * layout.ep, 1) + balance_s, passes=0.6)
 
     def dense(self) -> Costs:
         model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
@@ -86,6 +101,17 @@ class Work:
         image = 4 * self.shapes.batch.tiles * seen * vision.hidden_size * keys
         query = 4 * T * hidden * heads + 4 * T * self.shapes.batch.visible[1] * seen * heads
         return Costs(image + query, tp_s=2 * self.cluster.collective_s(T * hidden * self.shapes.width, layout.tp, 1), passes=TAP)
+
+    def tap_images(self) -> Costs:
+        """In the backward pass of a tap: gradients of what its keys and its values see, summed over tensor parallelism."""
+        vision, tiles = self.shapes.model.vision, self.shapes.batch.tiles
+        summed = tiles * vision_tokens(vision) * vision.hidden_size * self.shapes.width
+        return Costs(tp_s=2 * self.cluster.all_reduce_s(summed, self.shapes.layout.tp, 1))
+
+    def embedding(self, gradients: bool) -> Costs:
+        """Of the tokens: every tensor-parallel rank has a part of the vocabulary, and then a slice of the sequence, whose gradients are gathered."""
+        moved, tp = self.shapes.positions * self.shapes.model.hidden_size * self.shapes.width, self.shapes.layout.tp
+        return Costs(tp_s=self.cluster.all_reduce_s(moved, tp, 1) + (self.cluster.collective_s(moved, tp, 1) if gradients else 0.0))
 
     def vision(self) -> Costs:
         """The whole encoder over this micro-batch's tiles, on every tensor- and context-parallel rank alike."""
@@ -103,12 +129,12 @@ class Work:
     def head(self) -> Costs:
         model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
         gather = self.cluster.collective_s(T * model.hidden_size * self.shapes.width, layout.tp, 1)
-        return Costs(2 * T * model.hidden_size * model.vocab_size / layout.tp, tp_s=gather)
+        return Costs(2 * T * model.hidden_size * model.vocab_size / layout.tp, tp_s=gather, signals_s=3 * self.cluster.signal_s(layout.tp, 1))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Of one micro-batch: a decoder layer of each kind, a tap, the encoder, the projector, the output layer."""
+    """Of one micro-batch: a decoder layer of each kind, a tap, the encoder, the projector with the embedding, the output layer."""
 
     layers: Mapping[Kind, Costs]
     tap: Costs
@@ -160,15 +186,16 @@ def parts(work: Work, recompute: str, vision_trains: bool, has_taps: bool, gradi
     """Forward costs; with `gradients` those of the backward pass, of everything that trains and of what is computed again, are added."""
     attention, feed_forward = work.attention(), {"experts": work.experts(), "dense": work.dense()}
     layers = {kind: attention + feed_forward[kind] for kind in KINDS}
-    tap, vision, projector, head = work.tap() if has_taps else Costs(), work.vision(), work.projector(), work.head()
+    tap, vision, head = work.tap() if has_taps else Costs(), work.vision(), work.head()
+    projector, embedding = work.projector(), work.embedding(gradients)
     if not gradients:
-        return Parts(layers, tap, vision, projector, head)
+        return Parts(layers, tap, vision, projector + embedding, head)
     behind = {"experts": feed_forward["experts"].backward(), "dense": feed_forward["dense"].backward(tp=1.5)}
     again = {kind: {"none": Costs(), "selective": attention, "full": layers[kind]}[recompute] for kind in KINDS}
     return Parts(
         {kind: layers[kind] + attention.backward(tp=1.5) + behind[kind] + again[kind] for kind in KINDS},
-        tap.times(1 + (recompute == "full")) + tap.backward(tp=1.5),
+        tap.times(1 + (recompute == "full")) + tap.backward(tp=1.5) + (work.tap_images() if has_taps else Costs()),
         vision + vision.backward() if vision_trains else vision,
-        projector + projector.backward(),
+        projector + projector.backward() + embedding,
         head + head.backward(tp=2),
     )

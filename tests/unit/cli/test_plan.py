@@ -91,6 +91,14 @@ def test_rollouts_share_the_devices_or_have_their_own(capsys: pytest.CaptureFixt
 PARTS = ("prefill_s", "decode_s", "launches_s", "communication_s")
 
 
+def test_a_step_costs_gpu_hours_and_at_a_price_money(capsys: pytest.CaptureFixture[str]) -> None:
+    best = json.loads(plan(capsys, SFT, "--gpus", "64", "--json", "--price", "2.5", "--top", "1"))["found"][0]
+    assert best["gpu_hours"] == pytest.approx(64 * best["step_s"] / 3600)
+    assert best["cost"] == pytest.approx(2.5 * best["gpu_hours"])
+    line = next(line for line in plan(capsys, SFT, "--gpus", "64", "--price", "2.5", "--top", "1").splitlines() if line.startswith("1 "))
+    assert float(line.split()[-1]) == pytest.approx(best["cost"], abs=0.01)
+
+
 @pytest.mark.parametrize("changes", [QWEN3_8B, [*QWEN3_8B, *ALONE], [*ALONE], ["model.dense_layers=[0, 1]", "model.ffn_hidden_size=6144"]])
 @pytest.mark.parametrize("source", [SFT, RL])
 def test_models_without_experts_without_vision_and_with_a_few_dense_layers_are_planned(

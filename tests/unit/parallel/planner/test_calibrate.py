@@ -30,15 +30,29 @@ def run_folder(folder: Path, overrides: list[str], seconds: list[float], **metri
 
 
 def test_constants_that_made_the_times_are_found_again(tmp_path: Path) -> None:
-    true = GPU.model_copy(update={"mfu": 0.2, "link_efficiency": 0.05, "layer_overhead_s": 0.004, "step_overhead_s": 0.03})
+    true = GPU.model_copy(
+        update={"mfu": 0.2, "link_efficiency": 0.05, "layer_overhead_s": 0.004, "step_overhead_s": 0.03, "node_latency_s": 0.002, "network_latency_s": 0.002}
+    )
     runs = [run for name, overrides in LAYOUTS.items() for run in read_runs(run_folder(tmp_path / name, overrides, [9.0, 1.0, 1.0]), GPU)]
     runs = [replace(run, measured_s=run.predicted_s(true)) for run in runs]
     fitted = fit(runs, GPU)
     for run in fitted.runs:
         assert run.predicted_s == pytest.approx(run.measured_s, rel=0.02)
-    if set(fitted.constants) == {"mfu", "link_efficiency", "layer_overhead_s", "step_overhead_s"}:
-        assert fitted.gpu.mfu == pytest.approx(0.2, rel=0.05)
-    assert f"mfu: {fitted.gpu.mfu:.6g}" in fitted.yaml() or "mfu" not in fitted.constants
+        assert run.held_out_s == pytest.approx(run.measured_s, rel=0.2)
+    assert fitted.gpu.mfu == pytest.approx(0.2, rel=0.05)
+    assert fitted.gpu.node_latency_s == pytest.approx(0.002, rel=0.1)
+    assert f"mfu: {fitted.gpu.mfu:.6g}" in fitted.yaml()
+
+
+def test_a_layout_is_predicted_from_the_others_whatever_its_batches(tmp_path: Path) -> None:
+    """Tensor parallelism that takes ten times as long as anything explains shows where it is held out, in both of its runs."""
+    asked = {"one": [], "more": ["pretrain.micro_batch=4"], "tp": [TWO, "parallel.tp=2"], "tp more": [TWO, "parallel.tp=2", "pretrain.micro_batch=4"]}
+    seconds = {"one": 1.0, "more": 1.1, "tp": 10.0, "tp more": 20.0}
+    folders = [run_folder(tmp_path / name.replace(" ", "-"), overrides, [9.0, seconds[name], seconds[name]]) for name, overrides in asked.items()]
+    runs = {run.name.split("/")[0]: run for run in calibrate(folders, GPU).runs}
+    assert all(runs[name].held_out_s < 2.0 for name in ("tp", "tp-more"))
+    assert runs["tp-more"].predicted_s > 5.0, "fitted to it, latency explains it"
+    assert calibrate(folders[:2], GPU).runs[0].held_out_s is None, "one layout leaves nothing to predict it from"
 
 
 def test_the_warm_up_is_left_out_and_the_middle_counts(tmp_path: Path) -> None:
