@@ -159,7 +159,7 @@ class FleetSearch:
         memory = self._replica(layout, samples).memory()
         what = (
             f"a rank with the {samples} rows of one prompt needs {memory.total_bytes / GIB:.1f} GiB ({memory.weights_bytes / GIB:.1f} of weights, "
-            f"{(memory.cache_bytes + memory.compaction_bytes) / GIB:.1f} of cache) and {gpu.name} has {gpu.memory_bytes / GIB:.1f} GiB"
+            f"{memory.cache_bytes / GIB:.1f} of keys and values) and {gpu.name} has {gpu.memory_bytes / GIB:.1f} GiB"
         )
         return UserError("rollout.parallel", what, "more tp or ep, or a smaller rollout.max_new_tokens")
 

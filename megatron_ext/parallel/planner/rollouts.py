@@ -1,11 +1,10 @@
-"""What a rollout replica holds and how fast it answers, as `inference/engine.py` does it: static rows, one token a step. Without torch.
+"""What a rollout replica holds and how fast it answers, as `inference/engine.py` does it: continuous batching, one token a step. Without torch.
 
-    memory    weights + cache of `batch` rows of prompt and response + their CLVR keys and values, a copy for every row + what a step needs
+    memory    weights + keys and values of the prompts, once each, and of `batch` answers + CLVR's of the prompts + what a step needs
     step      the larger of what it reads from memory and of what it computes, and for every layer its launches and collectives
-    answer    waves of `batch` rows: prompts once, then as many steps as a response is long
+    answers   prompts are read in turn; as many steps as all answers have tokens, `batch` of them at a time
 
-Of the cache a step reads all keys and values up to the row's length, copies them for the query heads that share them, and reads the copies (`SdpaCore`).
-Responses are taken to be equally long: a wave lasts as long as its longest.
+A step reads the keys and values of every prompt and of every answer once. Responses are taken to be equally long; places are taken again as they become free.
 """
 
 from __future__ import annotations
@@ -24,13 +23,14 @@ from megatron_ext.parallel.planner.tensors import chunk_runs
 from megatron_ext.parallel.planner.work import Costs, Work
 from megatron_ext.parallel.stages import pipeline_stages
 
-COMPACTION = 0.375
-"""Of the cache: its keys, or its values, are copied for the three quarters of rows that still run (`engine.COMPACT_BELOW`)."""
+_SCORE_BYTES = 12
+"""Of one position that one head looks at: as computed, in float32, and with the mask added (`model/memory.py`)."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a step asks of the fleet: `prompts` of `prompt_tokens`, `samples` responses each of `response_tokens` on average and `most_tokens` at most."""
+    """What a step asks of the fleet: `prompts` of `prompt_tokens`, `samples` responses each of `response_tokens` on average and `most_tokens` at most.
+    `reading_tokens`: positions of prompts that are read at once."""
 
     prompts: int
     samples: int
@@ -38,20 +38,25 @@ class Answers:
     response_tokens: float
     most_tokens: int
     tiles: int
+    reading_tokens: int
 
-    @property
-    def capacity(self) -> int:
-        """Positions that a row of the cache reserves."""
-        return self.prompt_tokens + self.most_tokens
+    def together(self, rows: int) -> int:
+        """Prompts that `rows` answers belong to."""
+        return -(-rows // self.samples)
+
+    def at_once(self, prompts: int) -> int:
+        """Of these prompts, how many one reading takes."""
+        return max(1, min(prompts, self.reading_tokens // self.prompt_tokens))
 
 
 @dataclass(frozen=True)
 class RolloutMemory:
-    """Bytes of one rollout rank; `host_bytes`: routes and gates of the rows, and the weights that arrive."""
+    """Bytes of one rollout rank. `growth_bytes`: a layer's former tensors, while larger ones are filled. `host_bytes`: routes and gates of the
+    rows, and the weights that arrive."""
 
     weights_bytes: int
     cache_bytes: int
-    compaction_bytes: int
+    growth_bytes: int
     vision_cache_bytes: int
     workspace_bytes: int
     communication_bytes: int
@@ -66,13 +71,13 @@ class RolloutMemory:
 
 @dataclass(frozen=True)
 class GenerationTimes:
-    """Seconds of all answers of a step. Of a decode step, `memory_s` or `compute_s`, whichever is longer, is in `decode_s`."""
+    """Seconds of all answers of a step. `turns`: answers for each place. Of a decode step, `memory_s` or `compute_s`, whichever is longer, is in `decode_s`."""
 
     prefill_s: float
     decode_s: float
     launches_s: float
     communication_s: float
-    waves: int
+    turns: float
     step_memory_s: float
     step_compute_s: float
 
@@ -95,34 +100,35 @@ class Replica:
     def memory(self) -> RolloutMemory:
         model, answers, layout, rows = self.model, self.answers, self.layout, self.batch
         weights, width = _width(model) * sum(self.numels), _width(model)
-        cache = rows * answers.capacity * self._cache_token_bytes()
+        prompts, token = answers.together(rows), self._cache_token_bytes()
+        cache = (prompts * answers.prompt_tokens + rows * answers.most_tokens) * token
         taps = len(model.clvr.active_taps)
         keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
-        vision = rows * taps * 2 * answers.tiles * vision_tokens(model.vision) * keys * width
-        compaction = int(COMPACTION * cache)
+        vision = prompts * taps * 2 * answers.tiles * vision_tokens(model.vision) * keys * width
+        growth = rows * answers.most_tokens * token // (2 * model.num_layers)
         workspace = max(self._decode_bytes(), self._prefill_bytes())
         groups = sum(size > 1 for size in (layout.tp, layout.dp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
         routes = rows * answers.most_tokens * len(expert_layers(model)) * model.experts_per_token * (3 if model.num_experts <= 256 else 4)
         host = routes + 3 * width * count_parameters(model).total
         gpu = self.cluster.gpu
-        allowance = int(gpu.allowance * (cache + compaction + vision + workspace))
+        allowance = int(gpu.allowance * (cache + growth + vision + workspace))
         communication = int(groups * gpu.communicator_bytes)
-        return RolloutMemory(weights, cache, compaction, vision, workspace, communication, int(gpu.context_bytes), allowance, host)
+        return RolloutMemory(weights, cache, growth, vision, workspace, communication, int(gpu.context_bytes), allowance, host)
 
     def times(self, replicas: int) -> GenerationTimes:
         """`replicas` of these share the prompts."""
         answers, model, gpu = self.answers, self.model, self.cluster.gpu
         lanes = replicas * self.layout.dp
-        per_wave = max(1, self.batch // answers.samples)
         prompts = -(-answers.prompts // lanes)
-        waves = -(-prompts // per_wave)
         rows = min(self.batch, prompts * answers.samples)
+        turns = prompts * answers.samples / rows
         memory_s, compute_s = self._memory_s(rows), self._compute_s(rows)
-        steps = waves * answers.response_tokens
+        steps = turns * answers.response_tokens
         launches_s = steps * gpu.layer_overhead_s * model.num_layers
         communication_s = steps * (model.num_layers * self._sums_s(rows) + len(expert_layers(model)) * self._exchange_s(rows))
-        prefill = self._prefill_s(min(prompts, per_wave)) * waves
-        return GenerationTimes(prefill, steps * max(memory_s, compute_s), launches_s, communication_s, waves, memory_s, compute_s)
+        read = answers.at_once(answers.together(rows))
+        prefill = self._prefill_s(read) * -(-prompts // read)
+        return GenerationTimes(prefill, steps * max(memory_s, compute_s), launches_s, communication_s, turns, memory_s, compute_s)
 
     @cached_property
     def _layers(self) -> Rows:
@@ -133,15 +139,14 @@ class Replica:
         return 2 * model.num_layers * (model.num_query_groups // self.layout.tp) * model.head_dim * _width(model)
 
     def _decode_bytes(self) -> int:
-        """One layer's keys and values repeated for all heads, and the logits in float32 with what sampling makes of them."""
-        model, rows = self.model, self.batch
-        grouped = model.num_attention_heads > model.num_query_groups
-        repeated = 2 * rows * self.answers.capacity * model.num_attention_heads // self.layout.tp * model.head_dim * _width(model) if grouped else 0
-        return repeated + 16 * rows * model.vocab_size
+        """One layer's scores of all answers, and the logits in float32 with what sampling makes of them."""
+        model, answers = self.model, self.answers
+        scores = (answers.prompt_tokens + answers.most_tokens) * model.num_attention_heads // self.layout.tp
+        return self.batch * (_SCORE_BYTES * scores + 16 * model.vocab_size)
 
     def _prefill_bytes(self) -> int:
-        """One layer of all prompts of a wave, or one layer of the encoder over their tiles."""
-        shapes = self._prompt_shapes(max(1, self.batch // self.answers.samples))
+        """One layer of the prompts of a reading, or one layer of the encoder over their tiles."""
+        shapes = self._prompt_shapes(self.answers.at_once(self.answers.together(self.batch)))
         vision = self.model.vision
         tiles = shapes.batch.tiles * (vision_tokens(vision) + 1) * (3 * vision.hidden_size + vision.ffn_hidden_size) * shapes.width
         return max(*(shapes.layer_bytes[kind] for kind, _ in self._layers), tiles)
@@ -149,9 +154,8 @@ class Replica:
     def _memory_s(self, rows: int) -> float:
         """Reading the weights that a step touches, and the cache."""
         model, gpu, layout = self.model, self.cluster.gpu, self.layout
-        groups = model.num_attention_heads // model.num_query_groups
-        length = self.answers.prompt_tokens + self.answers.response_tokens / 2
-        cache = rows * length * self._cache_token_bytes() * (1 + 2 * groups if groups > 1 else 1)
+        answers = self.answers
+        cache = (answers.together(rows) * answers.prompt_tokens + rows * answers.response_tokens / 2) * self._cache_token_bytes()
         experts, dense, _ = self.numels
         together = rows * layout.dp if layout.ep > 1 else rows
         touched = experts * (1 - (1 - model.experts_per_token / model.num_experts) ** together) if experts else 0
@@ -187,8 +191,9 @@ class Replica:
 
 
 def answers_of(config: RunConfig, prompt_tokens: int, response_tokens: float | None, tiles: int) -> Answers:
-    most = config.rollout.max_new_tokens
-    return Answers(config.rl.prompts_per_step, config.rl.rollouts_per_prompt, prompt_tokens, response_tokens or most, most, tiles)
+    rollout, rl = config.rollout, config.rl
+    most = rollout.max_new_tokens
+    return Answers(rl.prompts_per_step, rl.rollouts_per_prompt, prompt_tokens, response_tokens or most, most, tiles, rollout.prefill_tokens)
 
 
 def rank_numels(model: ModelConfig, layout: Layout) -> tuple[int, int, int]:

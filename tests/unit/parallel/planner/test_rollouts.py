@@ -21,7 +21,7 @@ H200 = Cluster(find_gpu("h200", read_gpus()), 64, 8)
 
 def replica(tp: int, ep: int, batch: int) -> Replica:
     layout = replica_layout(tp, ep)
-    return Replica(CONFIG.model, layout, rank_numels(CONFIG.model, layout), batch, Answers(512, 16, 512, 6000.0, 32768, 1), H200)
+    return Replica(CONFIG.model, layout, rank_numels(CONFIG.model, layout), batch, Answers(512, 16, 512, 6000.0, 32768, 1, 16384), H200)
 
 
 def test_a_replica_has_the_fewest_ranks_that_its_axes_allow() -> None:
@@ -29,11 +29,24 @@ def test_a_replica_has_the_fewest_ranks_that_its_axes_allow() -> None:
     assert replica_layout(4, 8).dp == 2
 
 
-def test_the_cache_of_a_row_is_its_longest_length_times_96_kib() -> None:
-    """48 layers x 2 x 4 heads x 128 x 2 bytes = 98304 bytes a token, over 512 + 32768 positions; a quarter of it with TP4."""
+def test_a_token_takes_96_kib_and_a_prompt_is_held_once_for_its_answers() -> None:
+    """48 layers x 2 x 4 heads x 128 x 2 bytes = 98304 bytes a token; a prompt of 512, answers of 32768; a quarter of it with TP4."""
     assert replica(1, 1, 1).memory().cache_bytes == 98304 * (512 + 32768)
     assert replica(4, 1, 1).memory().cache_bytes == 98304 * (512 + 32768) // 4
-    assert replica(1, 1, 16).memory().vision_cache_bytes == 16 * 3 * 2 * 1024 * 4 * 128 * 2, "three taps, one tile, a copy for every row"
+    assert replica(1, 1, 32).memory().cache_bytes == 98304 * (2 * 512 + 32 * 32768)
+    assert replica(1, 1, 16).memory().vision_cache_bytes == 3 * 2 * 1024 * 4 * 128 * 2, "three taps, one tile, for one prompt"
+
+
+@pytest.mark.parametrize("rows", [16, 48])
+def test_the_cache_is_what_the_engine_counts(rows: int) -> None:
+    """`need_bytes` of the memory that generation uses, with answers that have grown to the end."""
+    from megatron_ext.model.memory import Footprint
+
+    footprint, answers = Footprint.of(CONFIG.model, 1), replica(1, 1, rows).answers
+    held = replica(1, 1, rows).memory()
+    prompts = rows // answers.samples
+    assert held.cache_bytes == footprint.token * (prompts * answers.prompt_tokens + rows * answers.most_tokens)
+    assert held.vision_cache_bytes == footprint.tile * prompts * answers.tiles
 
 
 def test_weights_are_those_of_the_whole_model_over_the_ranks() -> None:
@@ -45,7 +58,7 @@ def test_more_rows_make_a_step_longer_but_the_answers_faster() -> None:
     few, many = (replica(4, 8, batch).times(1) for batch in (16, 64))
     assert many.step_memory_s > few.step_memory_s
     assert many.total_s < few.total_s
-    assert few.waves == 4 * many.waves
+    assert few.turns == 4 * many.turns
 
 
 def test_new_weights_are_hashed_twice_and_sent_once() -> None:
