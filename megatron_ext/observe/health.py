@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from megatron_ext.observe.metrics_file import (
+    BAD_SAMPLES,
     EP_RANK_LOAD,
     FAILED,
     MFU,
@@ -107,6 +108,8 @@ def worries_of(m: Metrics) -> Iterator[tuple[str, str]]:
         yield "slowest", f"{_rank(m, SLOWEST_RANK)} needs {m[SLOWEST_OVER_MEAN]:.2f} times as long as the mean rank, and all wait for it"
     if m.get(PEAK_MEMORY_SHARE, 0.0) > FULL:
         yield "memory", f"{_rank(m, PEAK_MEMORY_RANK)} has filled {m[PEAK_MEMORY_SHARE]:.0%} of its GPU's memory"
+    if bad := m.get(BAD_SAMPLES, 0.0):
+        yield "bad samples", f"conversations that could not be read were left out: {bad:.0f} so far, named above"
     for name, count in m.items():
         if name.startswith(FAILED) and count:
             yield name, f"rollouts failed: {name.removeprefix(FAILED)} ({count:.0f} in the latest such step)"

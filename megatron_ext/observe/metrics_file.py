@@ -20,6 +20,8 @@ PEAK_MEMORY, PEAK_MEMORY_RANK, PEAK_MEMORY_SHARE = "perf/peak_memory_bytes", "pe
 SLOWEST_RANK, SLOWEST_OVER_MEAN = "perf/slowest_rank", "perf/slowest_over_mean"
 """Of what ranks do themselves, without waiting for each other: `training/rank_work.py`."""
 EP_RANK_LOAD = "moe/ep_rank_load_max"
+BAD_SAMPLES = "data/bad_samples"
+"""Conversations that could not be read and were left out, by all data-parallel ranks since they started."""
 FAILED = "rollout/failed/"
 """Followed by the reason: rollouts of a step that came to nothing."""
 Record = dict[str, float]

@@ -8,13 +8,12 @@ from typing import Protocol
 
 from megatron_ext.config.schema import TrainConfig
 from megatron_ext.data.collate import TokenBatch
+from megatron_ext.observe.metrics_file import BAD_SAMPLES
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.losses import Microbatch
 from megatron_ext.training.microbatches import budgeted_microbatches, microbatches
 from megatron_ext.training.read_ahead import read_ahead
 from megatron_ext.training.reduce import total
-
-BAD_SAMPLES = "data/bad_samples"
 
 
 class Stream(Protocol):

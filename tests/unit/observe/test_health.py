@@ -66,6 +66,14 @@ def test_warnings_come_once_and_stay_with_the_steps_at_which_they_were_seen() ->
     ]
 
 
+def test_samples_that_were_left_out_are_a_warning_with_their_latest_number() -> None:
+    health = Health(LOSS)
+    assert health.update(10, {**SFT, "loss": 1.0, "data/bad_samples": 0.0}) == []
+    assert health.update(20, {**SFT, "loss": 1.0, "data/bad_samples": 2.0}) == ["conversations that could not be read were left out: 2 so far, named above"]
+    assert health.update(30, {**SFT, "loss": 1.0, "data/bad_samples": 3.0}) == []
+    assert str(health.warnings["bad samples"]) == "conversations that could not be read were left out: 3 so far, named above (2 reports, steps 20 to 30)"
+
+
 def test_a_line_says_what_matters() -> None:
     health = Health(LOSS)
     assert health.line() == ""
