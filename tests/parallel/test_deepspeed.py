@@ -12,6 +12,7 @@ import torch
 
 from megatron_ext.config.schema import ParallelConfig
 from megatron_ext.observe.metrics import read_metrics
+from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl.run import run_rl
 from megatron_ext.training.stage import run_supervised
@@ -157,7 +158,7 @@ def test_a_stage_of_each_kind_has_the_same_metrics_with_either_engine(small_shar
     assert len(records[0]) == 3
     for theirs, ours in zip(*records, strict=True):
         timed = ("time", "timing_s", "perf/")
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() - {EP_RANK_LOAD} == theirs.keys()  # how even the ranks of the experts are depends on the layout
         assert {name: value for name, value in ours.items() if not name.startswith(timed)} == pytest.approx(
             {name: value for name, value in theirs.items() if not name.startswith(timed)}, rel=1e-3, abs=1e-6
         )

@@ -19,6 +19,7 @@ from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_ext.model.assembly import build_chunks, build_model
 from megatron_ext.observe.metrics import read_metrics
+from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl import run as rl
@@ -80,7 +81,7 @@ def test_every_layout_balances_like_one_rank(kind: str, layout: str, packed: boo
     ranks = run_ranks(train, parallel.num_ranks, Case(parallel, packed=packed, changes=KINDS[kind]), expected["start"], timeout_s=100)
     for rank in ranks:
         for ours, theirs in zip(rank["curve"], expected["curve"], strict=True):
-            assert ours.keys() == theirs.keys()
+            assert ours.keys() - {EP_RANK_LOAD} == theirs.keys()  # how even the ranks of the experts are depends on the layout
             for name in (name for name in theirs if name in PACKED_ALIKE or (name == "moe/dropped_frac" and not packed)):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-9), name
     for name, gradient in expected["gradients"].items():
