@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
 from megatron_ext.batch import route_digest
 from megatron_ext.batch.metric import Metric
@@ -24,8 +23,9 @@ from megatron_ext.config.sizes import expert_layers_among
 from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.frame import Frame
-from megatron_ext.model.heads import banned_tokens, decided, policy_logits, token_logprobs
+from megatron_ext.model.heads import banned_tokens, decided
 from megatron_ext.model.inputs import ModelInputs, model_inputs
+from megatron_ext.model.policy_head import policy_scores
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.rl.aggregation import Rows
@@ -94,9 +94,7 @@ class Policy:
     def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
         frame = model.module.frame(batch.inputs)
         mask_BS, rollout_BS = self._sampled(batch, frame)
-        logits_SBV = self._policy_logits(logits_SBV)
-        entropy_BS = self._entropy(logits_SBV, mask_BS)  # before the log-probs: Megatron's cross entropy overwrites the logits
-        logprobs_BS = self._logprobs(logits_SBV, batch, frame)
+        logprobs_BS, entropy_BS = self.scores(logits_SBV, batch, frame)
         if batch.old_BS is None:
             self._require_agreement(logprobs_BS.detach(), mask_BS, rollout_BS, batch, frame)
         parts = policy_loss(
@@ -153,9 +151,6 @@ class Policy:
             torch.distributed.all_reduce(values_B, group=self._context.pgs.cp)
         return values_B
 
-    def _policy_logits(self, logits_SBV: torch.Tensor) -> torch.Tensor:
-        return policy_logits(logits_SBV, self._config.rollout.temperature, self._banned_V)
-
     @contextmanager
     def _routed(self, bare: VisionLanguageModel, batch: PolicyBatch) -> Iterator[None]:
         if not self._config.rl.replay_routes:
@@ -167,17 +162,10 @@ class Policy:
             yield
             require_replayed(routes, experts_BSLK, batch.shard)
 
-    def _logprobs(self, logits_SBV: torch.Tensor, batch: PolicyBatch, frame: Frame) -> torch.Tensor:
-        """[B, S] at this rank's positions; meaningless where a row ends."""
-        return token_logprobs(logits_SBV, frame.take(decided(batch.inputs.tokens_BS)), self._context.pgs.tp)
-
-    @torch.no_grad()
-    def _entropy(self, logits_SBV: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """Entropy [B, S] of the distribution that each response token was sampled from, 0 elsewhere."""
-        logits_nV = gather_from_tensor_model_parallel_region(logits_SBV.transpose(0, 1)[mask_BS], group=self._context.pgs.tp)
-        entropy_BS = torch.zeros(mask_BS.shape, device=logits_nV.device)
-        entropy_BS[mask_BS] = torch.special.entr(torch.softmax(logits_nV, dim=-1)).sum(-1)
-        return entropy_BS
+    def scores(self, logits_SBV: torch.Tensor, batch: PolicyBatch, frame: Frame) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the tokens and entropies, [B, S] at this rank's positions; meaningless where a row ends."""
+        targets_BS = frame.take(decided(batch.inputs.tokens_BS))
+        return policy_scores(logits_SBV, targets_BS, self._config.rollout.temperature, self._banned_V, self._context.pgs.tp)
 
     def _require_agreement(self, logprobs_BS: torch.Tensor, mask_BS: torch.Tensor, rollout_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
         """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
@@ -216,7 +204,7 @@ class _Scorer:
 
     def loss(self, model: Any, batch: PolicyBatch, logits_SBV: torch.Tensor) -> LossParts:
         frame = getattr(model, "module", model).frame(batch.inputs)
-        logprobs_BS = self._policy._logprobs(self._policy._policy_logits(logits_SBV), batch, frame)
+        logprobs_BS, _ = self._policy.scores(logits_SBV, batch, frame)
         if self._replays:
             self._policy._require_agreement(logprobs_BS, *self._policy._sampled(batch, frame), batch, frame)
         self.found.append(logprobs_BS)

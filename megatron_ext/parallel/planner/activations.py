@@ -186,13 +186,12 @@ class Activations:
         return 2 * self.stream_bytes + self._normed(self.slice * self.model.hidden_size)
 
     def logits_bytes(self, rl: bool) -> int:
-        """While the loss is computed and its gradient begins: the logits in the model's dtype and what `model/heads.py` (and for rl `rl/policy_step.py`, whose
-        entropy gathers all response tokens' logits over tensor parallelism) makes of them."""
-        vocabulary, T, tp = self.model.vocab_size, self.positions, self.layout.tp
-        split = T * vocabulary // tp
+        """While the loss is computed and its gradient begins: the logits in the model's dtype and what `model/heads.py` makes of them; for rl their gradient
+        alone, which `model/policy_head.py` makes in chunks."""
+        vocabulary, tp = self.model.vocab_size, self.layout.tp
+        split = self.positions * vocabulary // tp
         if rl:
-            loss = 8 if tp == 1 else 4
-            return split * (self.width + 4) + max(T * vocabulary * 8 + split * 4, split * loss)
+            return split * 2 * self.width
         if tp > 1:
             return split * (self.width + 4)
         return split * 2 * self.width if vocabulary >= CHUNKED_VOCABULARY else split * (self.width + 12)

@@ -89,8 +89,7 @@ def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob
     learner = policy(model, context)
     weight = model.module.output_layer.weight
     (gradient,) = torch.autograd.grad(loss(learner, model, batch)[0], weight)
-    logits_SBV = learner._policy_logits(learner.forward(model, batch))
-    logprobs_BS = learner._logprobs(logits_SBV, batch, model.module.frame(batch.inputs))
+    logprobs_BS, _ = learner.scores(learner.forward(model, batch), batch, model.module.frame(batch.inputs))
     surrogate = -(torch.where(batch.mask_BS[:, 1:], logprobs_BS[:, :-1], 0.0) * batch.advantages_B[:, None]).sum()
     (expected,) = torch.autograd.grad(surrogate, weight)
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
@@ -167,7 +166,7 @@ def test_every_answer_has_its_distance_from_the_reference_whatever_the_microbatc
     assert sorted(found) == sorted(shard.keys_B)
     batch = policy_batch(shard, context.device)
     with torch.no_grad():
-        reference_BS = learner._logprobs(learner._policy_logits(reference(batch.inputs)), batch, reference.frame(batch.inputs))
+        reference_BS, _ = learner.scores(reference(batch.inputs), batch, reference.frame(batch.inputs))
     for row, key in enumerate(shard.keys_B):
         sampled = batch.mask_BS[row, 1:]
         expected = (batch.rollout_BS[row, 1:][sampled] - reference_BS[row, :-1][sampled]).sum()
