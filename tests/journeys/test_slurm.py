@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 
 from megatron_ext.checkpoint.folder import read_manifest
 from megatron_ext.observe.metrics import read_metrics
-from tests.support.slurm import ROOT, SCRIPT, Slurm, megatron_ext, processes_of
+from tests.support.slurm import ROOT, SCRIPT, Slurm, left_behind, megatron_ext, processes_of
 
 pytestmark = [
     pytest.mark.journey,
@@ -134,8 +133,7 @@ def test_reinforcement_learning_over_two_nodes_is_queued_again_and_ends_where_on
     assert not any((log / "token").exists() for log in logs)
     assert numbers(tiny / "rl") == numbers(straight / "rl")
     assert tensors(tiny / "rl", 12) == tensors(straight / "rl", 12) != {}
-    time.sleep(3)  # a fork server ends when it sees that its user has
-    assert processes_of(job) == {}
+    assert left_behind(job) == {}
     assert (tiny / "evaluate" / "rl.json").read_text() == (straight / "evaluate" / "rl.json").read_text().replace("straight", "tiny")
 
 

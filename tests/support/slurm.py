@@ -56,6 +56,14 @@ class Slurm:
         return "\n".join(f"--- {path}\n{path.read_text()}" for path in [*self.folder.glob(f"*-{job}.log"), *self.folder.glob(f"runs/*/logs/{job}.*/*.log")])
 
 
+def left_behind(job: str, within_s: float = 60.0) -> dict[int, str]:
+    """Processes of a job that has ended which are still there: a fork server ends when it sees that its user has, which takes a moment."""
+    until = time.monotonic() + within_s
+    while (found := processes_of(job)) and time.monotonic() < until:
+        time.sleep(0.5)
+    return found
+
+
 def processes_of(job: str, task: int | None = None) -> dict[int, str]:
     """The Python and Ray processes of a job, or of one of its tasks: their command lines by id."""
     wanted = {f"SLURM_JOB_ID={job}".encode()} | (set() if task is None else {f"SLURM_PROCID={task}".encode()})
