@@ -10,14 +10,20 @@ import numpy as np
 from megatron_ext.batch import Prompt, Rollout, RouteTrace
 
 
-class Decodes(Protocol):
+class Vocabulary(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    eos_id: int
+    image_id: int
+    vocab_size: int
+
     def decode(self, ids: list[int]) -> str: ...
 
 
 @dataclass(eq=False)
 class Answer:
     """A row of the engine. `experts_SLK` and `gates_SLK`: of the prompt, shared by all of its answers. `routes`: of the answer's own positions so far, [L, K]
-    each. `born`: answers begun before it. `finish`: None while it is written."""
+    each. `finish`: None while it is written."""
 
     number: int
     prompt: Prompt
@@ -25,7 +31,6 @@ class Answer:
     seed: int
     experts_SLK: np.ndarray
     gates_SLK: np.ndarray
-    born: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     routes: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
@@ -44,7 +49,7 @@ class Answer:
         """Where the latest token went."""
         self.routes.append((experts_LK, gates_LK))
 
-    def rollout(self, version: int, vocabulary: Decodes) -> Rollout:
+    def rollout(self, version: int, vocabulary: Vocabulary) -> Rollout:
         assert self.finish is not None
         text = self.tokens[:-1] if self.finish == "stop" else self.tokens
         experts = np.concatenate([self.experts_SLK, *(experts[None] for experts, _ in self.routes)])

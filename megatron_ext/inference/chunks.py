@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -101,7 +101,7 @@ def open_chunks(name: str, folder: Path, num_prompts: int, config: RunConfig, fa
         sync(draft)
         draft.replace(begun)
     chunks = Chunks(folder, num_prompts, rounds, layout.dp, layout.ep > 1)
-    return Chunks(folder, num_prompts, rounds, layout.dp, layout.ep > 1, chunks.saved())
+    return replace(chunks, finished=chunks.saved())
 
 
 def facts_of(config: RunConfig, parts: Sequence[str], checkpoint: Path, clusters: Path | None = None) -> Facts:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from megatron_ext.batch import NO_TILES, Prompt, Rollout, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.errors import UserError
 from megatron_ext.inference.admission import Request, WaitingRoom
-from megatron_ext.inference.answers import Answer
+from megatron_ext.inference.answers import Answer, Vocabulary
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.generation import decode, read
@@ -31,16 +30,7 @@ from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.memory import Footprint, Memory
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.parallel.groups import ParallelContext
-
-
-class Vocabulary(Protocol):
-    """What the engine needs of a tokenizer."""
-
-    eos_id: int
-    image_id: int
-    vocab_size: int
-
-    def decode(self, ids: list[int]) -> str: ...
+from megatron_ext.shapes import round_up
 
 
 class Engine:
@@ -51,7 +41,6 @@ class Engine:
         self._banned = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, vocabulary.image_id, context.pgs.tp, context.device)
         self._footprint = Footprint.of(model.model_config, context.layout.tp)
         self._budget = math.inf if config.cache_gib is None else config.cache_gib * 2**30
-        self._begun = 0
 
     def generate(self, prompts: Sequence[Prompt], samples: int, *, seeds: Callable[[int, int], int], version: int, greedy: bool = False) -> list[Rollout]:
         """`samples` rollouts of every prompt, prompt by prompt. Greedy ignores seeds. Collective over the replica's ranks."""
@@ -115,7 +104,7 @@ class Engine:
             fitting -= 1
         if fitting == len(answers):
             return
-        youngest = sorted(answers, key=lambda answer: answer.born)[fitting:]
+        youngest = sorted(answers, key=lambda answer: -len(answer.tokens))[fitting:]  # all grow together: who has least was begun last
         waiting.put_back(Request(answer.number, answer.prompt, ((answer.sample, answer.seed),)) for answer in youngest)
         kept = memory.retire(np.array([answer in youngest for answer in answers]))
         answers[:] = [answers[row] for row in kept]
@@ -139,9 +128,7 @@ class Engine:
         length, rows = inputs.tokens_BS.shape[1], len(prompts)
         experts_PSLK, gates_PSLK = (x.reshape(length, rows, *x.shape[1:]).swapaxes(0, 1) for x in self._routes(routes, length * rows))
         for request, length, experts_SLK, gates_SLK in zip(joining, lengths_P, experts_PSLK, gates_PSLK, strict=bool(joining)):
-            for number, seed in request.samples:
-                answers.append(Answer(request.number, request.prompt, number, seed, experts_SLK[:length], gates_SLK[:length], born=self._begun))
-                self._begun += 1
+            answers += (Answer(request.number, request.prompt, *asked, experts_SLK[:length], gates_SLK[:length]) for asked in request.samples)
         return [reading.seat(memory, [len(request.samples) for request in joining])] if joining else []
 
     def _routes(self, routes: Routes, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +169,7 @@ class Engine:
 def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device: torch.device) -> tuple[ModelInputs, np.ndarray]:
     """Right-padded prompts (length a multiple of `multiple`) with their images, and their lengths int64 [P]."""
     lengths = np.array([len(prompt.tokens_S) for prompt in prompts], dtype=np.int64)
-    longest = -(-int(lengths.max()) // multiple) * multiple
+    longest = round_up(int(lengths.max()), multiple)
     tokens = np.full((len(prompts), longest), pad_id, dtype=np.int64)
     row_tiles = np.full((len(prompts), max(1, *(len(prompt.tiles) for prompt in prompts))), -1, dtype=np.int64)
     start = 0

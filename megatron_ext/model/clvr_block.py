@@ -12,7 +12,7 @@ module, so several micro-batches can be in flight. Layers and taps keep the name
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,12 +143,10 @@ class ClvrBlock(MegatronModule):
     def _run(
         self, layers: Sequence[int], hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call
     ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        waiting = dict(waiting)
         cos, sin = call.rope
-        for number in layers:
-            for tap in [tap for tap in waiting if self.ends[tap][1] == number]:
-                hidden_SBH = self.injections[tap](hidden_SBH, waiting.pop(tap))
-            hidden_SBH, _ = self.layers[number](
+
+        def layer(number: int, hidden_SBH: torch.Tensor) -> torch.Tensor:
+            computed: torch.Tensor = self.layers[number](
                 hidden_SBH,
                 attention_mask=None,
                 rotary_pos_cos=cos,
@@ -156,12 +154,31 @@ class ClvrBlock(MegatronModule):
                 packed_seq_params=call.frame,
                 padding_mask=call.padding_BS,
                 inference_context=call.cache,
-            )
-            if call.memory is None or call.sight is None:
+            )[0]
+            return computed
+
+        return self.walk(layers, hidden_SBH, waiting, call.memory, call.sight, layer)
+
+    def walk(
+        self,
+        layers: Sequence[int],
+        hidden_SBH: torch.Tensor,
+        waiting: Mapping[int, torch.Tensor],
+        memory: VisionMemory | None,
+        sight: Sight | None,
+        layer: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """The given layers in turn, each computed by `layer`, between what ends and what starts there."""
+        waiting = dict(waiting)
+        for number in layers:
+            for tap in [tap for tap in waiting if self.ends[tap][1] == number]:
+                hidden_SBH = self.injections[tap](hidden_SBH, waiting.pop(tap))
+            hidden_SBH = layer(number, hidden_SBH)
+            if memory is None or sight is None:
                 continue
             for place, tap in enumerate(self.stage.asks):
                 if self.ends[tap][0] == number:
-                    waiting[tap] = self.taps[tap](hidden_SBH, call.memory.keys[place], call.memory.values[place], call.sight)
+                    waiting[tap] = self.taps[tap](hidden_SBH, memory.keys[place], memory.values[place], sight)
         return hidden_SBH, waiting
 
     def _recomputed(

@@ -3,7 +3,7 @@
 Megatron's layers are made to be differentiated, split over ranks and called with thousands of tokens; for one token a row their bookkeeping costs more than the
 arithmetic. Where nothing is split this computes the same, and the tests hold it to that; elsewhere `ClvrBlock` runs as in training.
 
-    hidden_RH -> for each layer: refinements that end here; attention over `memory`; experts, each only for its rows; taps that start here -> norm
+    hidden_RH -> attention over `memory` -> experts, each only for its rows          between the taps, which `ClvrBlock.walk` serves as in training
 """
 
 from __future__ import annotations
@@ -29,20 +29,14 @@ def decodes_whole(layout: Layout) -> bool:
     return layout.tp == layout.ep == layout.etp == 1
 
 
-def decode_step(block: ClvrBlock, hidden_RH: torch.Tensor, rope: Rope, memory: Memory, vision: VisionMemory | None, sight: Sight | None) -> torch.Tensor:
-    """[R, H]. `rope`: angles of the rows' positions, [R, 1, D]."""
-    waiting: dict[int, torch.Tensor] = {}
-    for number in block.stage.layers:
-        for tap in [tap for tap in waiting if block.ends[tap][1] == number]:
-            hidden_RH = block.injections[tap](hidden_RH, waiting.pop(tap))
-        hidden_RH = _layer(block.layers[number], hidden_RH, rope, memory)
-        if vision is None or sight is None:
-            continue
-        for place, tap in enumerate(block.stage.asks):
-            if block.ends[tap][0] == number:
-                waiting[tap] = block.taps[tap](hidden_RH[:, None], vision.keys[place], vision.values[place], sight)[:, 0]
+def decode_step(block: ClvrBlock, hidden_R1H: torch.Tensor, rope: Rope, memory: Memory, vision: VisionMemory | None, sight: Sight | None) -> torch.Tensor:
+    """[R, 1, H]. `rope`: angles of the rows' positions, [R, 1, D]."""
     assert block.final_layernorm is not None
-    return block.final_layernorm(hidden_RH)
+
+    def layer(number: int, hidden_R1H: torch.Tensor) -> torch.Tensor:
+        return _layer(block.layers[number], hidden_R1H[:, 0], rope, memory)[:, None]
+
+    return block.final_layernorm(block.walk(block.stage.layers, hidden_R1H, {}, vision, sight, layer)[0])
 
 
 def _layer(layer: Any, hidden_RH: torch.Tensor, rope: Rope, memory: Memory) -> torch.Tensor:

@@ -66,7 +66,7 @@ def decode(model: VisionLanguageModel, tokens_R: torch.Tensor, memory: Memory) -
     looks = (None, None) if memory_of_images is None else (VisionMemory(*memory_of_images), _sight(memory))
     if model.decodes_whole and len(tokens_R):
         rope = rope_angles(memory.positions_R, model.model_config)
-        hidden = decode_step(model.decoder, model.embed_tokens(tokens_R[None])[:, 0], rope, memory, *looks)[:, None]
+        hidden = decode_step(model.decoder, model.embed_tokens(tokens_R[None]), rope, memory, *looks)
     else:
         hidden = _over_ranks(model, tokens_R, memory, *looks)
     memory.advance()

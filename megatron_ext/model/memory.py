@@ -131,13 +131,12 @@ class Memory:
     def advance(self) -> None:
         """Every layer has stored its token."""
         self._lengths_R = self._lengths_R + 1
-        self._forget("positions_R", "_answer_bias", "_places_R")
+        self._forget("positions_R", "room", "_longest_answer", "_answer_bias", "_places_R")
 
-    @property
+    @cached_property
     def room(self) -> int:
         """Tokens that every answer has room for in the next step: they stand in one tensor, so all have as much as the longest."""
-        longest = int(self._lengths_R.max(initial=0)) + 1
-        return min(self._most_new, max(FIRST_LENGTH, 1 << (longest - 1).bit_length()))
+        return min(self._most_new, max(FIRST_LENGTH, 1 << (self._longest_answer - 1).bit_length()))
 
     def need_bytes(self, footprint: Footprint, rows: int, joining: Sequence[Prompt] = ()) -> int:
         """What the next step takes with `rows` rows in all, and with prompts that join those that are here."""
@@ -150,7 +149,7 @@ class Memory:
         return self._prompts.num_bytes + self._answers.num_bytes + self._vision.num_bytes
 
     def _write(self, layer: int, key_RND: torch.Tensor, value_RND: torch.Tensor) -> Pair:
-        rows, longest = self.num_rows, int(self._lengths_R.max()) + 1
+        rows, longest = self.num_rows, self._longest_answer
         keys, values = self._answers.reserve(layer, rows, self.room, key_RND)
         keys[self._rows_R, :, self._places_R] = key_RND
         values[self._rows_R, :, self._places_R] = value_RND
@@ -163,6 +162,11 @@ class Memory:
     @cached_property
     def _places_R(self) -> torch.Tensor:
         return torch.from_numpy(self._lengths_R).to(self._device)
+
+    @cached_property
+    def _longest_answer(self) -> int:
+        """With the token that is written now."""
+        return int(self._lengths_R.max(initial=0)) + 1
 
     @cached_property
     def _longest_prompt(self) -> int:
@@ -178,7 +182,7 @@ class Memory:
         return _bias(self._lengths_P, self._device)
 
     def _changed(self) -> None:
-        self._forget("seats", "positions_R", "until_P", "_rows_R", "_places_R", "_longest_prompt", "_answer_bias", "_prompt_bias")
+        self._forget("seats", "positions_R", "until_P", "room", "_rows_R", "_places_R", "_longest_answer", "_longest_prompt", "_answer_bias", "_prompt_bias")
 
     def _forget(self, *names: str) -> None:
         for name in names:

@@ -18,6 +18,8 @@ from megatron_ext.model.heads import CHUNK_NUMEL, policy_logits
 
 _NOTHING = -200.0
 """exp of it is 0 in float32."""
+_LEAST = -1e30
+"""In place of the peak of a part whose tokens are all banned."""
 
 
 def policy_scores(
@@ -37,15 +39,20 @@ class _PolicyScores(torch.autograd.Function):
         ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, banned_V: torch.Tensor, temperature: float, tp_group: Any, rows: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         place_N, here_N = _places(targets_N, logits_NV.shape[1], tp_group)
-        peak_N = torch.cat([policy_logits(chunk, temperature, banned_V).amax(-1) for chunk in logits_NV.split(rows)])
-        _reduce(peak_N, torch.distributed.ReduceOp.MAX, tp_group)
-        sums = []
-        for logits, peak, place, here in zip(*(tensor.split(rows) for tensor in (logits_NV, peak_N, place_N, here_N)), strict=True):
-            z = policy_logits(logits, temperature, banned_V).sub_(peak[:, None])
+        found = []
+        for logits, place, here in zip(*(tensor.split(rows) for tensor in (logits_NV, place_N, here_N)), strict=True):
+            z = policy_logits(logits, temperature, banned_V)
             target = torch.where(here, z.gather(1, place[:, None])[:, 0], 0.0)
-            weights = z.exp()
-            sums.append(torch.stack([weights.sum(-1), torch.linalg.vecdot(weights, z.clamp_(min=_NOTHING)), target]))
-        sums_3N = torch.cat(sums, dim=1)
+            own_peak = z.amax(-1).clamp(min=_LEAST)
+            weights = z.sub_(own_peak[:, None]).exp()
+            found.append(torch.stack([own_peak, weights.sum(-1), torch.linalg.vecdot(weights, z.clamp_(min=_NOTHING)), target]))
+        own_peak_N, own_total_N, own_weighted_N, own_target_N = torch.cat(found, dim=1)
+        peak_N = own_peak_N.clone()
+        _reduce(peak_N, torch.distributed.ReduceOp.MAX, tp_group)
+        below_N = own_peak_N - peak_N  # 0 on one rank: sums about this rank's peak become sums about that of all
+        sums_3N = torch.stack(
+            [own_total_N * below_N.exp(), (own_weighted_N + own_total_N * below_N) * below_N.exp(), torch.where(here_N, own_target_N - peak_N, 0.0)]
+        )
         _reduce(sums_3N, torch.distributed.ReduceOp.SUM, tp_group)
         total_N, weighted_N, target_N = sums_3N
         log_total_N = total_N.log()

@@ -11,20 +11,20 @@ from megatron_ext.parallel.groups import open_parallel
 VOCABULARY, LENGTH, ROWS = 12, 5, 2
 
 
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, targets, banned tokens and the gradient that arrives."""
+def inputs(banned: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, targets, banned tokens (the first ones) and the gradient that arrives."""
     generator = torch.Generator().manual_seed(0)
     logits_SBV = 5 * torch.randn(LENGTH, ROWS, VOCABULARY, generator=generator)
-    targets_BS = torch.randint(2, VOCABULARY, (ROWS, LENGTH), generator=generator)
-    return logits_SBV, targets_BS, torch.arange(VOCABULARY) < 2, torch.randn(ROWS, LENGTH, generator=generator)
+    targets_BS = torch.randint(banned, VOCABULARY, (ROWS, LENGTH), generator=generator)
+    return logits_SBV, targets_BS, torch.arange(VOCABULARY) < banned, torch.randn(ROWS, LENGTH, generator=generator)
 
 
-def scores_of_a_rank(rank: int, world_size: int, init_method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def scores_of_a_rank(rank: int, world_size: int, init_method: str, banned: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probs, entropies, and the gradient of this rank's logits."""
     with open_parallel(ParallelConfig(num_ranks=world_size, tp=world_size), rank, world_size, init_method, seed=0) as context:
-        logits_SBV, targets_BS, banned_V, weights_BS = inputs()
-        logits, banned = logits_SBV.chunk(world_size, dim=-1)[rank].clone().requires_grad_(), banned_V.chunk(world_size)[rank]
-        logprobs, entropy = policy_scores(logits, targets_BS, 0.7, banned, context.pgs.tp, chunk_numel=3 * VOCABULARY // world_size)
+        logits_SBV, targets_BS, banned_V, weights_BS = inputs(banned)
+        logits, own_banned = logits_SBV.chunk(world_size, dim=-1)[rank].clone().requires_grad_(), banned_V.chunk(world_size)[rank]
+        logprobs, entropy = policy_scores(logits, targets_BS, 0.7, own_banned, context.pgs.tp, chunk_numel=3 * VOCABULARY // world_size)
         logprobs.backward(weights_BS)
         assert logits.grad is not None
         return logprobs.detach(), entropy, logits.grad
