@@ -7,15 +7,14 @@ else the machine does meets all of them. Times are CPU times of the process (the
 from __future__ import annotations
 
 import argparse
-import platform
-import statistics
+import itertools
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from interleave import machine, medians
 
 from megatron_ext.batch import NO_TILES
 from megatron_ext.config.schema import ClvrConfig, ModelConfig, OptimizerConfig, ParallelConfig, VisionConfig
@@ -23,6 +22,7 @@ from megatron_ext.config.sizes import count_parameters
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.training.engine import Engine
 from megatron_ext.training.losses import NextToken
 from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.microbatches import microbatches
@@ -53,24 +53,29 @@ def batch_of(step: int) -> TokenBatch:
 def measure(sizes: dict[str, Any], steps: int, context: ParallelContext) -> dict[str, float]:
     """Median CPU seconds of a step by kernel; the losses must agree."""
     engines = {kernel: build_engine([build_model(model_of(sizes, kernel), IMAGE, context)], OptimizerConfig(), 1000, context) for kernel in KERNELS}
-    seconds: dict[str, list[float]] = {kernel: [] for kernel in KERNELS}
-    for step in range(steps + 2):
-        losses = []
-        for kernel, engine in engines.items():
-            batches = microbatches(batch_of(step), ROWS, PAD, context.device)
-            began = time.process_time()
-            losses.append(optimizer_step(engine, batches, NextToken(), context)["loss"])
-            if step >= 2:
-                seconds[kernel].append(time.process_time() - began)
-        assert max(losses) - min(losses) < 1e-2, losses
-    return {kernel: statistics.median(values) for kernel, values in seconds.items()}
+    return medians({kernel: stepper(engine, context) for kernel, engine in engines.items()}, steps, agree, warm_up=2)
+
+
+def stepper(engine: Engine, context: ParallelContext) -> Callable[[], float]:
+    """Trains another step, and returns its loss."""
+    steps = itertools.count()
+
+    def step() -> float:
+        batches = microbatches(batch_of(next(steps)), ROWS, PAD, context.device)
+        return optimizer_step(engine, batches, NextToken(), context)["loss"]
+
+    return step
+
+
+def agree(losses: dict[str, float]) -> None:
+    assert max(losses.values()) - min(losses.values()) < 1e-2, losses
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=9)
     steps = parser.parse_args().steps
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, float32, {ROWS} x {LENGTH} tokens, median of {steps} steps\n")
+    print(f"{machine()}, float32, {ROWS} x {LENGTH} tokens, median of {steps} steps\n")
     print(f"| model | parameters | {' | '.join(f'{kernel}, s' for kernel in KERNELS)} | {' | '.join(f'{KERNELS[0]} / {kernel}' for kernel in KERNELS[1:])} |")
     print(f"|{'---|' * (2 * len(KERNELS) + 1)}")
     with tempfile.TemporaryDirectory() as folder, open_parallel(ParallelConfig(), 0, 1, f"file://{Path(folder) / 'store'}", 0) as context:

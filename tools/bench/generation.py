@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from interleave import machine, medians
 
 from megatron_ext.batch import NO_TILES, Prompt, Rollout, Tiles
 from megatron_ext.checkpoint.dist import load_checkpoint
@@ -156,17 +154,9 @@ def measure(case: Case, rounds: int, context: ParallelContext) -> dict[str, floa
         source = checkpoint(case, Path(folder) / "hf")
         sides = {"ours": ours(case, source, Path(folder) / "ours", context)}
         sides |= {f"transformers, {cache}": theirs(case, source, cache) for cache in ("dynamic", "static")}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for number in range(rounds + 1):
-            said = {}
-            for name, answer in sides.items():
-                began = time.process_time()
-                said[name] = answer()
-                if number:  # the first round warms up
-                    seconds[name].append(time.process_time() - began)
-            agree(said)
+        seconds = medians(sides, rounds, agree)
     new = case.prompts * case.samples * NEW
-    return {name: new / statistics.median(values) for name, values in seconds.items()}
+    return {name: new / value for name, value in seconds.items()}
 
 
 def agree(said: dict[str, list[list[int]]]) -> None:
@@ -184,7 +174,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{platform.machine()}, torch {torch.__version__}, one thread, float32, {PROMPT} prompt tokens, {NEW} new ones, median of {options.rounds}\n")
+    print(f"{machine()}, float32, {PROMPT} prompt tokens, {NEW} new ones, median of {options.rounds}\n")
     print("| case | ours, tokens/s | transformers dynamic | static | ours / the faster |\n|---|---|---|---|---|")
     found = {}
     with tempfile.TemporaryDirectory() as folder, session(), open_parallel(ParallelConfig(), 0, 1, f"file://{Path(folder) / 'store'}", 0) as context:
