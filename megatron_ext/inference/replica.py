@@ -9,6 +9,7 @@ from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 
 
@@ -24,4 +25,5 @@ def load_engine(config: RunConfig, checkpoint: Path, context: ParallelContext) -
     tokenizer = load_tokenizer(config.tokenizer_dir)
     model = build_model(config.model, tokenizer.image_id, context)
     load_checkpoint(checkpoint, model, context=context, model_config=config.model)
+    store_for_generation(model)
     return Engine(model, context, tokenizer, config.rollout), tokenizer

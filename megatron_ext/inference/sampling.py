@@ -11,6 +11,10 @@ import hashlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+
+BLOCK = 128
+"""Tokens whose probabilities are summed before any is looked at alone."""
 
 
 def rollout_seed(*parts: object) -> int:
@@ -47,9 +51,25 @@ def sample(logits_BV: torch.Tensor, uniforms_B: np.ndarray, top_k: int, top_p: f
     whole vocabulary."""
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
     if greedy:
-        tokens_B = logprobs_BV.argmax(-1)
-    else:
-        cumulative = truncate(logprobs_BV.exp().double(), top_k, top_p).cumsum(-1)
-        draws = torch.from_numpy(uniforms_B).to(cumulative.device)[:, None] * cumulative[:, -1:]
-        tokens_B = torch.searchsorted(cumulative, draws, right=True).squeeze(-1).clamp(max=logits_BV.shape[-1] - 1)
+        chosen_B, tokens_B = logprobs_BV.max(-1)
+        return tokens_B, chosen_B
+    tokens_B = _invert(truncate(logprobs_BV.exp(), top_k, top_p), torch.from_numpy(uniforms_B).to(logits_BV.device))
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None]).squeeze(-1)
+
+
+def _invert(mass_BV: torch.Tensor, shares_B: torch.Tensor) -> torch.Tensor:
+    """Int64 [B]: the first token at which the cumulative mass, in float64, exceeds the given share of all mass. First its block of tokens is found, then the
+    token in it: of the whole vocabulary only sums of blocks are made."""
+    blocks_BNM = F.pad(mass_BV, (0, -mass_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    ends_BN = blocks_BNM.sum(-1, dtype=torch.float64).cumsum(-1)
+    draw_B1 = shares_B[:, None] * ends_BN[:, -1:]
+    block_B1 = _first_beyond(ends_BN, draw_B1)
+    before_B1 = F.pad(ends_BN, (1, 0)).gather(-1, block_B1)
+    within_BM = blocks_BNM[torch.arange(len(mass_BV), device=mass_BV.device), block_B1[:, 0]].double().cumsum(-1)
+    return (block_B1 * BLOCK + _first_beyond(within_BM, draw_B1 - before_B1)).squeeze(-1)
+
+
+def _first_beyond(ends_BN: torch.Tensor, draw_B1: torch.Tensor) -> torch.Tensor:
+    """Where cumulative sums first exceed the draw; rounding does not carry it beyond the last that adds something."""
+    most_B1 = torch.nextafter(ends_BN[:, -1:], torch.zeros_like(draw_B1))
+    return torch.searchsorted(ends_BN, torch.minimum(draw_B1, most_B1), right=True)

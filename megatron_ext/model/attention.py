@@ -108,5 +108,6 @@ class CausalSelfAttention(SelfAttention):
         rows = memory.num_rows
         if rows == 0:
             return torch.zeros_like(query.flatten(2))
-        attended = memory.attend(self.layer_number - 1, query[:rows, 0], key[:rows, 0], value[:rows, 0])
+        query_RKQD = query[:rows, 0].unflatten(1, (key.shape[2], -1))
+        attended = memory.attend(self.layer_number - 1, query_RKQD, key[:rows, 0], value[:rows, 0])
         return F.pad(attended.flatten(1)[:, None], (0, 0, 0, 0, 0, query.shape[0] - rows))

@@ -16,8 +16,9 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import ClvrBlock
-from megatron_ext.model.experts import few_experts
+from megatron_ext.model.experts import chosen_experts
 from megatron_ext.model.memory import Memory
+from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import rotate
 from megatron_ext.parallel.plan import Layout
 
@@ -36,31 +37,35 @@ def decode_step(block: ClvrBlock, hidden_R1H: torch.Tensor, rope: Rope, memory: 
     def layer(number: int, hidden_R1H: torch.Tensor) -> torch.Tensor:
         return _layer(block.layers[number], hidden_R1H[:, 0], rope, memory)[:, None]
 
-    return block.final_layernorm(block.walk(block.stage.layers, hidden_R1H, {}, vision, sight, layer)[0])
+    rope = rope[0][:, :, None], rope[1][:, :, None]  # for heads in groups
+    return _norm(block.final_layernorm, block.walk(block.stage.layers, hidden_R1H, {}, vision, sight, layer)[0])
 
 
 def _layer(layer: Any, hidden_RH: torch.Tensor, rope: Rope, memory: Memory) -> torch.Tensor:
     attention, feed_forward = layer.self_attention, layer.mlp
-    hidden_RH = hidden_RH + _attention(attention, layer.input_layernorm(hidden_RH), rope, memory)
-    x_RH = layer.pre_mlp_layernorm(hidden_RH)
+    hidden_RH = hidden_RH + _attention(attention, _norm(layer.input_layernorm, hidden_RH), rope, memory)
+    x_RH = _norm(layer.pre_mlp_layernorm, hidden_RH)
     return hidden_RH + (_experts(feed_forward, x_RH) if isinstance(feed_forward, MoELayer) else _dense(feed_forward, x_RH))
 
 
 def _attention(attention: Any, x_RH: torch.Tensor, rope: Rope, memory: Memory) -> torch.Tensor:
-    """Megatron lays out queries, keys and values head group by head group."""
+    """Megatron lays out queries, keys and values head group by head group, [R, K, Q + 2, D]; a group's queries and its key are normed and turned together."""
     groups, size = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
     mixed = F.linear(x_RH, attention.linear_qkv.weight).view(len(x_RH), groups, -1, size)
-    query_RND, key_RND, value_RND = mixed[:, :, :-2].reshape(len(x_RH), -1, size), mixed[:, :, -2], mixed[:, :, -1]
-    query_RND, key_RND = rotate(attention.q_layernorm(query_RND), *rope), rotate(attention.k_layernorm(key_RND), *rope)
-    return F.linear(memory.attend(attention.layer_number - 1, query_RND, key_RND, value_RND).flatten(1), attention.linear_proj.weight)
+    query_norm, key_norm = attention.q_layernorm, attention.k_layernorm
+    scale_QD = torch.cat([query_norm.weight.expand(mixed.shape[2] - 2, -1), key_norm.weight[None]])
+    turned = rotate(F.rms_norm(mixed[:, :, :-1], (size,), eps=query_norm.eps) * scale_QD, *rope)
+    attended = memory.attend(attention.layer_number - 1, turned[:, :, :-1], turned[:, :, -1], mixed[:, :, -1])
+    return F.linear(attended.flatten(1), attention.linear_proj.weight)
 
 
 def _experts(block: Any, x_RH: torch.Tensor) -> torch.Tensor:
-    router = block.router
-    gates_RE, map_RE = router.routing(F.linear(x_RH.float(), router.weight.float())[:, None])
-    row_T, expert_T = map_RE.t().nonzero(as_tuple=True)[::-1]
-    made_TH = few_experts(x_RH[row_T], gates_RE[row_T, expert_T], map_RE.sum(0).tolist(), block.experts.local_experts)
-    return torch.zeros_like(x_RH).index_add_(0, row_T, made_TH)
+    return chosen_experts(block.experts, x_RH, *block.router.choose(F.linear(x_RH.float(), block.router.weight.float())))
+
+
+def _norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Without what calling a module costs."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
 
 def _dense(block: Any, x_RH: torch.Tensor) -> torch.Tensor:

@@ -20,17 +20,27 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch.autograd.function import once_differentiable
 
+MANY = 16
+"""Experts for each token from which, on a CPU, calls for those that have one cost less than a call that looks at all (docs/benchmarks/generation.md)."""
+
 
 class GroupedExperts(SequentialMLP):
-    """Takes and returns what `SequentialMLP` does: tokens sorted by local expert, how many each expert has, their gates. `grouped`: through grouped_mm."""
+    """Takes and returns what `SequentialMLP` does: tokens sorted by local expert, how many each expert has, their gates. `grouped`: through grouped_mm.
+
+    `piece`: the weights of all experts, fc1 [E, H, 2 F] and fc2 [E, F, H], where they lie in one piece (`weight_storage.py`); the parameters are views of it.
+    """
 
     def __init__(self, *args: Any, grouped: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._grouped = grouped
+        self.piece: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self.piece is not None and not torch.is_grad_enabled():
+            ends_E = tokens_per_expert.to(permuted_probs.device).cumsum(0, dtype=torch.int32)
+            return from_one_piece(permuted_local_hidden_states, permuted_probs, ends_E, *self.piece), None
         fc1, fc2 = ([getattr(expert, name).weight for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2"))
         return swiglu_experts(permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist(), fc1, fc2, self._grouped), None
 
@@ -42,8 +52,30 @@ def swiglu_experts(
     return _SwigluExperts.apply(x_TH, gates_T, list(counts), grouped, *fc1, *fc2)
 
 
+def from_one_piece(x_TH: torch.Tensor, gates_T: torch.Tensor, ends_E: torch.Tensor, fc1_EHF: torch.Tensor, fc2_EFH: torch.Tensor) -> torch.Tensor:
+    """The same without gradients, in two calls: `ends_E` int32 says where each expert's tokens end."""
+    return F.grouped_mm(_activated(F.grouped_mm(x_TH, fc1_EHF, offs=ends_E), gates_T), fc2_EFH, offs=ends_E)
+
+
+def chosen_experts(experts: Any, x_TH: torch.Tensor, gates_TK: torch.Tensor, experts_TK: torch.Tensor) -> torch.Tensor:
+    """[T, H]: what each token's experts make of it, without gradients and without Megatron's dispatch, for steps of generation. `experts`: of a layer that is
+    whole on this rank."""
+    expert_N, order_N = experts_TK.flatten().sort(stable=True)
+    token_N = order_N // experts_TK.shape[1]
+    x_NH, gates_N = x_TH.index_select(0, token_N), gates_TK.flatten().index_select(0, order_N)
+    number_E = torch.arange(len(experts.local_experts), device=x_TH.device)
+    ends_E = torch.searchsorted(expert_N, number_E, right=True, out_int32=True)
+    piece = getattr(experts, "piece", None)
+    if piece is None or (x_TH.is_cpu and len(number_E) > MANY * len(x_NH)):
+        counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+        made_NH = few_experts(x_NH, gates_N, counts, experts.local_experts)
+    else:
+        made_NH = from_one_piece(x_NH, gates_N, ends_E, *piece)
+    return torch.zeros_like(x_TH).index_add_(0, token_N, made_NH)
+
+
 def few_experts(x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Sequence[int], experts: Iterable[Any]) -> torch.Tensor:
-    """The same without gradients, touching only the experts that have tokens: for steps of generation, where most have none."""
+    """The same, touching only the experts that have tokens."""
     out_TH, start = torch.empty_like(x_TH), 0
     for count, expert in zip(counts, experts, strict=True):
         if count:

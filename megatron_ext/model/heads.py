@@ -28,7 +28,8 @@ def banned_tokens(vocab_size: int, usable: int, image_token: int, tp_group: Any,
 def policy_logits(logits: torch.Tensor, temperature: float, banned_V: torch.Tensor) -> torch.Tensor:
     """Float32 logits [..., vocab / tp] of the distribution that is sampled from: banned tokens at -inf, divided by the temperature (0, greedy,
     divides by 1)."""
-    return (logits.float() / (temperature or 1.0)).masked_fill(banned_V, float("-inf"))
+    warm = logits.float() if temperature in (0, 1) else logits.float() / temperature
+    return warm.masked_fill(banned_V, float("-inf"))
 
 
 def decided(x_BS: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,7 @@
     row r      [R, N_kv, T, D] a layer     what its answer has added, a token a step
 
 A row that leaves is overwritten by the last one, and so is a prompt without rows: what is alive always stands side by side, so that a step gathers nothing and
-skips nothing. Attention over a prompt and an answer is the mean of both, weighted by how much of the softmax falls on each (arXiv 2402.05099, appendix):
-
-    out = w out_prompt + (1 - w) out_answer,   w = sigmoid(lse_prompt - lse_answer)
+skips nothing. Attention over a prompt and an answer is joined from both (`attend.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ import torch
 from megatron_ext.batch import Prompt
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import vision_tokens
+from megatron_ext.model.attend import attend, hide_beyond, join
 from megatron_ext.model.seats import Seats
 from megatron_ext.model.shelf import Pair, Shelf, filled
 
@@ -115,18 +114,13 @@ class Memory:
         self._changed()
         return kept_R
 
-    def attend(self, layer: int, query_RND: torch.Tensor, key_RND: torch.Tensor, value_RND: torch.Tensor) -> torch.Tensor:
-        """Stores the keys and values of one token of each row and returns what its queries attend to, [R, N, D]."""
-        heads = key_RND.shape[1]
-        query_RKQD = query_RND.unflatten(1, (heads, -1))
-        keys, values = self._write(layer, key_RND, value_RND)
-        own_RKQD, own_lse = _attend(query_RKQD, keys, values, self._answer_bias)
-        query_PKQD = self.seats.by_prompt(query_RKQD).transpose(1, 2)
-        queries = query_PKQD.shape[2:4]
-        prompt, lse = _attend(query_PKQD.flatten(2, 3), *self._prompts.used(layer, self._longest_prompt), self._prompt_bias)
-        prompt_RKQD, prompt_lse = (self.seats.by_row(x.unflatten(2, queries).transpose(1, 2)) for x in (prompt, lse))
-        weight = torch.sigmoid(prompt_lse - own_lse).to(own_RKQD.dtype)
-        return torch.lerp(own_RKQD, prompt_RKQD, weight).flatten(1, 2)
+    def attend(self, layer: int, query_RKQD: torch.Tensor, key_RKD: torch.Tensor, value_RKD: torch.Tensor) -> torch.Tensor:
+        """Stores the keys and values of one token of each row and returns what its queries attend to, [R, K, Q, D]: K heads of keys with Q queries each."""
+        answer = attend(query_RKQD, *self._write(layer, key_RKD, value_RKD), self._answer_bias)
+        query_PKGQD = self.seats.by_prompt(query_RKQD).transpose(1, 2)
+        found = attend(query_PKGQD.flatten(2, 3), *self._prompts.used(layer, self._longest_prompt), self._prompt_bias)
+        out, lse = (self.seats.by_row(x.unflatten(2, query_PKGQD.shape[2:4]).transpose(1, 2)) for x in found)
+        return join((out, lse), answer)
 
     def advance(self) -> None:
         """Every layer has stored its token."""
@@ -148,11 +142,11 @@ class Memory:
         """What the tensors take."""
         return self._prompts.num_bytes + self._answers.num_bytes + self._vision.num_bytes
 
-    def _write(self, layer: int, key_RND: torch.Tensor, value_RND: torch.Tensor) -> Pair:
+    def _write(self, layer: int, key_RKD: torch.Tensor, value_RKD: torch.Tensor) -> Pair:
         rows, longest = self.num_rows, self._longest_answer
-        keys, values = self._answers.reserve(layer, rows, self.room, key_RND)
-        keys[self._rows_R, :, self._places_R] = key_RND
-        values[self._rows_R, :, self._places_R] = value_RND
+        keys, values = self._answers.reserve(layer, rows, self.room, key_RKD)
+        keys[self._rows_R, :, self._places_R] = key_RKD
+        values[self._rows_R, :, self._places_R] = value_RKD
         return keys[:rows, :, :longest], values[:rows, :, :longest]
 
     @cached_property
@@ -175,11 +169,11 @@ class Memory:
     @cached_property
     def _answer_bias(self) -> torch.Tensor:
         """0 at the tokens that are there, the newest included, else -inf: [R, 1, 1, T]."""
-        return _bias(self._lengths_R + 1, self._device)
+        return hide_beyond(self._lengths_R + 1, self._device)
 
     @cached_property
     def _prompt_bias(self) -> torch.Tensor:
-        return _bias(self._lengths_P, self._device)
+        return hide_beyond(self._lengths_P, self._device)
 
     def _changed(self) -> None:
         self._forget("seats", "positions_R", "until_P", "room", "_rows_R", "_places_R", "_longest_answer", "_longest_prompt", "_answer_bias", "_prompt_bias")
@@ -187,16 +181,3 @@ class Memory:
     def _forget(self, *names: str) -> None:
         for name in names:
             self.__dict__.pop(name, None)
-
-
-def _bias(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
-    longest = int(lengths.max())
-    hidden = np.arange(longest)[None, :] >= lengths[:, None]
-    return torch.from_numpy(np.where(hidden, -np.inf, 0.0).astype(np.float32)).to(device)[:, None, None, :]
-
-
-def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of [rows, N_kv, Q, D] over [rows, N_kv, T, D], and the log of its softmax's denominator, float32 [rows, N_kv, Q, 1]."""
-    scores = (query @ keys.transpose(-1, -2)).float() * query.shape[-1] ** -0.5 + bias
-    lse = scores.logsumexp(-1, keepdim=True)
-    return scores.sub_(lse).exp_().to(values.dtype) @ values, lse

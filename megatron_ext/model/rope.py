@@ -13,17 +13,17 @@ from megatron_ext.config.schema import ModelConfig, RopeScaling
 
 
 def rope_angles(positions: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 `positions.shape + [1, head_dim]`, for integer positions of any shape (the 1 broadcasts over heads)."""
+    """Cosine and sine, float32 `positions.shape + [1, head_dim]`, for integer positions of any shape (the 1 broadcasts over heads). The sine carries the sign
+    with which `rotate` adds it: minus in the first half."""
     frequencies, factor = _frequencies(model, positions.device)
-    angles = positions.float()[..., None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[..., None, :]
-    return angles.cos() * factor, angles.sin() * factor
+    angles = (positions.float()[..., None] * frequencies)[..., None, :]
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates queries or keys [..., heads, head_dim] by the angles of their positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.shape[-1] // 2, dims=-1), sin.to(x.dtype))
 
 
 def _frequencies(model: ModelConfig, device: torch.device) -> tuple[torch.Tensor, float]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss, topk_routing_with_score_function
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 
 
@@ -82,16 +82,9 @@ class Router(TopKRouter):
         learns = self.training and torch.is_grad_enabled()
         if learns and self.config.moe_z_loss_coeff:
             logits_TE = self._with_z_loss(logits_TE, real_T)
-        gates_TE, map_TE = topk_routing_with_score_function(
-            logits_TE,
-            self.topk,
-            use_pre_softmax=self.config.moe_router_pre_softmax,
-            score_function=self.score_function,
-            expert_bias=self.expert_bias,
-            router_replay=self.router_replay,
-        )
-        if self.router_replay is not None:
-            self.router_replay.take_gates(gates_TE)
+        gates_TK, experts_TK = self.choose(logits_TE)
+        gates_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, gates_TK)
+        map_TE = torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, experts_TK, True)
         if learns:
             self._add("chosen", (map_TE & real_T[:, None]).sum(0, dtype=torch.float32))
         factor = self.config.moe_expert_capacity_factor
@@ -104,6 +97,30 @@ class Router(TopKRouter):
         if learns and self.config.moe_router_load_balancing_type != "none" and self.config.moe_aux_loss_coeff:
             gates_TE = self._with_balancing_loss(gates_TE, logits_TE, real_T)
         return gates_TE, map_TE
+
+    def choose(self, logits_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gates and experts [T, K], in the order of the choice: what Megatron's `topk_routing_with_score_function` spreads over all experts. A sigmoid's bias
+        decides who is chosen, and is no part of the gates."""
+        scores_TE = logits_TE
+        if self.score_function == "sigmoid":
+            scores_TE = torch.sigmoid(logits_TE.float()).type_as(logits_TE)
+        elif self.config.moe_router_pre_softmax:
+            scores_TE = torch.softmax(logits_TE, dim=-1, dtype=torch.float32).type_as(logits_TE)
+        ranked_TE = scores_TE if self.expert_bias is None else scores_TE + self.expert_bias
+        if self.router_replay is None:
+            chosen_TK, experts_TK = _topk(ranked_TE, self.topk)
+        else:
+            chosen_TK, experts_TK = self.router_replay.get_replay_topk(ranked_TE, self.topk, None, None, _topk)
+        gates_TK = self._gates(chosen_TK if self.expert_bias is None else scores_TE.gather(1, experts_TK))
+        if self.router_replay is not None:
+            self.router_replay.take_gates(gates_TK)
+        return gates_TK, experts_TK
+
+    def _gates(self, chosen_TK: torch.Tensor) -> torch.Tensor:
+        """From the scores of the chosen ones."""
+        if self.score_function == "sigmoid":
+            return chosen_TK / (chosen_TK.sum(dim=-1, keepdim=True) + 1e-20) if self.topk > 1 else chosen_TK
+        return chosen_TK if self.config.moe_router_pre_softmax else torch.softmax(chosen_TK, dim=-1, dtype=torch.float32).type_as(chosen_TK)
 
     def _with_balancing_loss(self, gates_TE: torch.Tensor, logits_TE: torch.Tensor, real_T: torch.Tensor) -> torch.Tensor:
         """The loss hangs on the gates. It looks at the router's own choice, without bias or replay."""
@@ -134,6 +151,10 @@ class Router(TopKRouter):
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self.tally[name] = self.tally[name] + value.detach() if name in self.tally else value.detach()
+
+
+def _topk(scores_TE: torch.Tensor, topk: int, **_: None) -> tuple[torch.Tensor, torch.Tensor]:
+    return scores_TE.topk(topk, dim=1)
 
 
 def pad_where_tokens_are_dropped(layer: Any, _inputs: Any) -> None:

@@ -47,10 +47,10 @@ class LayerTap:
             self.experts.append(experts.detach())
         return values, experts
 
-    def take_gates(self, gates_TE: torch.Tensor) -> None:
-        """The gates [tokens, E] that the router made of its latest choice: an expert bias decides who is chosen, and is no part of them."""
+    def take_gates(self, gates_TK: torch.Tensor) -> None:
+        """The gates that the router made of its latest choice."""
         if self.listening:
-            gates_TK = gates_TE.detach().float().gather(1, self.experts[-1])
+            gates_TK = gates_TK.detach().float()
             self.gates.append(gates_TK / gates_TK.sum(-1, keepdim=True))
 
     def _replayed(self, targets: torch.Tensor, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:

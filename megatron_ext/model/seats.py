@@ -10,10 +10,12 @@ import torch
 
 @dataclass(frozen=True)
 class Seats:
-    """Which rows answer which prompt. `rows_PG` int64: the rows of prompt p, the missing ones filled with row 0; `seat_R` int64: the place of row r in it."""
+    """Which rows answer which prompt. `rows_PG` int64: the rows of prompt p, the missing ones filled with row 0; `seat_R` int64: the place of row r in it.
+    `even`: the rows stand prompt by prompt, equally many for each, so that nothing has to move."""
 
     rows_PG: torch.Tensor
     seat_R: torch.Tensor
+    even: bool
 
     @classmethod
     def of(cls, prompt_R: np.ndarray, num_prompts: int, device: torch.device) -> Seats:
@@ -30,12 +32,13 @@ class Seats:
         rows_PG, seat_R = np.zeros((num_prompts, most), np.int64), np.zeros(len(order), np.int64)
         rows_PG[prompts, within] = order
         seat_R[order] = prompts * most + within
-        return cls(torch.from_numpy(rows_PG).to(device), torch.from_numpy(seat_R).to(device))
+        even = np.array_equal(rows_PG.ravel(), np.arange(len(order)))
+        return cls(torch.from_numpy(rows_PG).to(device), torch.from_numpy(seat_R).to(device), even)
 
     def by_prompt(self, x_R: torch.Tensor) -> torch.Tensor:
         """[R, ...] -> [P, G, ...]."""
-        return x_R[self.rows_PG]
+        return x_R.unflatten(0, self.rows_PG.shape) if self.even else x_R[self.rows_PG]
 
     def by_row(self, x_PG: torch.Tensor) -> torch.Tensor:
         """[P, G, ...] -> [R, ...]."""
-        return x_PG.flatten(0, 1)[self.seat_R]
+        return x_PG.flatten(0, 1) if self.even else x_PG.flatten(0, 1).index_select(0, self.seat_R)

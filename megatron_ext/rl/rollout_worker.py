@@ -21,6 +21,7 @@ from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
@@ -49,6 +50,7 @@ class RolloutRank:
         tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
+        store_for_generation(self._model)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
         self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)

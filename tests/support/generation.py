@@ -7,6 +7,7 @@ from megatron_ext.config.schema import ParallelConfig, RolloutConfig
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import open_parallel
 from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
 
@@ -18,6 +19,7 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
     with open_parallel(parallel, rank, world_size, init_method, seed=0) as context:
         model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
         open_gates(model)
+        store_for_generation(model)
         engine = Engine(model, context, Words(), RolloutConfig(max_new_tokens=8, batch_size=6))
         prompts = small_prompts(5)
         mine = prompts if context.layout.dp == 1 else (prompts[:4] if context.dp_rank == 0 else prompts[4:])

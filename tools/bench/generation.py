@@ -28,6 +28,7 @@ from megatron_ext.config.schema import ParallelConfig, RolloutConfig
 from megatron_ext.device import session
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 
 VOCABULARY, IMAGE, TILE_TOKENS, PROMPT, NEW = 4096, 5, 16, 96, 64
@@ -113,6 +114,7 @@ def ours(case: Case, source: Path, folder: Path, context: ParallelContext) -> Ca
         described = hf_to_megatron(source, folder)
     model = build_model(described.model, IMAGE if case.image else -1, context)
     load_checkpoint(folder, model, context=context, model_config=described.model)
+    store_for_generation(model)
     engine = Engine(model, context, Words(), RolloutConfig(max_new_tokens=NEW, batch_size=case.prompts * case.samples))
     prompts = prompts_of(case)
 

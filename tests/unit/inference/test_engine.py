@@ -19,6 +19,7 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.heads import policy_logits, token_logprobs
 from megatron_ext.model.inputs import model_inputs
 from megatron_ext.model.memory import Footprint
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import EOS, IMAGE, Words, open_gates, small_config, small_prompts
 
@@ -27,6 +28,7 @@ from tests.support.models import EOS, IMAGE, Words, open_gates, small_config, sm
 def engine(context: ParallelContext) -> Engine:
     model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
     open_gates(model)
+    store_for_generation(model)
     return Engine(model, context, Words(), RolloutConfig(max_new_tokens=12, batch_size=32))
 
 
@@ -128,6 +130,7 @@ def test_answers_come_as_they_finish(engine: Engine) -> None:
 def test_a_step_straight_from_the_weights_equals_the_layers_of_training(context: ParallelContext, changes: dict[str, object]) -> None:
     model = build_model(small_config(init_std=0.3, **changes), IMAGE, context, seed=5)
     open_gates(model)
+    store_for_generation(model)
     engine = Engine(model, context, Words(), RolloutConfig(max_new_tokens=12, batch_size=16))
     fast = generate(engine, small_prompts(5), samples=2)
     assert model.decodes_whole

@@ -52,6 +52,18 @@ def test_a_token_outside_the_nucleus_is_never_drawn(logits: list[float], top_p: 
     assert truncate(row.double().softmax(-1).float().double(), 0, top_p)[0, token.item()] > 0
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1000), st.integers(2, 700), st.floats(0, 1, exclude_max=True))
+def test_the_token_is_the_one_at_which_the_cumulative_distribution_passes_the_draw(seed: int, vocabulary: int, uniform: float) -> None:
+    """Whatever blocks the vocabulary is summed in; tokens without mass, also at its ends, are never drawn."""
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+    logits[0, torch.arange(vocabulary) % 3 != seed % 2] = float("-inf")
+    token, _ = sample(logits, np.array([uniform]), top_k=0, top_p=1.0, greedy=False)
+    ends = torch.cat([torch.zeros(1), logits[0].double().softmax(-1).cumsum(-1)])
+    assert logits[0, token] > float("-inf")
+    assert ends[token] - 1e-6 <= uniform <= ends[token + 1] + 1e-6
+
+
 def test_greedy_takes_the_most_likely_token_whatever_the_seed() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     assert [sample(logits, np.array([u]), 0, 1.0, greedy=True)[0].item() for u in (0.0, 0.5, 0.99)] == [1, 1, 1]

@@ -54,7 +54,7 @@ class Both:
         count = len(self.rows)
         for layer in range(LAYERS):
             query, key, value = self.draw(count, HEADS, SIZE), self.draw(count, KV_HEADS, SIZE), self.draw(count, KV_HEADS, SIZE)
-            found = self.memory.attend(layer, query, key, value)
+            found = self.memory.attend(layer, query.unflatten(1, (KV_HEADS, -1)), key, value).flatten(1, 2)
             plain = torch.stack([row.attend(layer, query[i], key[i], value[i]) for i, row in enumerate(self.rows)])
             torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)  # softmax is in float32
         self.memory.advance()
