@@ -233,7 +233,7 @@ class RolloutConfig(Section):
     batch_size: int = Field(256, gt=0)
     """Answers written side by side by one replica. As some end, others take their places."""
     prefill_tokens: int = Field(16384, gt=0)
-    """Positions of prompts that are read in one forward pass, padding included; what it takes of memory grows with it."""
+    """Positions of prompts that are read in one forward pass, padding included; what it takes of memory grows with it. A longer prompt is read in parts."""
     cache_gib: float | None = Field(None, gt=0)
     """Memory on a rank for the keys and values of prompts and answers. Fewer answers are written side by side where more would not fit; where those that are
     begun outgrow it, the youngest are begun again later, and say the same. Unset: whatever `batch_size` answers take."""

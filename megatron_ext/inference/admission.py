@@ -25,8 +25,8 @@ class Request:
 
 
 class WaitingRoom:
-    """`places`: rows that are written side by side; more only where one request asks for more. `most_tokens`: positions of one reading, padding included; more
-    only where one prompt has more."""
+    """`places`: rows that are written side by side; more only where one request asks for more. `most_tokens`: positions of one reading, padding included; a
+    prompt that has more is read alone, in parts."""
 
     def __init__(self, requests: Iterable[Request], places: int, most_tokens: int) -> None:
         self._waiting = deque(sorted(requests, key=lambda request: -len(request.prompt.tokens_S)))

@@ -75,12 +75,12 @@ class Engine:
         once no rank of the expert group has anything left to do."""
         self._put_off(waiting, memory, answers)
         joining = waiting.next(len(answers), lambda requests: self._fits(memory, requests))
-        reads, writes = self._agree(bool(joining), bool(answers))
-        if not reads and not writes:
+        parts, writes = self._agree(_parts(joining, self.config.prefill_tokens), len(answers))
+        if not parts and not writes:
             return None
         logits = [self._write(memory, answers)] if writes else []
-        if reads:
-            logits += self._read(joining, memory, answers)
+        if parts:
+            logits += self._read(joining, memory, answers, parts)
         if not answers:
             return []
         tokens_R, logprobs_R = self._next(torch.cat(logits), answers, greedy)
@@ -118,13 +118,13 @@ class Engine:
             answer.route(experts_LK, gates_LK)
         return logits_RV
 
-    def _read(self, joining: list[Request], memory: Memory, answers: list[Answer]) -> list[torch.Tensor]:
+    def _read(self, joining: list[Request], memory: Memory, answers: list[Answer], parts: int) -> list[torch.Tensor]:
         """Seats the requests behind the rows that are there: the logits [rows, vocab / tp] of their first tokens. A rank without requests reads a dummy, and
-        forgets it."""
+        forgets it; all read as many parts."""
         prompts = [request.prompt for request in joining] or [_dummy_prompt(self.vocabulary)]
-        inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp, self.context.device)
+        inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp * parts, self.context.device)
         with self.model.router_tap.record() as routes:
-            reading = read(self.model, inputs, lengths_P)
+            reading = read(self.model, inputs, lengths_P, parts)
         length, rows = inputs.tokens_BS.shape[1], len(prompts)
         experts_PSLK, gates_PSLK = (x.reshape(length, rows, *x.shape[1:]).swapaxes(0, 1) for x in self._routes(routes, length * rows))
         for request, length, experts_SLK, gates_SLK in zip(joining, lengths_P, experts_PSLK, gates_PSLK, strict=bool(joining)):
@@ -142,13 +142,13 @@ class Engine:
         seeds_R, places_R = (np.array(values, dtype=np.int64) for values in zip(*((answer.seed, len(answer.tokens)) for answer in answers), strict=True))
         return sample(whole, uniforms(seeds_R, places_R), self.config.top_k, self.config.top_p, greedy)
 
-    def _agree(self, *wishes: bool) -> tuple[bool, ...]:
-        """What any rank of the expert group wishes; without expert parallelism its own wishes."""
+    def _agree(self, *wishes: int) -> tuple[int, ...]:
+        """The most that any rank of the expert group wishes; without expert parallelism its own wishes."""
         if self.context.layout.ep == 1:
             return wishes
         value = torch.tensor(wishes, dtype=torch.int32, device=self.context.device)
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.context.pgs.ep)
-        return tuple(value.bool().tolist())
+        return tuple(value.tolist())
 
     def _require_room(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError where a prompt and the longest answer to it have more positions than the model."""
@@ -178,6 +178,11 @@ def prompt_inputs(prompts: Sequence[Prompt], pad_id: int, multiple: int, device:
         row_tiles[row, : len(prompt.tiles)] = start + np.arange(len(prompt.tiles))
         start += len(prompt.tiles)
     return model_inputs(tokens, Tiles.join([prompt.tiles for prompt in prompts]), row_tiles, device), lengths
+
+
+def _parts(joining: Sequence[Request], most_tokens: int) -> int:
+    """In how many parts the prompts are read: one, where they are not a single one that is longer than what is read at once."""
+    return -(-len(joining) * max((len(request.prompt.tokens_S) for request in joining), default=0) // most_tokens)
 
 
 def _dummy_prompt(vocabulary: Vocabulary) -> Prompt:

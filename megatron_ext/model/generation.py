@@ -9,7 +9,7 @@ For layouts without pipeline stages and context parallelism.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,19 +44,42 @@ class Reading:
         return self.logits_PV.repeat_interleave(torch.tensor(rows_P, device=self.logits_PV.device), dim=0)
 
 
-def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray) -> Reading:
-    """Reads right-padded prompts of the given lengths."""
+def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray, parts: int = 1) -> Reading:
+    """Reads right-padded prompts of the given lengths, in so many equal parts, one after the other: what a layer needs beside the keys and values goes with the
+    length of a part. Their length divides by `parts` times the tensor-parallel size."""
     frame = model.frame(inputs)
     payload = model.embed(inputs, frame)
     vision, sight = model.look(inputs, frame, payload.features_IVH)
     keys = PromptKeys()
-    hidden, _ = model.decoder(payload.hidden_SBH, {}, Call(model.rope(frame), vision, sight, cache=keys))
-    if model.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False, group=model.tp_group)
-    rows_P, last_P = torch.arange(len(lengths_P), device=hidden.device), torch.from_numpy(lengths_P - 1).to(hidden.device)
+    rows_P, last_P = torch.arange(len(lengths_P), device=inputs.tokens_BS.device), torch.from_numpy(lengths_P - 1).to(inputs.tokens_BS.device)
+    last_PH = payload.hidden_SBH.new_empty(len(lengths_P), payload.hidden_SBH.shape[2])
+    for part, hidden_SBH, call in _parts(model, payload.hidden_SBH, Call(model.rope(frame), vision, sight, cache=keys), parts):
+        hidden_SBH = _gather(model, model.decoder(hidden_SBH, {}, call)[0])
+        ends_P = (last_P >= part.start) & (last_P < part.stop)
+        last_PH[ends_P] = hidden_SBH[last_P[ends_P] - part.start, rows_P[ends_P]]
     until_P = np.zeros_like(lengths_P) if sight is None else sight.until_BS[rows_P, last_P].cpu().numpy()
-    logits = model.logits(model.scatter(hidden[last_P, rows_P][:, None]))[: len(rows_P), 0]
+    logits = model.logits(model.scatter(last_PH[:, None]))[: len(rows_P), 0]
     return Reading(logits, lengths_P, keys, vision, until_P)
+
+
+def _parts(model: VisionLanguageModel, hidden_SBH: torch.Tensor, whole: Call, parts: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:
+    """Positions of each part, its hidden states (a slice of the part under sequence parallelism), and its call."""
+    length = whole.rope[0].shape[0]
+    if parts == 1:
+        yield slice(0, length), hidden_SBH, whole
+        return
+    hidden_SBH, cos, sin, sight = _gather(model, hidden_SBH), *whole.rope, whole.sight
+    for start in range(0, length, length // parts):
+        part = slice(start, start + length // parts)
+        seen = None if sight is None else Sight(sight.from_BS[:, part], sight.until_BS[:, part], sight.inject_BS[:, part])
+        yield part, model.scatter(hidden_SBH[part]), Call((cos[part], sin[part]), whole.memory, seen, cache=whole.cache)
+
+
+def _gather(model: VisionLanguageModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """What `model.scatter` undoes."""
+    if not model.config.sequence_parallel:
+        return hidden_SBH
+    return gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False, group=model.tp_group)
 
 
 def decode(model: VisionLanguageModel, tokens_R: torch.Tensor, memory: Memory) -> torch.Tensor:

@@ -35,9 +35,13 @@ class PromptKeys:
         self.layers: dict[int, Pair] = {}
 
     def keep(self, layer: int, key_SPND: torch.Tensor, value_SPND: torch.Tensor) -> Pair:
-        """Keys and values [P, N_kv, S, D]."""
-        self.layers[layer] = key_SPND.permute(1, 2, 0, 3), value_SPND.permute(1, 2, 0, 3)
-        return self.layers[layer]
+        """Keys and values [P, N_kv, S, D] of all positions so far."""
+        pair = key_SPND.permute(1, 2, 0, 3), value_SPND.permute(1, 2, 0, 3)
+        if layer in self.layers:
+            keys, values = (torch.cat([before, new], dim=2) for before, new in zip(self.layers[layer], pair, strict=True))
+            pair = keys, values
+        self.layers[layer] = pair
+        return pair
 
 
 @dataclass(frozen=True)

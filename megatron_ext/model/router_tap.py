@@ -73,21 +73,25 @@ class Routes:
 
     def experts(self, tokens: int) -> torch.Tensor:
         """Int64 [tokens, L, K]: the first `tokens` in (sequence, row) order of the whole tensor-parallel group. Collective when TP > 1."""
-        return self._gather([torch.cat(tap.experts) for tap in self._taps], tokens, torch.int64)
+        return self._gather([tap.experts for tap in self._taps], tokens, torch.int64)
 
     def gates(self, tokens: int) -> torch.Tensor:
         """Float32 [tokens, L, K], summing to 1 over K; aligned with `experts`."""
-        return self._gather([torch.cat(tap.gates) for tap in self._taps], tokens, torch.float32)
+        return self._gather([tap.gates for tap in self._taps], tokens, torch.float32)
 
-    def _gather(self, layers: list[torch.Tensor], tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    def _gather(self, layers: list[list[torch.Tensor]], tokens: int, dtype: torch.dtype) -> torch.Tensor:
+        """`layers`: of each layer, of each pass."""
         if not layers:
             return torch.zeros(tokens, 0, self._topk, dtype=dtype)
-        local = torch.stack(layers, dim=1).contiguous()
+        passes = [self._over_ranks(torch.stack(of_layers, dim=1)) for of_layers in zip(*layers, strict=True)]
+        return (passes[0] if len(passes) == 1 else torch.cat(passes))[:tokens]
+
+    def _over_ranks(self, local_TLK: torch.Tensor) -> torch.Tensor:
         if self._tp_group.size() == 1:
-            return local[:tokens]
-        parts = [torch.empty_like(local) for _ in range(self._tp_group.size())]
-        torch.distributed.all_gather(parts, local, group=self._tp_group)
-        return torch.cat(parts)[:tokens]
+            return local_TLK
+        parts = [torch.empty_like(local_TLK) for _ in range(self._tp_group.size())]
+        torch.distributed.all_gather(parts, local_TLK, group=self._tp_group)
+        return torch.cat(parts)
 
 
 class RouterTap:

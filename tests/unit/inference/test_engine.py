@@ -90,6 +90,17 @@ def test_fewer_places_change_no_answer(engine: Engine, context: ParallelContext,
         np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_a_prompt_read_in_parts_is_answered_as_one_read_at_once(engine: Engine, context: ParallelContext, at_once: int) -> None:
+    prompts = small_prompts(4)
+    assert max(len(prompt.tokens_S) for prompt in prompts) > 7
+    parts = Engine(engine.model, context, Words(), engine.config.model_copy(update={"prefill_tokens": at_once}))
+    for one, other in zip(generate(parts, prompts, samples=2), generate(engine, prompts, samples=2), strict=True):
+        assert one.response_T.tolist() == other.response_T.tolist()
+        assert route_digest(one.routes.experts_SLK) == route_digest(other.routes.experts_SLK)
+        np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-4)
+
+
 def test_answers_that_outgrow_their_memory_are_begun_again_and_say_the_same(context: ParallelContext) -> None:
     """Room for 32 tokens an answer at first, then for 64: of eight answers a few have to wait."""
     model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
