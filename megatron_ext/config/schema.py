@@ -17,7 +17,7 @@ Rules that relate two fields live in `config/rules.py`; reading YAML and overrid
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -230,6 +230,8 @@ class RolloutConfig(Section):
     top_k: int = Field(0, ge=0)
     """0 keeps every token."""
     max_new_tokens: int = Field(24, gt=0)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts with which an answer ends, besides its end token; it keeps them. `stop=["</answer>"]`."""
     batch_size: int = Field(256, gt=0)
     """Answers written side by side by one replica. As some end, others take their places."""
     prefill_tokens: int = Field(16384, gt=0)

@@ -20,6 +20,27 @@ class Vocabulary(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
+@dataclass(frozen=True)
+class Endings:
+    """When an answer ends: with the end token, with the token that completes one of `texts`, or with as many tokens as it may have."""
+
+    vocabulary: Vocabulary
+    limit: int
+    texts: tuple[str, ...] = ()
+
+    def of(self, tokens: list[int]) -> str | None:
+        """Why the answer ends with its latest token; None: it goes on."""
+        if tokens[-1] == self.vocabulary.eos_id or (self.texts and self._complete(tokens)):
+            return "stop"
+        return "length" if len(tokens) == self.limit else None
+
+    def _complete(self, tokens: list[int]) -> bool:
+        """A token is a byte at least, so that no more of the latest ones can be part of a text than it has bytes."""
+        longest = max(len(text.encode()) for text in self.texts)
+        latest = self.vocabulary.decode(tokens[-longest:])
+        return any(text in latest for text in self.texts)
+
+
 @dataclass(eq=False)
 class Answer:
     """A row of the engine. `experts_SLK` and `gates_SLK`: of the prompt, shared by all of its answers. `routes`: of the answer's own positions so far, [L, K]
@@ -36,14 +57,11 @@ class Answer:
     routes: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     finish: str | None = None
 
-    def take(self, token: int, logprob: float, eos_id: int, limit: int) -> None:
-        """One more token; it ends the answer, or the answer is as long as it may be."""
+    def take(self, token: int, logprob: float, endings: Endings) -> None:
+        """One more token, which may be the last."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        if token == eos_id:
-            self.finish = "stop"
-        elif len(self.tokens) == limit:
-            self.finish = "length"
+        self.finish = endings.of(self.tokens)
 
     def route(self, experts_LK: np.ndarray, gates_LK: np.ndarray) -> None:
         """Where the latest token went."""
@@ -51,7 +69,7 @@ class Answer:
 
     def rollout(self, version: int, vocabulary: Vocabulary) -> Rollout:
         assert self.finish is not None
-        text = self.tokens[:-1] if self.finish == "stop" else self.tokens
+        text = self.tokens[:-1] if self.tokens[-1] == vocabulary.eos_id else self.tokens
         experts = np.concatenate([self.experts_SLK, *(experts[None] for experts, _ in self.routes)])
         gates = np.concatenate([self.gates_SLK, *(gates[None] for _, gates in self.routes)])
         return Rollout(

@@ -21,7 +21,7 @@ from megatron_ext.batch import NO_TILES, Prompt, Rollout, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.errors import UserError
 from megatron_ext.inference.admission import Request, WaitingRoom
-from megatron_ext.inference.answers import Answer, Vocabulary
+from megatron_ext.inference.answers import Answer, Endings, Vocabulary
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.generation import decode, read
@@ -39,6 +39,7 @@ class Engine:
     def __init__(self, model: VisionLanguageModel, context: ParallelContext, vocabulary: Vocabulary, config: RolloutConfig) -> None:
         self.model, self.context, self.vocabulary, self.config = model, context, vocabulary, config
         self._banned = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, vocabulary.image_id, context.pgs.tp, context.device)
+        self._endings = Endings(vocabulary, config.max_new_tokens, config.stop)
         self._footprint = Footprint.of(model.model_config, context.layout.tp)
         self._budget = math.inf if config.cache_gib is None else config.cache_gib * 2**30
 
@@ -85,7 +86,7 @@ class Engine:
             return []
         tokens_R, logprobs_R = self._next(torch.cat(logits), answers, greedy)
         for answer, token, logprob in zip(answers, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
-            answer.take(token, logprob, self.vocabulary.eos_id, self.config.max_new_tokens)
+            answer.take(token, logprob, self._endings)
         left_R = np.array([answer.finish is not None for answer in answers])
         if not left_R.any():
             return []

@@ -90,6 +90,18 @@ def test_fewer_places_change_no_answer(engine: Engine, context: ParallelContext,
         np.testing.assert_allclose(one.logprobs_T, other.logprobs_T, atol=1e-4)
 
 
+def test_an_answer_ends_where_it_completes_a_stop_text_and_keeps_it(engine: Engine, context: ParallelContext) -> None:
+    """The two tokens in the middle of what an answer says without one."""
+    prompts = small_prompts(6)
+    free = max(generate(engine, prompts, samples=1), key=lambda rollout: len(rollout.response_T))
+    assert len(free.response_T) == 12
+    stop = " {} {} ".format(*free.response_T[5:7])[:-1]
+    bound = Engine(engine.model, context, Words(), engine.config.model_copy(update={"stop": ("never said", stop)}))
+    (ended,) = [rollout for rollout in generate(bound, prompts, samples=1) if rollout.prompt.key == free.prompt.key]
+    assert ended.finish == "stop" and ended.text.endswith(stop) and ended.text.count(stop) == 1
+    assert ended.response_T.tolist() == free.response_T[: len(ended.response_T)].tolist()
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 7])
 def test_a_prompt_read_in_parts_is_answered_as_one_read_at_once(engine: Engine, context: ParallelContext, at_once: int) -> None:
     prompts = small_prompts(4)
