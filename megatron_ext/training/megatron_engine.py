@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -141,10 +142,27 @@ def _wrap(chunks: list[VisionLanguageModel], context: ParallelContext) -> list[D
         ddp_chunk = DistributedDataParallel(settings, ddp, chunk, disable_bucketing=number > 0, pg_collection=context.pgs)
         ddp_chunk.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         ddp_chunk.vp_stage = chunk.vp_stage
+        for group in [*ddp_chunk.bucket_groups, *ddp_chunk.expert_parallel_bucket_groups]:
+            if group.intra_distributed_optimizer_instance_size == 1:
+                _keep_to_itself(group)
         wrapped.append(ddp_chunk)
     no_sync = [chunk.no_sync for chunk in wrapped]
     settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+def _keep_to_itself(group: Any) -> None:
+    """For buckets that no other rank has a part of: a collective of one rank would copy all gradients, and all weights, onto themselves in every step."""
+
+    def reduced(force_all_reduce: bool = False) -> None:
+        group.param_gather_dispatched = False
+
+    def gathered(force_sync: bool = False) -> None:
+        group.param_gather_dispatched = True
+
+    assert all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets)  # gradients are sums (`calculate_per_token_loss`)
+    group.start_grad_sync = group.finish_grad_sync = reduced
+    group.start_param_sync = gathered
 
 
 def _adam(wrapped: list[DistributedDataParallel], config: OptimizerConfig, context: ParallelContext, router_lr_scale: float) -> MegatronOptimizer:
