@@ -8,9 +8,12 @@ split, and where an expert may be full.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from torch.autograd.function import once_differentiable
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -32,14 +35,27 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden_states, self.counts_E, probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        nothing_NH = hidden_states.new_zeros(self.shape[:-1].numel(), self.shape[-1])
-        return nothing_NH.index_add(0, self.token_T, hidden_states)
+        return _SumByToken.apply(hidden_states, self.token_T, self.shape[:-1].numel())
 
     def token_combine(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
 
     def combine_postprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states.view(self.shape)
+
+
+class _SumByToken(torch.autograd.Function):
+    """Torch's own `index_add` would keep the rows for its backward pass, which needs their shape alone."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_TH: torch.Tensor, token_T: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        ctx.save_for_backward(token_T)
+        return rows_TH.new_zeros(num_tokens, rows_TH.shape[1]).index_add_(0, token_T, rows_TH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad_NH.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def dispatches_locally(config: TransformerConfig) -> bool:
