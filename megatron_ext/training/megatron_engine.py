@@ -8,7 +8,7 @@ Supervised training and the reinforcement-learning learner both start here; `tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.clvr_metrics import RefinementSize
 from megatron_ext.training.engine import Scheduled
 from megatron_ext.training.moe_metrics import ExpertLoad
+from megatron_ext.training.update import Shards, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class MegatronEngine(Scheduled):
 
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    shards: list[Shards] = field(repr=False)
     clip_grad: float
     gathers_late: bool
     """Updated weights are gathered while the next forward pass runs."""
@@ -45,20 +47,21 @@ class MegatronEngine(Scheduled):
     def begin(self) -> None:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        return gradient_norm(self.shards)
 
     @torch.no_grad()
     def update(self, norm: float) -> None:
-        if self.clip_grad > 0 and norm > self.clip_grad:
-            parameters = [parameter for part in self.optimizer.chained_optimizers for parameter in part.get_parameters()]
-            torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], self.clip_grad / (norm + 1e-6))
         self.scheduler.step(1)
-        self.optimizer.step_with_ready_grads()
+        divisor = (norm + 1e-6) / self.clip_grad if self.clip_grad > 0 and norm > self.clip_grad else 1.0
+        for shards in self.shards:
+            shards.step(divisor)
+            shards.publish()
+        if not self.gathers_late:
+            for chunk in self.wrapped:
+                chunk.start_param_sync()
 
     def settle(self) -> None:
         if self.gathers_late:
@@ -88,7 +91,15 @@ def build_engine(
     schedule = build_schedule(optimizer, config, num_steps)
     gathers_late = context.parallel.overlap_param_gather
     return MegatronEngine(
-        chunks, schedule, ExpertLoad(routers, chunks[0].model_config), RefinementSize(chunks), wrapped, optimizer, config.clip_grad, gathers_late
+        chunks,
+        schedule,
+        ExpertLoad(routers, chunks[0].model_config),
+        RefinementSize(chunks),
+        wrapped,
+        optimizer,
+        [Shards(part) for part in optimizer.chained_optimizers],
+        config.clip_grad,
+        gathers_late,
     )
 
 
