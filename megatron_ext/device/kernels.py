@@ -58,9 +58,8 @@ def report(on_gpu: bool, transformer_engine: bool, apex: bool) -> dict[str, Choi
         "packed attention": _packed_attention(on_gpu),
         "experts": _experts(on_gpu),
         "cross entropy": Choice(
-            "in chunks of positions for large vocabularies, torch's for small ones",
+            "in chunks of positions, over the logits themselves, whether tensor parallelism splits the vocabulary or not",
             "measured: docs/benchmarks/cross_entropy.md",
-            "where tensor parallelism splits the vocabulary, a float32 copy of the logits is held during the loss",
         ),
         "Adam": _adam(transformer_engine, apex),
         "norms": Choice("torch's RMSNorm", "Apex has none that Megatron takes, Transformer Engine's layers are not used in this release"),

@@ -27,6 +27,7 @@ from torch import nn
 from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig, ParallelConfig
 from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory, patch_positions
+from megatron_ext.model.dispatch import LocalDispatcher, dispatches_locally
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.norm import RMSNorm
@@ -108,6 +109,8 @@ class ClvrBlock(MegatronModule):
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if stage.last else None
         for layer in self.layers:
             layer.self_attention.recompute = parallel.recompute == "selective"
+            if dispatches_locally(config) and isinstance(layer.mlp, MoELayer):
+                layer.mlp.token_dispatcher = LocalDispatcher(config, pgs)
             if config.moe_pad_expert_input_to_capacity and isinstance(layer.mlp, MoELayer):
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 

@@ -90,46 +90,63 @@ class _SwigluExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: torch.Tensor, gates_T: torch.Tensor, counts: list[int], grouped: bool, *weights: torch.Tensor) -> torch.Tensor:
         fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
-        ctx.counts, ctx.grouped = counts, grouped
-        if grouped:
-            offsets = _offsets(counts, x_TH.device)
-            hidden_TF = F.grouped_mm(x_TH, torch.stack(fc1).transpose(1, 2), offs=offsets)
-            out_TH = F.grouped_mm(_activated(hidden_TF, gates_T), torch.stack(fc2).transpose(1, 2), offs=offsets)
-        else:
-            hidden_TF, out_TH = x_TH.new_empty(len(x_TH), len(fc1[0])), x_TH.new_empty(len(x_TH), len(fc2[0]))
-            parts = (tensor.split(counts) for tensor in (x_TH, gates_T, hidden_TF, out_TH))
-            for x, gates, hidden, out, first, second in zip(*parts, fc1, fc2, strict=True):
-                torch.mm(x, first.t(), out=hidden)
-                torch.mm(_activated(hidden, gates), second.t(), out=out)
+        multiply = _Grouped(counts, x_TH.device) if grouped else _InPlace(counts)
+        hidden_TF = multiply.forward(x_TH, fc1)
+        ctx.multiply = multiply
         ctx.save_for_backward(x_TH, gates_T, hidden_TF, *weights)
-        return out_TH
+        return multiply.forward(_activated(hidden_TF, gates_T), fc2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, gates_T, hidden_TF, *weights = ctx.saved_tensors
-        fc1, fc2 = weights[: len(ctx.counts)], weights[len(ctx.counts) :]
-        learns = any(ctx.needs_input_grad[4:])
+        fc1, fc2, multiply = weights[: len(weights) // 2], weights[len(weights) // 2 :], ctx.multiply
         grad_TH = grad_TH.contiguous()
-        if ctx.grouped:
-            offsets = _offsets(ctx.counts, x_TH.device)
-            d_active = F.grouped_mm(grad_TH, torch.stack(fc2), offs=offsets)
-            active, d_hidden, d_gates_T = _activation_backward(hidden_TF, gates_T, d_active)
-            d_x_TH = F.grouped_mm(d_hidden, torch.stack(fc1), offs=offsets)
-            pairs = ((d_hidden, x_TH), (grad_TH, active)) if learns else ()
-            d_weights = [grad for left, right in pairs for grad in F.grouped_mm(left.t(), right, offs=offsets).unbind()]
-            return (d_x_TH, d_gates_T, None, None, *(d_weights or len(weights) * (None,)))
-        d_x_TH, d_gates_T = torch.empty_like(x_TH), torch.empty_like(gates_T)
-        d_fc1, d_fc2 = [], []
-        parts = (tensor.split(ctx.counts) for tensor in (x_TH, gates_T, hidden_TF, grad_TH, d_x_TH, d_gates_T))
-        for x, gates, hidden, grad, d_x, d_gates, first, second in zip(*parts, fc1, fc2, strict=True):
-            active, d_hidden, own_gates = _activation_backward(hidden, gates, grad @ second)
-            d_gates.copy_(own_gates)
-            torch.mm(d_hidden, first, out=d_x)
-            if learns:  # an expert without tokens learns a zero: whoever waits for its gradient must get one
-                d_fc1.append(_learn(first, d_hidden, x))
-                d_fc2.append(_learn(second, grad, active))
-        return (d_x_TH, d_gates_T, None, None, *([*d_fc1, *d_fc2] or len(weights) * (None,)))
+        active_TF, d_hidden_TF, d_gates_T = _activation_backward(hidden_TF, gates_T, multiply.backward(grad_TH, fc2))
+        d_weights: Sequence[torch.Tensor | None] = len(weights) * (None,)
+        if any(ctx.needs_input_grad[4:]):
+            d_weights = [*multiply.learn(fc1, d_hidden_TF, x_TH), *multiply.learn(fc2, grad_TH, active_TF)]
+        return multiply.backward(d_hidden_TF, fc1), d_gates_T, None, None, *d_weights
+
+
+class _InPlace:
+    """A product for each expert that has tokens, written where it belongs."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = counts
+
+    def forward(self, x_TI: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[T, O]: times the weights [O, I], transposed."""
+        return self.backward(x_TI, [weight.t() for weight in weights])
+
+    def backward(self, x_TO: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[T, I]: times the weights [O, I]."""
+        out_TI = x_TO.new_empty(len(x_TO), weights[0].shape[1])
+        for x, out, weight in zip(x_TO.split(self.counts), out_TI.split(self.counts), weights, strict=True):
+            if len(x):
+                torch.mm(x, weight, out=out)
+        return out_TI
+
+    def learn(self, weights: Sequence[torch.Tensor], left_TO: torch.Tensor, right_TI: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients [O, I] of the weights. An expert without tokens learns a zero: whoever waits for its gradient must get one."""
+        parts = zip(weights, left_TO.split(self.counts), right_TI.split(self.counts), strict=True)
+        return [_learn(weight, left, right) for weight, left, right in parts]
+
+
+class _Grouped:
+    """The same by torch's one call for all experts."""
+
+    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
+        self.ends_E = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+
+    def forward(self, x_TI: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        return F.grouped_mm(x_TI, torch.stack(tuple(weights)).transpose(1, 2), offs=self.ends_E)
+
+    def backward(self, x_TO: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        return F.grouped_mm(x_TO, torch.stack(tuple(weights)), offs=self.ends_E)
+
+    def learn(self, weights: Sequence[torch.Tensor], left_TO: torch.Tensor, right_TI: torch.Tensor) -> list[torch.Tensor]:
+        return list(F.grouped_mm(left_TO.t(), right_TI, offs=self.ends_E).unbind())
 
 
 def _learn(weight: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -142,26 +159,20 @@ def _learn(weight: Any, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor
     return torch.empty_like(weight)
 
 
-def _offsets(counts: list[int], device: torch.device) -> torch.Tensor:
-    """Where each expert's tokens end."""
-    return torch.tensor(counts).cumsum(0).to(device, torch.int32)
-
-
 def _activated(hidden_TF: torch.Tensor, gates_T: torch.Tensor) -> torch.Tensor:
     u, v = hidden_TF.chunk(2, dim=-1)
-    return (F.silu(u).mul_(v) * gates_T[:, None]).to(hidden_TF.dtype)
+    return F.silu(u).mul_(v).mul_(gates_T[:, None])
 
 
 def _activation_backward(hidden_TF: torch.Tensor, gates_T: torch.Tensor, d_active: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(the activation made again, gradient of fc1's output, gradient of the gates)."""
+    """(the activation made again, gradient of fc1's output, gradient of the gates). `d_active` is overwritten."""
     u, v = hidden_TF.chunk(2, dim=-1)
     silu = F.silu(u)
-    product = silu * v
-    d_gates_T = torch.linalg.vecdot(d_active.to(gates_T.dtype), product.to(gates_T.dtype))
-    active = (product * gates_T[:, None]).to(hidden_TF.dtype)
-    d_product = (d_active * gates_T[:, None]).to(hidden_TF.dtype)
+    active = silu * v
+    d_gates_T = torch.linalg.vecdot(d_active.to(gates_T.dtype), active.to(gates_T.dtype))
+    active.mul_(gates_T[:, None])
     d_hidden = torch.empty_like(hidden_TF)
     d_u, d_v = d_hidden.chunk(2, dim=-1)
-    torch.mul(d_product, silu, out=d_v)
-    d_u.copy_(torch.ops.aten.silu_backward(d_product.mul_(v), u))
+    torch.mul(d_active.mul_(gates_T[:, None]), silu, out=d_v)
+    torch.ops.aten.silu_backward.grad_input(d_active.mul_(v), u, grad_input=d_u)
     return active, d_hidden, d_gates_T

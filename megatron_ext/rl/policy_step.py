@@ -25,8 +25,8 @@ from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.heads import banned_tokens, decided
 from megatron_ext.model.inputs import ModelInputs, model_inputs
-from megatron_ext.model.policy_head import policy_scores
 from megatron_ext.model.router_tap import Routes
+from megatron_ext.model.token_scores import policy_scores
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.rl.aggregation import Rows
 from megatron_ext.rl.batching import FILLER_KEY, Shard

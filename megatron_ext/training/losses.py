@@ -11,8 +11,9 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megatron_ext.batch.metric import Metric
-from megatron_ext.model.heads import decided, token_logprobs
+from megatron_ext.model.heads import decided
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.model.token_scores import token_logprobs
 from megatron_ext.observe.metrics_file import POSITIONS_PER_ROW, TILES_PER_ROW
 from megatron_ext.shapes import check_shape
 

@@ -8,7 +8,8 @@ Supervised training and the reinforcement-learning learner both start here; `tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -25,6 +26,7 @@ from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.training.clvr_metrics import RefinementSize
 from megatron_ext.training.engine import Scheduled
 from megatron_ext.training.moe_metrics import ExpertLoad
+from megatron_ext.training.update import Shards, gradient_norm
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class MegatronEngine(Scheduled):
 
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
+    shards: list[Shards] = field(repr=False)
     clip_grad: float
     gathers_late: bool
     """Updated weights are gathered while the next forward pass runs."""
@@ -44,20 +47,21 @@ class MegatronEngine(Scheduled):
     def begin(self) -> None:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def gradient_norm(self) -> float:
-        self.optimizer.prepare_grads()
-        return float(self.optimizer.get_grad_norm())
+        return gradient_norm(self.shards)
 
     @torch.no_grad()
     def update(self, norm: float) -> None:
-        if self.clip_grad > 0 and norm > self.clip_grad:
-            parameters = [parameter for part in self.optimizer.chained_optimizers for parameter in part.get_parameters()]
-            torch._foreach_mul_([parameter.grad for parameter in parameters if parameter.grad is not None], self.clip_grad / (norm + 1e-6))
         self.scheduler.step(1)
-        self.optimizer.step_with_ready_grads()
+        divisor = (norm + 1e-6) / self.clip_grad if self.clip_grad > 0 and norm > self.clip_grad else 1.0
+        for shards in self.shards:
+            shards.step(divisor)
+            shards.publish()
+        if not self.gathers_late:
+            for chunk in self.wrapped:
+                chunk.start_param_sync()
 
     def settle(self) -> None:
         if self.gathers_late:
@@ -87,7 +91,15 @@ def build_engine(
     schedule = build_schedule(optimizer, config, num_steps)
     gathers_late = context.parallel.overlap_param_gather
     return MegatronEngine(
-        chunks, schedule, ExpertLoad(routers, chunks[0].model_config), RefinementSize(chunks), wrapped, optimizer, config.clip_grad, gathers_late
+        chunks,
+        schedule,
+        ExpertLoad(routers, chunks[0].model_config),
+        RefinementSize(chunks),
+        wrapped,
+        optimizer,
+        [Shards(part) for part in optimizer.chained_optimizers],
+        config.clip_grad,
+        gathers_late,
     )
 
 
@@ -141,10 +153,27 @@ def _wrap(chunks: list[VisionLanguageModel], context: ParallelContext) -> list[D
         ddp_chunk = DistributedDataParallel(settings, ddp, chunk, disable_bucketing=number > 0, pg_collection=context.pgs)
         ddp_chunk.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         ddp_chunk.vp_stage = chunk.vp_stage
+        for group in [*ddp_chunk.bucket_groups, *ddp_chunk.expert_parallel_bucket_groups]:
+            if group.intra_distributed_optimizer_instance_size == 1:
+                _keep_to_itself(group)
         wrapped.append(ddp_chunk)
     no_sync = [chunk.no_sync for chunk in wrapped]
     settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
+
+
+def _keep_to_itself(group: Any) -> None:
+    """For buckets that no other rank has a part of: a collective of one rank would copy all gradients, and all weights, onto themselves in every step."""
+
+    def reduced(force_all_reduce: bool = False) -> None:
+        group.param_gather_dispatched = False
+
+    def gathered(force_sync: bool = False) -> None:
+        group.param_gather_dispatched = True
+
+    assert all(bucket.gradient_scaling_factor == 1.0 for bucket in group.buckets)  # gradients are sums (`calculate_per_token_loss`)
+    group.start_grad_sync = group.finish_grad_sync = reduced
+    group.start_param_sync = gathered
 
 
 def _adam(wrapped: list[DistributedDataParallel], config: OptimizerConfig, context: ParallelContext, router_lr_scale: float) -> MegatronOptimizer:

@@ -13,8 +13,8 @@ from megatron_ext.device import kernels
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.attention import SdpaCore, over_samples
 from megatron_ext.model.experts import swiglu_experts
-from megatron_ext.model.heads import token_logprobs
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.model.token_scores import token_logprobs
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.training.rank_work import WorkMeter, rank_metrics

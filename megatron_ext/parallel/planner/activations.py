@@ -27,9 +27,6 @@ from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.layers import KINDS, Kind
 from megatron_ext.parallel.stages import Stage
 
-CHUNKED_VOCABULARY = 4096
-"""As `model/heads.py`: from this vocabulary on, log-probs are taken in chunks where tensor parallelism does not split it."""
-
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -185,16 +182,10 @@ class Activations:
         """Input of the output layer, kept."""
         return 2 * self.stream_bytes + self._normed(self.slice * self.model.hidden_size)
 
-    def logits_bytes(self, rl: bool) -> int:
-        """While the loss is computed and its gradient begins: the logits in the model's dtype and what `model/heads.py` makes of them; for rl their gradient
-        alone, which `model/policy_head.py` makes in chunks."""
-        vocabulary, tp = self.model.vocab_size, self.layout.tp
-        split = self.positions * vocabulary // tp
-        if rl:
-            return split * 2 * self.width
-        if tp > 1:
-            return split * (self.width + 4)
-        return split * 2 * self.width if vocabulary >= CHUNKED_VOCABULARY else split * (self.width + 12)
+    @cached_property
+    def logits_bytes(self) -> int:
+        """While the loss is computed and its gradient begins: the logits in the model's dtype, which `model/token_scores.py` overwrites with their gradient."""
+        return self.positions * self.model.vocab_size // self.layout.tp * self.width
 
     @cached_property
     def workspace_bytes(self) -> Mapping[Kind, int]:

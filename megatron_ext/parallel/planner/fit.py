@@ -204,7 +204,7 @@ class Sizer:
         for count, stage, traits in zip(flying, stages, self._traits_of(layout, rank), strict=True):
             of_decoder, of_vision, of_clvr = self._keep(shapes, stage, traits, recompute)
             decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
-        logits = shapes.logits_bytes(self.work.stage == "rl") if stages[-1].last else 0
+        logits = shapes.logits_bytes if stages[-1].last else 0
         kinds = tuple(kind for kind, _ in self.layers(layout, rank))
         return decoder, vision, clvr, logits, self._workspace(shapes, kinds, recompute, any(stage.asks for stage in stages))
 

@@ -129,7 +129,7 @@ class Work:
     def head(self) -> Costs:
         model, layout, T = self.shapes.model, self.shapes.layout, self.shapes.positions
         gather = self.cluster.collective_s(T * model.hidden_size * self.shapes.width, layout.tp, 1)
-        return Costs(2 * T * model.hidden_size * model.vocab_size / layout.tp, tp_s=gather, signals_s=3 * self.cluster.signal_s(layout.tp, 1))
+        return Costs(2 * T * model.hidden_size * model.vocab_size / layout.tp, tp_s=gather, signals_s=2 * self.cluster.signal_s(layout.tp, 1))
 
 
 @dataclass(frozen=True)

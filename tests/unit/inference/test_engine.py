@@ -16,9 +16,10 @@ from megatron_ext.inference.admission import Request, WaitingRoom
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
-from megatron_ext.model.heads import policy_logits, token_logprobs
+from megatron_ext.model.heads import policy_logits
 from megatron_ext.model.inputs import model_inputs
 from megatron_ext.model.memory import Footprint
+from megatron_ext.model.token_scores import token_logprobs
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import EOS, IMAGE, Words, open_gates, small_config, small_prompts

@@ -11,9 +11,10 @@ import torch
 from megatron_ext.batch import NO_TILES
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.generation import decode, read
-from megatron_ext.model.heads import banned_tokens, policy_logits, token_logprobs
+from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.memory import Memory
+from megatron_ext.model.token_scores import token_logprobs
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, TOKENS_PER_TILE, open_gates, small_batch, small_config
 

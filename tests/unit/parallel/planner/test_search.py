@@ -78,7 +78,7 @@ REFUSED = {
         "sft.global_batch: 6 gives a rank 3 conversations, of which",
     ),
     # memory
-    "EP2": (64, [], "memory: pipeline rank 0 needs 125.2 GiB and h100-80gb has 79.1 GiB; the most goes to gradients (61.0 GiB); spread the experts (ep)"),
+    "EP2": (64, [], "memory: pipeline rank 0 needs 123.1 GiB and h100-80gb has 79.1 GiB; the most goes to gradients (61.0 GiB); spread the experts (ep)"),
     "EP8-none": (64, [], "the most goes to decoder (82.3 GiB); recompute, split the sequence (tp, cp), or shorten rows"),
     "TP4xPP2xEP2-none-mb8": (64, ["sft.train_vision=false"], "recompute, split the sequence (tp, cp), or shorten rows"),
     "CP1xEP16-full-mb4": (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_ext.config.schema import ParallelConfig
-from megatron_ext.model.policy_head import policy_scores
+from megatron_ext.model.token_scores import policy_scores, token_logprobs
 from megatron_ext.parallel.groups import open_parallel
 
 VOCABULARY, LENGTH, ROWS = 12, 5, 2
@@ -19,12 +21,20 @@ def inputs(banned: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch
     return logits_SBV, targets_BS, torch.arange(VOCABULARY) < banned, torch.randn(ROWS, LENGTH, generator=generator)
 
 
-def scores_of_a_rank(rank: int, world_size: int, init_method: str, banned: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs, entropies, and the gradient of this rank's logits."""
+def scored(logits: torch.Tensor, targets_BS: torch.Tensor, banned_V: torch.Tensor | None, group: Any) -> tuple[torch.Tensor, ...]:
+    """(log-probs, entropies) of a policy, (log-probs,) in supervised training."""
+    chunk_numel = 3 * logits.shape[-1]
+    if banned_V is not None:
+        return policy_scores(logits, targets_BS, 0.7, banned_V, group, chunk_numel)
+    return (token_logprobs(logits, targets_BS, group, chunk_numel),)
+
+
+def scores_of_a_rank(rank: int, world_size: int, init_method: str, banned: int) -> tuple[torch.Tensor, ...]:
+    """What `scored` gives, and the gradient of this rank's logits."""
     with open_parallel(ParallelConfig(num_ranks=world_size, tp=world_size), rank, world_size, init_method, seed=0) as context:
         logits_SBV, targets_BS, banned_V, weights_BS = inputs(banned)
-        logits, own_banned = logits_SBV.chunk(world_size, dim=-1)[rank].clone().requires_grad_(), banned_V.chunk(world_size)[rank]
-        logprobs, entropy = policy_scores(logits, targets_BS, 0.7, own_banned, context.pgs.tp, chunk_numel=3 * VOCABULARY // world_size)
-        logprobs.backward(weights_BS)
+        logits = logits_SBV.chunk(world_size, dim=-1)[rank].clone().requires_grad_()
+        found = scored(logits, targets_BS, banned_V.chunk(world_size)[rank] if banned else None, context.pgs.tp)
+        found[0].backward(weights_BS)
         assert logits.grad is not None
-        return logprobs.detach(), entropy, logits.grad
+        return (*(score.detach() for score in found), logits.grad)
