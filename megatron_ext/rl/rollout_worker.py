@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
-from megatron_ext.checkpoint.full_tensors import load_full_tensors
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
@@ -23,7 +20,9 @@ from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
-from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
+from megatron_ext.rl.refit import Staging, own_parts, own_tensors
+from megatron_ext.rl.refit_plan import Bucket, Part
+from megatron_ext.rl.weight_sync import Meeting, receive
 
 
 @dataclass(frozen=True)
@@ -50,23 +49,23 @@ class RolloutRank:
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
-        self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._staged: Staging | None = None
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
 
-    def receive_weights(self, meeting: Meeting, place: int, version: int) -> None:
+    def weight_parts(self) -> tuple[Part, ...]:
+        """What this rank wants of the learner's weights."""
+        return own_parts(self._model, self._context)
+
+    def receive_weights(self, meeting: Meeting, place: int, version: int, buckets: Sequence[Bucket]) -> None:
         """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
         self._staged = None
-        try:
-            parcel = receive(join_meeting(meeting, place))
-        except RuntimeError as error:
-            raise WeightSyncError(f"the broadcast of generation {meeting.generation} failed: {error}") from None
-        self._staged = version, unpack(parcel, version)
+        self._staged = receive(meeting, place, buckets, own_tensors(self._model, self._context), version)
 
     def load_weights(self, version: int) -> None:
         """Loads what was staged; from now on rollouts carry this version."""
-        if self._staged is None or self._staged[0] != version:
+        if self._staged is None or self._staged.version != version:
             raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
-        load_full_tensors(self._model, self._staged[1], self._context)
+        self._staged.load()
         self._version, self._staged = version, None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
