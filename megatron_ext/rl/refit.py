@@ -83,13 +83,17 @@ def pack(bucket: Bucket, tensors: Tensors, version: int, message: torch.Tensor, 
 
 
 class Staging:
-    """A rank's own part of the version that is arriving, beside its live weights."""
+    """Room in host memory for a rank's own part of a version that arrives, kept from one to the next: memory that is touched for the first time costs more than
+    all else here. `like` says what the rank's tensors are.
+    """
 
-    def __init__(self, live: Tensors, version: int) -> None:
-        self.version = version
-        self._live = live
-        self._staged = {name: torch.empty_like(tensor) for name, tensor in live.items()}
-        self._problems: list[str] = []
+    def __init__(self, like: Tensors) -> None:
+        self._staged = {name: torch.empty_like(tensor, device="cpu") for name, tensor in like.items()}
+        self.begin(-1)
+
+    def begin(self, version: int) -> None:
+        """Forgets what was there: `version` is expected now."""
+        self.version, self._problems = version, list[str]()
 
     def stage(self, bucket: Bucket, message: torch.Tensor, workers: Workers) -> None:
         """Checks every piece and copies it to its place. What is wrong is kept for `check`: the senders need someone to send to."""
@@ -113,10 +117,10 @@ class Staging:
             raise WeightSyncError(self._problems[0])
 
     @torch.no_grad()
-    def load(self) -> None:
-        """Copies what was staged over the live weights, in place."""
+    def load(self, live: Tensors) -> None:
+        """Copies what was staged over the live weights, in place. Raises as `check`, with nothing changed."""
         self.check()
-        torch._foreach_copy_(list(self._live.values()), [self._staged[name] for name in self._live])
+        torch._foreach_copy_(list(live.values()), [self._staged[name] for name in live])
 
 
 def _room(bucket: Bucket, number: int, message: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from math import prod
 
 from megatron_ext.errors import WeightSyncError
 
-BUCKET_BYTES = 32 << 20
-PIECE_BYTES = 4 << 20
+BUCKET_BYTES = 8 << 20
+PIECE_BYTES = 2 << 20
 """Longer slices are cut, so that several threads share the work on a bucket, and each piece is still in a core's cache when its digest is taken."""
 ALIGNMENT = 64
 DIGEST_BYTES = 32

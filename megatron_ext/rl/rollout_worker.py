@@ -49,7 +49,8 @@ class RolloutRank:
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
-        self._staged: Staging | None = None
+        self._staging: Staging | None = None
+        self._received = -1
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
 
     def weight_parts(self) -> tuple[Part, ...]:
@@ -58,15 +59,18 @@ class RolloutRank:
 
     def receive_weights(self, meeting: Meeting, place: int, version: int, buckets: Sequence[Bucket]) -> None:
         """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
-        self._staged = None
-        self._staged = receive(meeting, place, buckets, own_tensors(self._model, self._context), version)
+        self._received = -1
+        if self._staging is None:
+            self._staging = Staging(own_tensors(self._model, self._context))
+        receive(meeting, place, buckets, self._staging, version)
+        self._received = version
 
     def load_weights(self, version: int) -> None:
         """Loads what was staged; from now on rollouts carry this version."""
-        if self._staged is None or self._staged.version != version:
+        if self._staging is None or self._received != version:
             raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
-        self._staged.load()
-        self._version, self._staged = version, None
+        self._staging.load(own_tensors(self._model, self._context))
+        self._version, self._received = version, -1
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
         """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""

@@ -9,7 +9,7 @@ The learner and every rollout replica have process groups of their own, so that 
 TCPStore of learner rank 0. Sending can succeed at some receivers and fail at others: receivers therefore stage what they got and load it only when the driver
 has heard from all of them, and what failed is repeated in a new group, under the next generation.
 
-A sender holds `IN_FLIGHT` buckets beside its weights; a receiver as many, and its own part of the new version.
+A sender holds `IN_FLIGHT` buckets beside its weights; a receiver as many, and its own part of the new version, all in host memory.
 """
 
 from __future__ import annotations
@@ -51,21 +51,24 @@ def send(meeting: Meeting, rank: int, buckets: Sequence[Bucket], tensors: Tensor
     return _meet(meeting, rank, store, lambda group: send_over(group, buckets, tensors, version))
 
 
-def receive(meeting: Meeting, rank: int, buckets: Sequence[Bucket], live: Tensors, version: int) -> Staging:
+def receive(meeting: Meeting, rank: int, buckets: Sequence[Bucket], staging: Staging, version: int) -> None:
     """Stages this rank's buckets; live weights stay as they are.
 
     Raises WeightSyncError when a peer is lost or late, and, after all has arrived, unless the version and every digest agree.
     """
-    return _meet(meeting, rank, None, lambda group: receive_over(group, buckets, live, version))
+    _meet(meeting, rank, None, lambda group: receive_over(group, buckets, staging, version))
 
 
 def _meet(meeting: Meeting, rank: int, store: TCPStore | None, act: Callable[[ProcessGroupGloo], T]) -> T:
     try:
         store = store or join_store(meeting.host, meeting.port, meeting.timeout_s)
-        return act(ProcessGroupGloo(PrefixStore(f"sync/{meeting.generation}", store), rank, meeting.num_ranks, timedelta(seconds=meeting.timeout_s)))
+        group: Any = ProcessGroupGloo(PrefixStore(f"sync/{meeting.generation}", store), rank, meeting.num_ranks, timedelta(seconds=meeting.timeout_s))
+        group.barrier().wait()  # who is done early hangs up, and must not on one that is still connecting
+        return act(group)
     except WeightSyncError:
         raise
     except RuntimeError as error:
+        group = None
         clear_frames(error.__traceback__)  # the group lives as long as they do, and peers that wait for this rank as long as the group
         raise WeightSyncError(f"the publication of generation {meeting.generation} failed: {error}") from None
 
@@ -86,7 +89,7 @@ def send_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], tensors: Tenso
     return sum(piece.num_bytes * len(bucket.receivers) for bucket in buckets for piece in bucket.pieces)
 
 
-def receive_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], live: Tensors, version: int) -> Staging:
+def receive_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], staging: Staging, version: int) -> None:
     """See `receive`. Raises RuntimeError when a sender is lost or late."""
     messages = _messages(buckets)
 
@@ -94,7 +97,7 @@ def receive_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], live: Tenso
         return _receive(group, messages[turn % IN_FLIGHT][: buckets[turn].num_bytes], buckets[turn].sender, buckets[turn].number)
 
     works = [await_(turn) for turn in range(min(IN_FLIGHT, len(buckets)))]
-    staging = Staging(live, version)
+    staging.begin(version)
     with Workers() as workers:
         for turn, bucket in enumerate(buckets):
             _wait([works[turn]])
@@ -102,7 +105,6 @@ def receive_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], live: Tenso
             if turn + IN_FLIGHT < len(buckets):
                 works.append(await_(turn + IN_FLIGHT))
     staging.check()
-    return staging
 
 
 def _messages(buckets: Sequence[Bucket]) -> list[torch.Tensor]:

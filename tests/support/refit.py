@@ -51,7 +51,9 @@ def plan(learners: list[Slices], rollouts: list[Slices], bucket_bytes: int) -> l
 
 def deliver(buckets: list[Bucket], learners: list[Slices], rollouts: list[Slices], version: int = 0) -> list[Staging]:
     """What a publication does, without a network."""
-    staged = [Staging(rank.tensors, version) for rank in rollouts]
+    staged = [Staging(rank.tensors) for rank in rollouts]
+    for staging in staged:
+        staging.begin(version)
     with Workers() as workers:
         for bucket in buckets:
             message = torch.empty(bucket.num_bytes, dtype=torch.uint8)
@@ -67,7 +69,9 @@ def publish(rank: int, num_ranks: int, store: Path, buckets: list[Bucket], own: 
     if rank < num_learners:
         send_over(group, of_rank(buckets, rank), own.tensors, 0)
     else:
-        receive_over(group, of_rank(buckets, rank), own.tensors, 0).load()
+        staging = Staging(own.tensors)
+        receive_over(group, of_rank(buckets, rank), staging, 0)
+        staging.load(own.tensors)
 
 
 def extra_memory(rank: int, world_size: int, init_method: str, store: Path, rows: int, bucket_bytes: int) -> tuple[int, bool]:

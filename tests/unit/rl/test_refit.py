@@ -47,8 +47,8 @@ def test_every_rank_of_every_layout_gets_its_own_part_and_nothing_else(kinds, tp
     learners, expected = slices(full, splits, tp) * dp, slices(full, splits, rollout_tp) * replicas
     buckets = plan(learners, expected, bucket_bytes)
     rollouts = emptied(expected)
-    for staging in deliver(buckets, learners, rollouts):
-        staging.load()
+    for staging, rank in zip(deliver(buckets, learners, rollouts), rollouts, strict=True):
+        staging.load(rank.tensors)
     assert all(same(got, wanted) for got, wanted in zip(rollouts, expected, strict=True))
     for number, rank in enumerate(expected, start=len(learners)):
         arrived = sum(piece.num_bytes for bucket in of_rank(buckets, number) for piece in bucket.pieces)
@@ -103,14 +103,20 @@ def three_tensors() -> tuple[Slices, Slices, list]:
     return learner, rollout, plan([learner], [rollout], 10_000)
 
 
+def awaiting(rank: Slices, version: int) -> Staging:
+    staging = Staging(rank.tensors)
+    staging.begin(version)
+    return staging
+
+
 def test_the_tensor_that_was_damaged_is_named_and_nothing_can_be_loaded():
     learner, rollout, (bucket,) = three_tensors()
-    message, staging = torch.empty(bucket.num_bytes, dtype=torch.uint8), Staging(rollout.tensors, 1)
+    message, staging = torch.empty(bucket.num_bytes, dtype=torch.uint8), awaiting(rollout, 1)
     with Workers() as workers:
         pack(bucket, learner.tensors, 1, message, workers)
         flip_one_byte(bucket, message)
         staging.stage(bucket, message, workers)
-    for attempt in (staging.check, staging.load):
+    for attempt in (staging.check, lambda: staging.load(rollout.tensors)):
         with pytest.raises(WeightSyncError, match="tensor second of version 1 arrived damaged"):
             attempt()
     assert not rollout.tensors["second"].any()
@@ -123,7 +129,7 @@ def test_every_single_byte_of_a_message_that_says_something_is_guarded():
         pack(bucket, learner.tensors, 1, message, workers)
         says = [*range(8 + 32 * 3), *(at for start, piece in zip(bucket.offsets, bucket.pieces, strict=False) for at in range(start, start + piece.num_bytes))]
         for at in says:
-            damaged, staging = message.clone(), Staging(rollout.tensors, 1)
+            damaged, staging = message.clone(), awaiting(rollout, 1)
             damaged[at] ^= 1
             staging.stage(bucket, damaged, workers)
             with pytest.raises(WeightSyncError):
@@ -132,7 +138,7 @@ def test_every_single_byte_of_a_message_that_says_something_is_guarded():
 
 def test_weights_of_another_version_are_refused():
     learner, rollout, (bucket,) = three_tensors()
-    staging = Staging(rollout.tensors, 2)
+    staging = awaiting(rollout, 2)
     message = torch.empty(bucket.num_bytes, dtype=torch.uint8)
     with Workers() as workers:
         pack(bucket, learner.tensors, 1, message, workers)
@@ -181,7 +187,8 @@ def test_a_rollout_generates_on_undisturbed_while_new_weights_are_staged_and_the
     before, after = answers(rollout), answers(learner)
     parts, tensors = own_parts(learner, context), own_tensors(learner, context)
     buckets = plan_refit([parts], [own_parts(rollout, context)], 4096)
-    staging = Staging(own_tensors(rollout, context), 1)
+    staging = Staging(own_tensors(rollout, context))
+    staging.begin(1)
     staged, done = 0, threading.Event()
 
     def stage() -> None:
@@ -199,6 +206,6 @@ def test_a_rollout_generates_on_undisturbed_while_new_weights_are_staged_and_the
     meanwhile = answers(rollout)
     done.set()
     thread.join()
-    staging.load()
+    staging.load(own_tensors(rollout, context))
     assert staged >= 1 and meanwhile == before != after
     assert answers(rollout) == after
