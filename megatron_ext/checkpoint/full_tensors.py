@@ -1,4 +1,4 @@
-"""A model's weights as layout-independent full tensors, there and back: what is published to rollouts, compared between layouts, exported.
+"""A model's weights as layout-independent full tensors, there and back: what is compared between layouts, and exported.
 
     every rank's parts --gather over tensor-parallel, then expert-parallel ranks, then from stage to stage--> name, full tensor   (`full_tensors`)
     full tensors --every rank takes its part--> parameters, buffers                                                               (`load_full_tensors`)
@@ -75,6 +75,16 @@ def as_chunks(model: Model) -> list[torch.nn.Module]:
     1
     """
     return [model] if isinstance(model, torch.nn.Module) else list(model)
+
+
+def own_weights(model: Model, context: ParallelContext) -> Iterator[tuple[str, torch.Tensor, Shard]]:
+    """This rank's parameters and persistent buffers by their own names, and where each stands in the whole model. Not collective.
+
+    Raises RuntimeError for a parameter that is split but not marked.
+    """
+    chunks = as_chunks(model)
+    _require_marks(chunks)
+    yield from _weights(chunks, context)
 
 
 def _weights(chunks: list[torch.nn.Module], context: ParallelContext) -> Iterator[tuple[str, torch.Tensor, Shard]]:

@@ -42,6 +42,15 @@ class Shard:
             return full
         return torch.cat([half.chunk(self.ranks, self.dim)[self.rank] for half in full.chunk(self.halves, self.dim)], self.dim)
 
+    def intervals(self, full_size: int) -> tuple[tuple[int, int], ...]:
+        """[start, end) along `dim` of the full tensor, `full_size` long there: one for each half, in the order in which this rank's part holds them.
+
+        >>> Shard("linear_fc1.weight", 0, 1, 2, 2, False).intervals(8)
+        ((2, 4), (6, 8))
+        """
+        half, part = full_size // self.halves, full_size // self.halves // self.ranks
+        return tuple((number * half + self.rank * part, number * half + (self.rank + 1) * part) for number in range(self.halves))
+
     def join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The full tensor from the parts of all ranks, in rank order: the inverse of `take`."""
         if self.dim is None:

@@ -2,7 +2,7 @@
 
     MegatronFleet    replicas of rollout ranks      generate: prompts to lanes by cost, answers back in the order of the prompts
     MegatronLearner  ranks of one grid              update: a shard to each data-parallel rank
-    publish          learner -> every rollout rank  all stage and verify, then all load; repeated in a new group when the broadcast fails
+    publish          learner's -> rollouts' ranks   all stage and verify, then all load; repeated in a new group when one of them fails
 
 The driver moves prompts, rollouts and verdicts; weights go from rank to rank. A rank that dies ends the run with an error that names it; the latest
 checkpoint is where to resume. Where ranks are and meet, on one machine or on several, is for their host to say.
@@ -28,6 +28,7 @@ from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.refit_plan import Bucket, of_rank, plan_refit
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 from megatron_ext.rl.weight_sync import Meeting
@@ -158,6 +159,7 @@ class MegatronFleet:
     def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
         self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes
         self._generation = 0
+        self._buckets: list[Bucket] | None = None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Rollout | FailedRollout]:
         dp_size = self._lanes[0].dp_size
@@ -173,11 +175,17 @@ class MegatronFleet:
 
     def publish(self, weights: Weights) -> Metrics:
         """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them."""
+        if self._buckets is None:
+            self._buckets = self._plan(weights)
+        num_senders = len(weights.senders)
         for attempt in range(1, SYNC_ATTEMPTS + 1):
             self._generation += 1
-            meeting = Meeting(weights.host, weights.port, self._generation, 1 + len(self._ranks), self._deadlines.sync_s)
-            sends = [Call(rank, "send_weights", (meeting,)) for rank in weights.senders]
-            receives = [Call(rank, "receive_weights", (meeting, place, weights.version)) for place, rank in enumerate(self._ranks, start=1)]
+            meeting = Meeting(weights.host, weights.port, self._generation, num_senders + len(self._ranks), self._deadlines.sync_s)
+            sends = [Call(rank, "send_weights", (meeting, of_rank(self._buckets, place))) for place, rank in enumerate(weights.senders)]
+            receives = [
+                Call(rank, "receive_weights", (meeting, place, weights.version, of_rank(self._buckets, place)))
+                for place, rank in enumerate(self._ranks, start=num_senders)
+            ]
             answers = self._board.ask([*sends, *receives], 2 * self._deadlines.sync_s, settle=(WeightSyncError,))
             errors = [answer for answer in answers if isinstance(answer, WeightSyncError)]
             if not errors:
@@ -185,4 +193,10 @@ class MegatronFleet:
             if attempt == SYNC_ATTEMPTS:
                 raise errors[0]
         self._board.ask([Call(rank, "load_weights", (weights.version,)) for rank in self._ranks], self._deadlines.sync_s)
-        return {"sync/bytes": float(answers[0]), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
+        return {"sync/bytes": float(sum(answers[:num_senders])), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
+
+    def _plan(self, weights: Weights) -> list[Bucket]:
+        """Layouts do not change during a run: worked out at the first publication."""
+        ranks = [*weights.senders, *self._ranks]
+        parts = self._board.ask([Call(rank, "weight_parts") for rank in ranks], self._deadlines.sync_s)
+        return plan_refit(parts[: len(weights.senders)], parts[len(weights.senders) :])

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
-from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
@@ -31,7 +30,9 @@ from megatron_ext.parallel.store import open_store
 from megatron_ext.rl.batching import Shard, microbatches
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
-from megatron_ext.rl.weight_sync import Meeting, join_meeting, pack, send
+from megatron_ext.rl.refit import own_parts, own_tensors
+from megatron_ext.rl.refit_plan import Bucket, Part
+from megatron_ext.rl.weight_sync import Meeting, send
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.rank_work import RankWork, WorkMeter
@@ -106,20 +107,16 @@ class LearnerRank:
         self._store = open_store(host, STORE_TIMEOUT_S)
         return int(self._store.port)
 
-    def send_weights(self, meeting: Meeting) -> int:
-        """Publishes the full weights to the meeting; all ranks gather, rank 0 sends. Returns the bytes sent."""
+    def weight_parts(self) -> tuple[Part, ...]:
+        """What this rank holds of the weights."""
         self._engine.settle()
-        tensors = full_tensors(self._engine.chunks, self._context)
-        if self._context.rank != 0:
-            for _ in tensors:
-                pass
-            return 0
-        parcel = pack(tensors, self._finished)
-        try:
-            send(join_meeting(meeting, 0, self._store), parcel)
-        except RuntimeError as error:
-            raise WeightSyncError(f"the broadcast of generation {meeting.generation} failed: {error}") from None
-        return parcel.manifest.num_bytes
+        return own_parts(self._engine.chunks, self._context)
+
+    def send_weights(self, meeting: Meeting, buckets: Sequence[Bucket]) -> int:
+        """Sends this rank's share of the weights to the meeting. Returns the bytes sent."""
+        self._engine.settle()
+        store = self._store if self._context.rank == 0 else None
+        return send(meeting, self._context.rank, buckets, own_tensors(self._engine.chunks, self._context), self._finished, store)
 
     def save(self, step: int) -> None:
         """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""

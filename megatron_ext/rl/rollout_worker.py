@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-import torch
-
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
-from megatron_ext.checkpoint.full_tensors import load_full_tensors
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
@@ -24,7 +21,9 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
-from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
+from megatron_ext.rl.refit import Staging, own_parts, own_tensors
+from megatron_ext.rl.refit_plan import Bucket, Part
+from megatron_ext.rl.weight_sync import Meeting, receive
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,28 @@ class RolloutRank:
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         store_for_generation(self._model)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
-        self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._staging: Staging | None = None
+        self._received = -1
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
 
-    def receive_weights(self, meeting: Meeting, place: int, version: int) -> None:
+    def weight_parts(self) -> tuple[Part, ...]:
+        """What this rank wants of the learner's weights."""
+        return own_parts(self._model, self._context)
+
+    def receive_weights(self, meeting: Meeting, place: int, version: int, buckets: Sequence[Bucket]) -> None:
         """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
-        self._staged = None
-        try:
-            parcel = receive(join_meeting(meeting, place))
-        except RuntimeError as error:
-            raise WeightSyncError(f"the broadcast of generation {meeting.generation} failed: {error}") from None
-        self._staged = version, unpack(parcel, version)
+        self._received = -1
+        if self._staging is None:
+            self._staging = Staging(own_tensors(self._model, self._context))
+        receive(meeting, place, buckets, self._staging, version)
+        self._received = version
 
     def load_weights(self, version: int) -> None:
         """Loads what was staged; from now on rollouts carry this version."""
-        if self._staged is None or self._staged[0] != version:
+        if self._staging is None or self._received != version:
             raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
-        load_full_tensors(self._model, self._staged[1], self._context)
-        self._version, self._staged = version, None
+        self._staging.load(own_tensors(self._model, self._context))
+        self._version, self._received = version, -1
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
         """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""

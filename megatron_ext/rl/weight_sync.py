@@ -1,35 +1,40 @@
-"""From the learner's weights to the rollout workers', whatever the two layouts are: full tensors, checked to the last byte before any is loaded.
+"""From the learner's ranks to the rollouts', whatever the two layouts are: slices straight from who holds them to who wants them, checked to the last byte
+before any is loaded.
 
-    learner ranks: full_tensors -> rank 0: pack (manifest, flat buckets) -> send
-                                                                             |  broadcast
-    rollout ranks:                          load <- [when all have it] <- unpack (version, every digest) <- receive
+    learner ranks: send (pack a bucket while the one before is on the wire) --+
+                                                                              |  gloo, point to point
+    rollout ranks: load <- [when all have it] <- staged, checked  <- receive <+
 
-The learner and every rollout replica have process groups of their own, so that a lost rollout never breaks the learner. They meet for one broadcast in a bare
-gloo group over a TCPStore of rank 0. A broadcast can succeed at some receivers and fail at others: receivers therefore stage what they got and load it only
-when the driver has heard from all of them, and a failed broadcast is repeated in a new group, under the next generation.
+The learner and every rollout replica have process groups of their own, so that a lost rollout never breaks the learner. They meet in a bare gloo group over a
+TCPStore of learner rank 0. Sending can succeed at some receivers and fail at others: receivers therefore stage what they got and load it only when the driver
+has heard from all of them, and what failed is repeated in a new group, under the next generation.
+
+A sender holds `IN_FLIGHT` buckets beside its weights; a receiver as many, and its own part of the new version, all in host memory.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from traceback import clear_frames
+from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
-from megatron_ext.checkpoint.full_tensors import digest
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.store import join_store
+from megatron_ext.rl.refit import Staging, Tensors, Workers, pack
+from megatron_ext.rl.refit_plan import Bucket
 
-BUCKET_BYTES = 32 << 20
-SENDER = 0
+IN_FLIGHT = 2
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where and under which number the ranks of one broadcast meet. Rank 0 is the sender."""
+    """Where and under which number the ranks of one publication meet: first the learner's, then the rollouts'."""
 
     host: str
     port: int
@@ -38,94 +43,83 @@ class Meeting:
     timeout_s: float
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a parcel."""
+def send(meeting: Meeting, rank: int, buckets: Sequence[Bucket], tensors: Tensors, version: int, store: TCPStore | None = None) -> int:
+    """Sends this rank's buckets, in order. Returns how many bytes of weights went out. Learner rank 0 brings the store that it opened.
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    num_bytes: int
-    sha256: str
+    Raises WeightSyncError when a peer is lost or late.
+    """
+    return _meet(meeting, rank, store, lambda group: send_over(group, buckets, tensors, version))
 
 
-@dataclass(frozen=True)
-class Manifest:
-    version: int
-    entries: tuple[Entry, ...]
+def receive(meeting: Meeting, rank: int, buckets: Sequence[Bucket], staging: Staging, version: int) -> None:
+    """Stages this rank's buckets; live weights stay as they are.
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self.entries)
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Manifest:
-        fields = json.loads(text)
-        return cls(fields["version"], tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in fields["entries"]))
+    Raises WeightSyncError when a peer is lost or late, and, after all has arrived, unless the version and every digest agree.
+    """
+    _meet(meeting, rank, None, lambda group: receive_over(group, buckets, staging, version))
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """A manifest and the bytes it describes, one tensor after the other, in flat uint8 buckets of `BUCKET_BYTES`."""
-
-    manifest: Manifest
-    buckets: tuple[torch.Tensor, ...]
-
-
-def pack(tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> Parcel:
-    """Copies the tensors to host memory and takes their digests."""
-    staged = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
-    digests = digest(staged)
-    raws = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in staged.items()}
-    entries = (Entry(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), raws[name].numel(), digests[name]) for name, tensor in staged.items())
-    return Parcel(Manifest(version, tuple(entries)), torch.cat(list(raws.values())).split(BUCKET_BYTES))
+def _meet(meeting: Meeting, rank: int, store: TCPStore | None, act: Callable[[ProcessGroupGloo], T]) -> T:
+    try:
+        store = store or join_store(meeting.host, meeting.port, meeting.timeout_s)
+        group: Any = ProcessGroupGloo(PrefixStore(f"sync/{meeting.generation}", store), rank, meeting.num_ranks, timedelta(seconds=meeting.timeout_s))
+        group.barrier().wait()  # who is done early hangs up, and must not on one that is still connecting
+        return act(group)
+    except WeightSyncError:
+        raise
+    except RuntimeError as error:
+        group = None
+        clear_frames(error.__traceback__)  # the group lives as long as they do, and peers that wait for this rank as long as the group
+        raise WeightSyncError(f"the publication of generation {meeting.generation} failed: {error}") from None
 
 
-def unpack(parcel: Parcel, version: int) -> dict[str, torch.Tensor]:
-    """The tensors by name. Raises WeightSyncError, naming what is wrong, unless the version and every digest agree."""
-    manifest = parcel.manifest
-    if manifest.version != version:
-        raise WeightSyncError(f"weights of version {manifest.version} arrived where version {version} was announced")
-    raws = torch.cat(list(parcel.buckets)).split([entry.num_bytes for entry in manifest.entries])
-    tensors = {
-        entry.name: raw.clone().view(getattr(torch, entry.dtype)).view(entry.shape) for entry, raw in zip(manifest.entries, raws, strict=True)
-    }  # cloned, because a tensor's bytes must be aligned to its type
-    arrived = digest(tensors)
-    for entry in manifest.entries:
-        if arrived[entry.name] != entry.sha256:
-            raise WeightSyncError(f"tensor {entry.name} of version {version} arrived damaged: its sha256 differs from the learner's")
-    return tensors
+def send_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], tensors: Tensors, version: int) -> int:
+    """See `send`. Raises RuntimeError when a receiver is lost or late."""
+    messages = _messages(buckets)
+    works: list[list[Any]] = [[] for _ in messages]
+    with Workers() as workers:
+        for turn, bucket in enumerate(buckets):
+            lane = turn % IN_FLIGHT
+            _wait(works[lane])
+            message = messages[lane][: bucket.num_bytes]
+            pack(bucket, tensors, version, message, workers)
+            works[lane] = [_send(group, message, receiver, bucket.number) for receiver in bucket.receivers]
+        for lane_works in works:
+            _wait(lane_works)
+    return sum(piece.num_bytes * len(bucket.receivers) for bucket in buckets for piece in bucket.pieces)
 
 
-def join_meeting(meeting: Meeting, rank: int, store: TCPStore | None = None) -> ProcessGroupGloo:
-    """This rank's side of the broadcast group. The sender brings the store that it opened; receivers connect to it."""
-    timeout = timedelta(seconds=meeting.timeout_s)
-    store = store or join_store(meeting.host, meeting.port, meeting.timeout_s)
-    return ProcessGroupGloo(PrefixStore(f"sync/{meeting.generation}", store), rank, meeting.num_ranks, timeout)
+def receive_over(group: ProcessGroupGloo, buckets: Sequence[Bucket], staging: Staging, version: int) -> None:
+    """See `receive`. Raises RuntimeError when a sender is lost or late."""
+    messages = _messages(buckets)
+
+    def await_(turn: int) -> Any:
+        return _receive(group, messages[turn % IN_FLIGHT][: buckets[turn].num_bytes], buckets[turn].sender, buckets[turn].number)
+
+    works = [await_(turn) for turn in range(min(IN_FLIGHT, len(buckets)))]
+    staging.begin(version)
+    with Workers() as workers:
+        for turn, bucket in enumerate(buckets):
+            _wait([works[turn]])
+            staging.stage(bucket, messages[turn % IN_FLIGHT][: bucket.num_bytes], workers)
+            if turn + IN_FLIGHT < len(buckets):
+                works.append(await_(turn + IN_FLIGHT))
+    staging.check()
 
 
-def send(group: ProcessGroupGloo, parcel: Parcel) -> None:
-    header = torch.frombuffer(bytearray(parcel.manifest.to_json()), dtype=torch.uint8)
-    _broadcast(group, torch.tensor([header.numel()]))
-    for part in (header, *parcel.buckets):
-        _broadcast(group, part)
+def _messages(buckets: Sequence[Bucket]) -> list[torch.Tensor]:
+    size = max((bucket.num_bytes for bucket in buckets), default=0)
+    return [torch.empty(size, dtype=torch.uint8) for _ in range(IN_FLIGHT)]
 
 
-def receive(group: ProcessGroupGloo) -> Parcel:
-    length = torch.zeros(1, dtype=torch.int64)
-    _broadcast(group, length)
-    header = torch.empty(int(length), dtype=torch.uint8)
-    _broadcast(group, header)
-    manifest = Manifest.from_json(header.numpy().tobytes())
-    sizes = [min(BUCKET_BYTES, manifest.num_bytes - start) for start in range(0, manifest.num_bytes, BUCKET_BYTES)]
-    buckets = tuple(torch.empty(size, dtype=torch.uint8) for size in sizes)
-    for bucket in buckets:
-        _broadcast(group, bucket)
-    return Parcel(manifest, buckets)
+def _send(group: Any, message: torch.Tensor, receiver: int, tag: int) -> Any:
+    return group.send([message], receiver, tag)
 
 
-def _broadcast(group: ProcessGroupGloo, tensor: torch.Tensor) -> None:
-    group.broadcast(tensor, SENDER).wait()  # type: ignore[attr-defined]
+def _receive(group: Any, message: torch.Tensor, sender: int, tag: int) -> Any:
+    return group.recv([message], sender, tag)
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
+        work.wait()

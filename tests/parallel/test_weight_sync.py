@@ -1,32 +1,30 @@
-"""Weights from a tensor-parallel learner to rollout replicas of other layouts: exact, checked, all or nothing."""
+"""Weights from a learner of one layout to rollout replicas of another: exact, checked, all or nothing."""
 
 from __future__ import annotations
 
 import os
 import signal
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.errors import RankFailed, WeightSyncError
-from megatron_ext.rl import weight_sync
+from megatron_ext.rl import fleet
 from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
 from megatron_ext.rl.local_fleet import local_host
 from megatron_ext.rl.ranks import LOOPBACK, Call, Place, Rank, Switchboard
-from megatron_ext.rl.weight_sync import Manifest, Parcel, pack, unpack
+from megatron_ext.rl.refit_plan import plan_refit
 from tests.support.rl_run import prepare, rl_config
-from tests.support.roles import OpenLearner, OpenRollout, flip_one_byte
+from tests.support.roles import OpenLearner, OpenRollout
 
 DEADLINES = Deadlines(open_s=120, sync_s=10)
 
 
 @dataclass
 class Party:
-    """A learner of two tensor-parallel ranks and two replicas of one rank, with the fleet that publishes."""
+    """A learner's and the rollouts' ranks, with the fleet that publishes."""
 
     board: Switchboard
     learners: list[Rank]
@@ -47,16 +45,17 @@ class Party:
         self.board.ask([Call(rank, "damage", generations) for rank in self.learners], 60)
 
 
-def start(host: object, config: RunConfig, checkpoint: object, learner: ParallelConfig, replicas: int) -> Party:
+def start(host: object, config: RunConfig, checkpoint: object) -> Party:
     board = Switchboard(host)
-    learners = host.start(OpenLearner, [f"learner rank {rank}" for rank in range(learner.num_ranks)])
-    rollouts = host.start(OpenRollout, [f"rollout replica {replica} rank 0" for replica in range(replicas)])
+    replicas, size = config.rollout.replicas, config.rollout.parallel.num_ranks
+    learners = host.start(OpenLearner, [f"learner rank {rank}" for rank in range(config.parallel.num_ranks)])
+    rollouts = host.start(OpenRollout, [f"rollout replica {replica} rank {rank}" for replica in range(replicas) for rank in range(size)])
 
     def place(world: str, rank: int, size: int) -> Place:
         return Place(rank, size, f"file://{host.folder}/{world}", LOOPBACK)
 
     calls = [Call(rank, "open", (config, config.run_dir / "rl", checkpoint, place("learner", n, len(learners)))) for n, rank in enumerate(learners)]
-    calls += [Call(rank, "open", (config, place(f"replica-{n}", 0, 1))) for n, rank in enumerate(rollouts)]
+    calls += [Call(rank, "open", (config, place(f"replica-{n // size}", n % size, size))) for n, rank in enumerate(rollouts)]
     opened = board.ask(calls, 120)
     (port,) = board.ask([Call(learners[0], "open_store", (LOOPBACK,))], 60)
     return Party(board, learners, rollouts, MegatronFleet(board, config, DEADLINES, rollouts, opened[len(learners) :]), port)
@@ -70,9 +69,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def party(run):
+    """A learner of two tensor-parallel ranks and two replicas of one rank."""
     config, checkpoint = run
     with local_host() as host:
-        yield start(host, config, checkpoint, config.parallel, 2)
+        yield start(host, config, checkpoint)
 
 
 def test_rollouts_of_another_layout_hold_the_learners_very_weights_after_a_publication(party):
@@ -90,9 +90,8 @@ def test_a_byte_damaged_on_the_way_is_noticed_and_the_weights_are_sent_again(par
 
 
 def test_weights_that_never_arrive_whole_are_never_loaded(party):
-    party.publish()
     before = party.rollout_weights()
-    party.damage(2, 3, 4)
+    party.damage(1, 2, 3)
     with pytest.raises(WeightSyncError, match=r"tensor [\w.]+ of version 0 arrived damaged"):
         party.publish()
     assert party.rollout_weights() == before
@@ -109,32 +108,43 @@ def test_a_rollout_that_dies_is_named_at_once(party):
         party.publish()
 
 
-TENSORS = st.dictionaries(
-    st.sampled_from(["a", "b.weight", "c.bias", "d"]),
-    st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8]), st.lists(st.integers(0, 3), max_size=3)),
-    min_size=1,
-)
+def test_a_rollout_that_dies_in_the_middle_is_named_and_its_neighbour_neither_waits_nor_loads(party, monkeypatch):
+    monkeypatch.setattr(fleet, "plan_refit", partial(plan_refit, bucket_bytes=2000))
+    neighbour, dying = party.rollouts
+    before, _ = party.rollout_weights()
+    party.board.ask([Call(dying, "die_in_the_middle")], 60)
+    with pytest.raises(RankFailed, match="rollout replica 1 rank 0"):
+        party.publish()
+    host = party.board.host
+    if host.ready([neighbour], 5):  # else its answer was heard before the other died
+        with pytest.raises(WeightSyncError, match="the publication of generation 1 failed"):
+            host.take(neighbour)
+    assert party.board.ask([Call(neighbour, "weights")], 60) == [before]
 
 
-@settings(max_examples=60, deadline=None)
-@given(TENSORS, st.integers(1, 64))
-def test_packing_and_unpacking_is_the_identity_whatever_the_types_shapes_and_bucket_size(kinds, bucket_bytes):
-    tensors = {name: torch.randint(0, 100, shape).to(dtype) for name, (dtype, shape) in kinds.items()}
-    parcel = pack(tensors.items(), version=3)
-    again = Parcel(Manifest.from_json(parcel.manifest.to_json()), torch.cat(list(parcel.buckets)).split(bucket_bytes))
-    arrived = unpack(again, 3)
-    assert arrived.keys() == tensors.keys()
-    assert all(arrived[name].dtype == tensors[name].dtype and torch.equal(arrived[name], tensors[name]) for name in tensors)
+ONE, TP2, EP2, PP2, DP2 = (ParallelConfig(num_ranks=1), *(ParallelConfig(num_ranks=2, **{kind: 2}) for kind in ("tp", "ep", "pp")), ParallelConfig(num_ranks=2))
+LAYOUTS = {
+    "TP2 to 1": (TP2, ONE),
+    "EP2 to 1": (EP2, ONE),
+    "PP2 to 1": (PP2, ONE),
+    "1 to TP2": (ONE, TP2),
+    "1 to EP2": (ONE, EP2),
+    "EP2 to TP2": (EP2, TP2),
+    "TP2 to EP2": (TP2, EP2),
+    "PP2 to TP2": (PP2, TP2),
+    "DP2 to TP2 EP2": (DP2, ParallelConfig(num_ranks=2, tp=2, ep=2)),
+    "TP2 EP2 DP2 to TP2": (ParallelConfig(num_ranks=4, tp=2, ep=2), TP2),
+    "TP2 PP2 to EP2": (ParallelConfig(num_ranks=4, tp=2, pp=2), EP2),
+}
 
 
-def test_the_tensor_that_was_damaged_is_named():
-    parcel = pack([("first", torch.zeros(4)), ("second", torch.ones(40)), ("third", torch.zeros(4))], version=1)
-    with pytest.raises(WeightSyncError, match="tensor second of version 1"):
-        unpack(flip_one_byte(parcel), 1)
-
-
-def test_a_large_model_travels_in_buckets(monkeypatch):
-    monkeypatch.setattr(weight_sync, "BUCKET_BYTES", 100)
-    parcel = pack([("weight", torch.arange(64, dtype=torch.float32))], version=0)
-    assert [len(bucket) for bucket in parcel.buckets] == [100, 100, 56]
-    assert torch.equal(unpack(parcel, 0)["weight"], torch.arange(64, dtype=torch.float32))
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rollouts_hold_the_learners_very_weights_whatever_the_two_layouts(run, name, tmp_path):
+    learner, rollout = LAYOUTS[name]
+    config, checkpoint = run
+    update = {"parallel": learner, "rollout": config.rollout.model_copy(update={"parallel": rollout, "replicas": 1})}
+    with local_host() as host:
+        party = start(host, config.model_copy(update=update), checkpoint)
+        metrics = party.publish()
+        assert party.rollout_weights() == [party.learner_weights()] * rollout.num_ranks
+    assert metrics["sync/attempts"] == 1

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
 
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
+from megatron_ext.rl import weight_sync
 from megatron_ext.rl.learner import LearnerRank
+from megatron_ext.rl.refit import Staging, pack
+from megatron_ext.rl.refit_plan import Bucket
 from megatron_ext.rl.rollout_worker import RolloutRank
-from megatron_ext.rl.weight_sync import Meeting, Parcel, join_meeting, pack, send
+from megatron_ext.rl.weight_sync import Meeting
 
 
 class OpenLearner(LearnerRank):
@@ -22,27 +31,39 @@ class OpenLearner(LearnerRank):
     def damage(self, *generations: int) -> None:
         self.damaged = generations
 
-    def send_weights(self, meeting: Meeting) -> int:
+    def send_weights(self, meeting: Meeting, buckets: Sequence[Bucket]) -> int:
         if meeting.generation not in self.damaged:
-            return super().send_weights(meeting)
-        parcel = pack(full_tensors(self._engine.chunks, self._context), self._finished)
-        if self._context.rank == 0:
-            send(join_meeting(meeting, 0, self._store), flip_one_byte(parcel))
-        return 0
+            return super().send_weights(meeting, buckets)
+        with patch.object(weight_sync, "pack", pack_and_damage):
+            return super().send_weights(meeting, buckets)
 
 
 class OpenRollout(RolloutRank):
-    """Shows its weights."""
+    """Shows its weights; may die with a publication half received."""
+
+    dies = False
 
     def weights(self) -> dict[str, str]:
         return digest(full_tensors(self._model, self._context))
 
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def die_in_the_middle(self) -> None:
+        self.dies = True
+
+    def receive_weights(self, meeting: Meeting, place: int, version: int, buckets: Sequence[Bucket]) -> None:
+        with patch.object(Staging, "stage", stage_and_die) if self.dies else nullcontext():
+            super().receive_weights(meeting, place, version, buckets)
 
 
-def flip_one_byte(parcel: Parcel) -> Parcel:
-    """The parcel with the lowest bit of one byte in the middle changed: the smallest damage there is."""
-    bucket = parcel.buckets[0].clone()
-    bucket[len(bucket) // 2] ^= 1
-    return Parcel(parcel.manifest, (bucket, *parcel.buckets[1:]))
+def stage_and_die(*bucket: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def pack_and_damage(bucket: Bucket, tensors: Any, version: int, message: torch.Tensor, workers: Any) -> None:
+    pack(bucket, tensors, version, message, workers)
+    flip_one_byte(bucket, message)
+
+
+def flip_one_byte(bucket: Bucket, message: torch.Tensor) -> None:
+    """Changes the lowest bit of one byte in the middle of the bucket's middle piece: the smallest damage there is."""
+    number = len(bucket.pieces) // 2
+    message[bucket.offsets[number] + bucket.pieces[number].num_bytes // 2] ^= 1

@@ -104,7 +104,8 @@ class FleetSearch:
             yield from (self._joined(False, learner_gpus, rollout_gpus, learner, rollout) for learner in learners)
 
     def _joined(self, colocated: bool, learner_gpus: int, rollout_gpus: int, learner: Found, rollout: RolloutFound) -> FleetFound:
-        one = FleetFound(colocated, learner_gpus, rollout_gpus, learner, rollout, refit_s(self.search.model, self.search.cluster), 0.0)
+        refit = refit_s(rollout.memory.weights_bytes, learner_gpus, rollout.replicas * rollout.layout.num_ranks, self.search.cluster)
+        one = FleetFound(colocated, learner_gpus, rollout_gpus, learner, rollout, refit, 0.0)
         return replace(one, tokens_per_s=self.search.work.rows * self.search.work.mean_row_tokens / one.step_s)
 
     def _best(self, layouts: list[Layout], gpus: int, room: float) -> RolloutFound | None:

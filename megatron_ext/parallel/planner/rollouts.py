@@ -52,7 +52,7 @@ class Answers:
 @dataclass(frozen=True)
 class RolloutMemory:
     """Bytes of one rollout rank. `growth_bytes`: a layer's former tensors, while larger ones are filled. `host_bytes`: routes and gates of the
-    rows, and the weights that arrive."""
+    rows, and this rank's part of the weights that arrive."""
 
     weights_bytes: int
     cache_bytes: int
@@ -109,7 +109,7 @@ class Replica:
         workspace = max(self._decode_bytes(), self._prefill_bytes())
         groups = sum(size > 1 for size in (layout.tp, layout.dp, layout.ep, layout.etp, layout.edp, layout.num_ranks))
         routes = rows * answers.most_tokens * len(expert_layers(model)) * model.experts_per_token * (3 if model.num_experts <= 256 else 4)
-        host = routes + 3 * width * count_parameters(model).total
+        host = routes + weights
         gpu = self.cluster.gpu
         allowance = int(gpu.allowance * (cache + growth + vision + workspace))
         communication = int(groups * gpu.communicator_bytes)
@@ -209,11 +209,11 @@ def replica_layout(tp: int, ep: int) -> Layout:
     return Layout.of(ParallelConfig(num_ranks=ranks, tp=tp, ep=ep))
 
 
-def refit_s(model: ModelConfig, cluster: Cluster) -> float:
-    """From the learner to the fleet, as `rl/weight_sync.py` does it: rank 0 hashes the whole model and broadcasts it from its host; every rollout rank hashes
-    what arrived before it loads it."""
-    size, gpu = _width(model) * count_parameters(model).total, cluster.gpu
-    return 2 * size / gpu.digest_bytes_per_s + size / gpu.host_network_bytes_per_s
+def refit_s(own_bytes: float, learner_ranks: int, rollout_ranks: int, cluster: Cluster) -> float:
+    """From the learner to the fleet, as `rl/weight_sync.py` does it: every rollout rank receives its own part, `own_bytes` of it, and the learner's ranks share
+    the sending. Digests are taken while other buckets are on the wire."""
+    busiest = own_bytes * max(1.0, rollout_ranks / learner_ranks)
+    return busiest / min(cluster.gpu.host_network_bytes_per_s, cluster.gpu.digest_bytes_per_s)
 
 
 def _width(model: ModelConfig) -> int:
