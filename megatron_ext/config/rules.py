@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 from megatron_ext.config.data_rules import budget_rules
+from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
@@ -273,6 +274,7 @@ def _rollout(config: RunConfig) -> Problems:
         yield UserError("rollout.top_k", f"{rollout.top_k} is more than model.vocab_size = {model.vocab_size}", "use 0 to keep every token")
     if rollout.temperature == 0 and config.rl.steps:
         yield UserError("rollout.temperature", "0 makes all rollouts of a prompt the same, so there is nothing to learn from", "use 1.0, or rl.steps=0")
+    yield from exact_rules(config)
 
 
 def _discover(config: RunConfig) -> Problems:

@@ -239,6 +239,9 @@ class RolloutConfig(Section):
     cache_gib: float | None = Field(None, gt=0)
     """Memory on a rank for the keys and values of prompts and answers. Fewer answers are written side by side where more would not fit; where those that are
     begun outgrow it, the youngest are begun again later, and say the same. Unset: whatever `batch_size` answers take."""
+    deterministic: bool = False
+    """Rollouts and learner compute the same log-probs in every bit, whatever batch a token is in, and RL stops at the first that differs. On CPUs, in fp32,
+    with equal tp on both sides; what it costs in time: docs/benchmarks/exactness.md. False: they agree to rounding."""
     replicas: int = Field(2, gt=0)
     """Rollout worlds; each has `parallel.num_ranks` processes."""
     parallel: ParallelConfig = ParallelConfig()

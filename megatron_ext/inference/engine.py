@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 
 from megatron_ext.batch import NO_TILES, Prompt, Rollout, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
+from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.errors import UserError
 from megatron_ext.inference.admission import Request, WaitingRoom
 from megatron_ext.inference.answers import Answer, Endings, Vocabulary
@@ -28,15 +29,19 @@ from megatron_ext.model.generation import decode, read
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.memory import Footprint, Memory
+from megatron_ext.model.policy_head import policy_scores
 from megatron_ext.model.router_tap import Routes
+from megatron_ext.model.whole_memory import WholeMemory
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.shapes import round_up
 
 
 class Engine:
-    """Generates with one replica's model. `seeds(prompt index, sample)` gives each rollout's seed."""
+    """Generates with one replica's model. `seeds(prompt index, sample)` gives each rollout's seed. Raises UserError for what this device cannot do."""
 
     def __init__(self, model: VisionLanguageModel, context: ParallelContext, vocabulary: Vocabulary, config: RolloutConfig) -> None:
+        if config.deterministic and context.device.type != "cpu":
+            raise UserError("rollout.deterministic", f"true on {context.device}: its kernels are for CPUs", "set it to false, or hide the GPU from the run")
         self.model, self.context, self.vocabulary, self.config = model, context, vocabulary, config
         self._banned = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, vocabulary.image_id, context.pgs.tp, context.device)
         self._endings = Endings(vocabulary, config.max_new_tokens, config.stop)
@@ -58,12 +63,14 @@ class Engine:
             Request(number, prompt, tuple((sample, seeds(number, sample)) for sample in range(samples))) for number, prompt in enumerate(prompts) if samples
         ]
         waiting = WaitingRoom(requests, self.config.batch_size, self.config.prefill_tokens)
-        memory, answers = Memory(self.config.max_new_tokens, self.context.device), list[Answer]()
+        memory = (WholeMemory if self.config.deterministic else Memory)(self.config.max_new_tokens, self.context.device)
+        answers = list[Answer]()
         was_training = self.model.training
         self.model.eval()
         try:
             while True:
-                finished = self._step(waiting, memory, answers, greedy or self.config.temperature == 0)
+                with batch_invariant(self.config.deterministic):
+                    finished = self._step(waiting, memory, answers, greedy or self.config.temperature == 0)
                 if finished is None:
                     break
                 yield from ((answer.number, answer.rollout(version, self.vocabulary)) for answer in finished)
@@ -141,7 +148,10 @@ class Engine:
         policy = policy_logits(logits_RV, self.config.temperature, self._banned)
         whole = gather_from_tensor_model_parallel_region(policy, group=self.context.pgs.tp)
         seeds_R, places_R = (np.array(values, dtype=np.int64) for values in zip(*((answer.seed, len(answer.tokens)) for answer in answers), strict=True))
-        return sample(whole, uniforms(seeds_R, places_R), self.config.top_k, self.config.top_p, greedy)
+        tokens_R, logprobs_R = sample(whole, uniforms(seeds_R, places_R), self.config.top_k, self.config.top_p, greedy)
+        if self.config.deterministic:  # the learner's formula, to the last bit
+            logprobs_R = policy_scores(logits_RV[None], tokens_R[:, None], self.config.temperature, self._banned, self.context.pgs.tp)[0][:, 0]
+        return tokens_R, logprobs_R
 
     def _agree(self, *wishes: int) -> tuple[int, ...]:
         """The most that any rank of the expert group wishes; without expert parallelism its own wishes."""

@@ -21,6 +21,7 @@ from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.device import device_name
+from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.observe.metrics_file import STEP_S
@@ -89,7 +90,7 @@ class LearnerRank:
         clock = Stopwatch()
         parts = [self._microbatches(shard) for shard in shards]
         clock.lap("data")
-        with self._meter.step(clock.seconds()[STEP_S]):
+        with batch_invariant(self._config.rollout.deterministic), self._meter.step(clock.seconds()[STEP_S]):
             # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
             parts = [self._policy.prepared(part, with_old=len(parts) > 1) for part in parts]
             clock.lap("old_log_prob")

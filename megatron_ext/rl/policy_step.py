@@ -168,18 +168,21 @@ class Policy:
         return policy_scores(logits_SBV, targets_BS, self._config.rollout.temperature, self._banned_V, self._context.pgs.tp)
 
     def _require_agreement(self, logprobs_BS: torch.Tensor, mask_BS: torch.Tensor, rollout_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
-        """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only."""
+        """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only, and in the deterministic mode by nothing."""
         diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
-        limit = self._config.rl.max_logprob_diff
+        exact = self._config.rollout.deterministic
+        limit = 0.0 if exact else self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):
             return
         row, place = divmod(int(diff_BS.argmax()), diff_BS.shape[1])
         token = 1 + (place if frame.local_S is None else int(frame.local_S[place]))
         raise UserError(
-            "rl.max_logprob_diff",
-            f"the learner gives token {token} of {batch.shard.keys_B[row]} the log-prob {float(logprobs_BS[row, place]):.5f}, the rollout had "
-            f"{float(rollout_BS[row, place]):.5f} under the same weights (version {batch.shard.batch.version}); allowed is {limit:g}",
-            "keep rl.replay_routes on and both in fp32, or raise the limit if the precision explains it",
+            "rollout.deterministic" if exact else "rl.max_logprob_diff",
+            f"the learner gives token {token} of {batch.shard.keys_B[row]} the log-prob {float(logprobs_BS[row, place]):.8g}, the rollout had "
+            f"{float(rollout_BS[row, place]):.8g} under the same weights (version {batch.shard.batch.version}); allowed is {limit:g}",
+            "let both run on machines of one kind, or set it to false"
+            if exact
+            else "keep rl.replay_routes on and both in fp32, or raise the limit if the precision explains it",
         )
 
     def _coverage(self, batch: PolicyBatch, frame: Frame, mask_BS: torch.Tensor) -> dict[str, Metric]:

@@ -94,6 +94,30 @@ def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_roundin
         assert record["actor/ratio_max"] == 1
 
 
+@pytest.mark.parametrize(
+    ("learner", "rollout", "replicas"),
+    [
+        pytest.param(ParallelConfig(num_ranks=2), ParallelConfig(), 2, id="two learner ranks and two replicas"),
+        pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, tp=2), 1, id="TP2 on both sides"),
+        pytest.param(
+            ParallelConfig(num_ranks=2, cp=2, recompute="full"), ParallelConfig(num_ranks=2, ep=2), 1, id="a CP2 learner that recomputes, EP2 answers"
+        ),
+        pytest.param(ParallelConfig(num_ranks=2, pp=2), ParallelConfig(), 1, id="a PP2 learner", marks=pytest.mark.journey),
+        pytest.param(
+            ParallelConfig(num_ranks=2, tp=2, ep=2), ParallelConfig(num_ranks=2, tp=2, ep=2), 1, id="TP2 EP2 on both sides", marks=pytest.mark.journey
+        ),
+    ],
+)
+def test_the_deterministic_mode_agrees_in_every_bit_over_real_learners_and_rollout_workers(start, finished, tmp_path, learner, rollout, replicas):
+    """The run of `finished`, which is not deterministic, agrees to rounding."""
+    config, checkpoint = start
+    settings = config.rollout.model_copy(update={"deterministic": True, "batch_size": 7, "parallel": rollout, "replicas": replicas})
+    rl.run_rl(config.model_copy(update={"parallel": learner, "rollout": settings}), tmp_path, checkpoint, None)
+    for exact, fast in zip(numbers(tmp_path), numbers(finished[0]), strict=True):
+        assert exact["mismatch/logprob_abs_diff_max"] == exact["mismatch/logprob_abs_diff_mean"] == 0 < fast["mismatch/logprob_abs_diff_max"]
+        assert exact["actor/ratio_max"] == 1
+
+
 def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
     config, checkpoint = start
     monkeypatch.setattr(rl, "open_host", None)

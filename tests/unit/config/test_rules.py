@@ -114,6 +114,30 @@ BROKEN = [
         "rl.rollouts_per_prompt",
         "1 rollout has nothing to be compared with",
     ),
+    (["rollout.deterministic=true", "model.dtype=bf16"], "model.dtype", "bf16 with rollout.deterministic = true"),
+    (
+        ["rollout.deterministic=true", "parallel.num_ranks=2", "parallel.tp=2"],
+        "rollout.parallel.tp",
+        "1 with rollout.deterministic = true, and parallel.tp = 2",
+    ),
+    (
+        [
+            "rollout.deterministic=true",
+            "parallel.tp=2",
+            "rollout.parallel.tp=2",
+            "rollout.parallel.ep=2",
+            "parallel.num_ranks=2",
+            "rollout.parallel.num_ranks=2",
+        ],
+        "rollout.parallel.etp",
+        "1 with rollout.deterministic = true, and parallel.etp = 2",
+    ),
+    (["rollout.deterministic=true", "parallel.num_ranks=4", "parallel.tp=4"], "parallel.tp", "4 with rollout.deterministic = true: more than 2 partial sums"),
+    (
+        ["rollout.deterministic=true", "rollout.parallel.threads_per_rank=4"],
+        "rollout.parallel.threads_per_rank",
+        "4 with rollout.deterministic = true: threads",
+    ),
     (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
     (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.model.memory import FIRST_LENGTH, Memory, PromptKeys
 from megatron_ext.model.seats import Seats
+from megatron_ext.model.whole_memory import WholeMemory
 
 HEADS, KV_HEADS, SIZE, LAYERS = 4, 2, 3, 2
 
@@ -33,9 +35,9 @@ class PlainRow:
 class Both:
     """The memory beside plain rows, fed the same random numbers."""
 
-    def __init__(self, seed: int, most_new: int = 100) -> None:
+    def __init__(self, seed: int, most_new: int = 100, kind: type[Memory] = Memory) -> None:
         self.random = torch.Generator().manual_seed(seed)
-        self.memory, self.rows = Memory(most_new, torch.device("cpu")), list[PlainRow]()
+        self.memory, self.rows = kind(most_new, torch.device("cpu")), list[PlainRow]()
 
     def draw(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=self.random, dtype=torch.float64)
@@ -64,10 +66,11 @@ class Both:
         assert self.memory.num_rows == len(self.rows) == left.count(False)
 
 
+@pytest.mark.parametrize("kind", [Memory, WholeMemory])
 @settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_attention_is_that_of_whole_sequences_whoever_joins_and_leaves(data: st.DataObject) -> None:
-    both = Both(seed=data.draw(st.integers(0, 1000)))
+@given(data=st.data())
+def test_attention_is_that_of_whole_sequences_whoever_joins_and_leaves(kind: type[Memory], data: st.DataObject) -> None:
+    both = Both(seed=data.draw(st.integers(0, 1000)), kind=kind)
     for _ in range(data.draw(st.integers(1, 5))):
         if data.draw(st.booleans()) or not both.rows:
             lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))

@@ -1,0 +1,54 @@
+"""The memory of generation where an answer must be attended to as the learner attends to it: prompt and answer as one row.
+
+`Memory` reads a prompt once for all of its answers and takes the mean of two softmaxes, which rounds otherwise than one softmax over the row. This one
+stores the same, and lays the row's keys end to end in every step, which costs their copy.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from megatron_ext.device.batch_invariant.attention import attention
+from megatron_ext.model.memory import Memory
+
+
+class WholeMemory(Memory):
+    def attend(self, layer: int, query_RND: torch.Tensor, key_RND: torch.Tensor, value_RND: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self._prompts.used(layer, self._longest_prompt), self._write(layer, key_RND, value_RND), strict=True)
+        keys, values = (self._laid_out(prompt, answer) for prompt, answer in pairs)
+        attended, _ = attention(query_RND.unflatten(1, (key_RND.shape[1], -1)), keys, values, self._row_mask)
+        return attended.flatten(1, 2)
+
+    def advance(self) -> None:
+        super().advance()
+        self._forget("_places_RS", "_row_mask")
+
+    def _changed(self) -> None:
+        super()._changed()
+        self._forget("_prompts_R", "_places_RS", "_row_mask")
+
+    def _laid_out(self, prompt_PNSD: torch.Tensor, answer_RNTD: torch.Tensor) -> torch.Tensor:
+        """[R, N_kv, S + T, D], every answer right behind its prompt."""
+        side_by_side = torch.cat([prompt_PNSD[self._prompts_R], answer_RNTD], dim=2)
+        return side_by_side.gather(2, self._places_RS[:, None, :, None].expand(-1, side_by_side.shape[1], -1, side_by_side.shape[3]))
+
+    @cached_property
+    def _prompts_R(self) -> torch.Tensor:
+        return torch.from_numpy(self._prompt_R).to(self._device)
+
+    @cached_property
+    def _places_RS(self) -> torch.Tensor:
+        """Int64: where the keys of a row's positions stand when prompt and answer lie side by side, each padded to the longest."""
+        lengths_R1 = self._lengths_P[self._prompt_R][:, None]
+        place_1S = np.arange(self._longest_prompt + self._longest_answer)[None]
+        behind = np.minimum(self._longest_prompt + place_1S - lengths_R1, place_1S[0, -1])
+        return torch.from_numpy(np.where(place_1S < lengths_R1, place_1S, behind)).to(self._device)
+
+    @cached_property
+    def _row_mask(self) -> torch.Tensor:
+        """True at the tokens that are there, the newest included: [R, 1, 1, S + T]."""
+        lengths_R1 = (self._lengths_P[self._prompt_R] + self._lengths_R + 1)[:, None]
+        return torch.from_numpy(np.arange(self._places_RS.shape[1])[None] < lengths_R1).to(self._device)[:, None, None]
