@@ -29,8 +29,8 @@ from megatron_ext.model.generation import decode, read
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.memory import Footprint, Memory
-from megatron_ext.model.policy_head import policy_scores
 from megatron_ext.model.router_tap import Routes
+from megatron_ext.model.token_scores import policy_scores
 from megatron_ext.model.whole_memory import WholeMemory
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.shapes import round_up

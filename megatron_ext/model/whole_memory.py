@@ -16,11 +16,10 @@ from megatron_ext.model.memory import Memory
 
 
 class WholeMemory(Memory):
-    def attend(self, layer: int, query_RND: torch.Tensor, key_RND: torch.Tensor, value_RND: torch.Tensor) -> torch.Tensor:
-        pairs = zip(self._prompts.used(layer, self._longest_prompt), self._write(layer, key_RND, value_RND), strict=True)
+    def attend(self, layer: int, query_RKQD: torch.Tensor, key_RKD: torch.Tensor, value_RKD: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self._prompts.used(layer, self._longest_prompt), self._write(layer, key_RKD, value_RKD), strict=True)
         keys, values = (self._laid_out(prompt, answer) for prompt, answer in pairs)
-        attended, _ = attention(query_RND.unflatten(1, (key_RND.shape[1], -1)), keys, values, self._row_mask)
-        return attended.flatten(1, 2)
+        return attention(query_RKQD, keys, values, self._row_mask)[0]
 
     def advance(self) -> None:
         super().advance()

@@ -18,6 +18,7 @@ from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.errors import UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.rl.batching import microbatches, plan_shards
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.megatron_engine import build_engine
@@ -36,14 +37,23 @@ def model(context):
     return build_engine([built], OptimizerConfig(warmup_steps=0), 10, context).wrapped[0]
 
 
-def answers(model, context, **changes):
-    engine = Engine(model.module, context, Words(), RolloutConfig(**{**SETTINGS, **changes}))
+@pytest.fixture(scope="module")
+def twin(context):
+    """The same weights as a rollout worker keeps them."""
+    built = build_model(MODEL, IMAGE, context)
+    open_gates(built)
+    store_for_generation(built)
+    return built
+
+
+def answers(twin, context, **changes):
+    engine = Engine(twin, context, Words(), RolloutConfig(**{**SETTINGS, **changes}))
     return engine.generate(small_prompts(PROMPTS), SAMPLES, seeds=lambda prompt, sample: 10 * prompt + sample, version=0)
 
 
 @pytest.fixture(scope="module")
-def rollouts(model, context):
-    return answers(model, context)
+def rollouts(twin, context):
+    return answers(twin, context)
 
 
 def policy(model, context, deterministic=True, **rl):
@@ -88,17 +98,17 @@ def test_it_does_so_without_replaying_routes_too(model, context, rollouts):
         pytest.param({"batch_size": 44, "cache_gib": 200 * 2**10 / 2**30}, id="answers that are begun again"),
     ],
 )
-def test_an_answer_is_the_same_in_every_bit_whoever_else_is_answered(model, context, rollouts, changes):
-    for found, expected in zip(answers(model, context, **changes), rollouts, strict=True):
+def test_an_answer_is_the_same_in_every_bit_whoever_else_is_answered(twin, context, rollouts, changes):
+    for found, expected in zip(answers(twin, context, **changes), rollouts, strict=True):
         assert found.response_T.tolist() == expected.response_T.tolist()
         assert found.logprobs_T.tolist() == expected.logprobs_T.tolist()
         assert route_digest(found.routes.experts_SLK) == route_digest(expected.routes.experts_SLK)
         assert found.routes.gates_SLK.tolist() == expected.routes.gates_SLK.tolist()
 
 
-def test_rows_of_a_learner_do_not_know_each_other_even_without_the_mode_on_the_other_side(model, context, rollouts):
+def test_rows_of_a_learner_do_not_know_each_other_even_without_the_mode_on_the_other_side(model, twin, context, rollouts):
     """The fast mode's gap to the same answers is rounding, and is there."""
-    fast = differences(model, context, answers(model, context, deterministic=False), 9, deterministic=False)
+    fast = differences(model, context, answers(twin, context, deterministic=False), 9, deterministic=False)
     assert 0 < fast.max() < 1e-4
 
 
