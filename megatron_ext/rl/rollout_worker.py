@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
+from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.weight_sync import Meeting, join_meeting, receive, unpack
@@ -51,10 +53,18 @@ class RolloutRank:
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
         self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
+        self._profiler = UNPROFILED
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
+
+    def profile(self, stage_dir: Path, name: str, left: int) -> None:
+        """From now on, what a step is: to take new weights, and to answer. `left` steps will follow."""
+        from megatron_ext.rl.phases import ROLLOUTS
+
+        self._profiler = Profiler(stage_dir, name, self._config.observe.profile, left, ROLLOUTS)
 
     def receive_weights(self, meeting: Meeting, place: int, version: int) -> None:
         """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
+        self._profiler.begin()
         self._staged = None
         try:
             parcel = receive(join_meeting(meeting, place))
@@ -78,6 +88,7 @@ class RolloutRank:
             return rollout_seed(self._config.seed, step, fitting[index].key, sample)
 
         rollouts = self._engine.generate(fitting, samples, seeds=seeds, version=self._version, greedy=greedy)
+        self._profiler.end()
         if self._context.tp_rank != 0:
             return []
         return [*rollouts, *(_too_long(prompt, sample, limit) for prompt in prompts if len(prompt.tokens_S) > limit for sample in range(samples))]
