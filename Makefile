@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/megatron-ext
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft discover rl test check format journeys slurm clean
+.PHONY: help setup pretrain sft discover rl test bench check format journeys slurm clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=examples/tiny.yaml] [ARGS=\"section.field=value ...\"] [PYTHON=python3]"
@@ -43,6 +43,9 @@ rl: $(STAMP)  ## the whole recipe: pretraining, fine-tuning, expert clusters, RL
 
 test: $(STAMP)  ## the tests: unit, parallel, architecture
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not journey" $(ARGS)
+
+bench: $(STAMP)  ## the benchmarks against their peers, half an hour or more; ARGS="--only generation" for one
+	$(BIN)/python tools/bench/all.py $(ARGS)
 
 journeys: $(STAMP)  ## the long tests: whole recipes as a user types them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m journey --timeout 1800 $(ARGS)

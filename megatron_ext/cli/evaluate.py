@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from megatron_ext.cli.execute import Executor, open_run
-from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
+from megatron_ext.cli.options import add_config_arguments, add_force_argument, add_profile_argument, resolve
+from megatron_ext.cli.profiles import show_profiles
 from megatron_ext.cli.stages import STAGES, evaluate
 from megatron_ext.errors import EXIT_OK, UserError
 
@@ -14,6 +15,7 @@ from megatron_ext.errors import EXIT_OK, UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_force_argument(parser)
+    add_profile_argument(parser)
     parser.add_argument("--of", choices=("sft", "rl"), help="evaluate the model after this stage, as `run` does")
     parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="evaluate this checkpoint instead")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the result of --checkpoint goes")
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--checkpoint", f"there is no {args.checkpoint}", "give a checkpoints folder of a run, such as runs/tiny/sft/checkpoints")
         evaluate(resolved.config, args.checkpoint, args.out, folder.clusters if folder.clusters.exists() else None)
         result = args.out
+        if resolved.config.observe.profile:
+            show_profiles(args.out.with_suffix(""))
     else:
         raise UserError("evaluate", "what to evaluate is not clear", "give --of sft, --of rl, or both --checkpoint DIR and --out FILE")
     from megatron_ext.observe.summary import print_evaluation

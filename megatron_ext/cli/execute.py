@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ext.cli.launched import Launch
 from megatron_ext.cli.marks import DONE, STARTED, Mark, differences, now, read_mark, settings_of, versions
+from megatron_ext.cli.profiles import show_profiles
 from megatron_ext.cli.run_folder import RunFolder, move_aside
 from megatron_ext.cli.stages import STAGES, Stage, needs, sections
 from megatron_ext.config.load import Resolved, explain
@@ -34,6 +35,8 @@ class Executor:
         result = stage.execute(self.config, self.run, self.launch)
         if ranks.lead:
             self._finish(stage, label, result, round(time.monotonic() - began, 1))
+            if self.config.observe.profile:
+                show_profiles(stage.folder(self.run))
 
     def _begin(self, stage: Stage, label: str) -> bool:
         """Whether there is something to do. Then it is marked as started."""

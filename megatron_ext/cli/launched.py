@@ -1,4 +1,4 @@
-"""What a launcher says to the command it starts, through the environment (`slurm.sbatch.j2` sets it), and what the command says back.
+"""What a launcher says to the command it starts, through the environment (`slurm.sbatch.j2` sets it). What the command says back: `task_record.py`.
 
     MEGATRON_EXT_TASKS       ranks: every task of the srun step is a rank of the learner      nodes: task 0 runs the command, the others hold Ray for it
     MEGATRON_EXT_ADDRESSES   of the nodes, in the order of the tasks or of their nodes; the first is where everybody meets
@@ -11,8 +11,6 @@ Without MEGATRON_EXT_TASKS the command starts its ranks itself, on this machine.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,19 +70,3 @@ def launched(environment: Environment) -> Iterator[Launch | None]:
 
         serve_node(addresses, number, port, logs / TOKEN)
         yield None
-
-
-class TaskRecord:
-    """A launched task's own account of its end, for the post-mortem. A command that no launcher has started keeps none."""
-
-    def __init__(self, environment: Environment) -> None:
-        self._task = int(environment.get("SLURM_PROCID", "0"))
-        logs = environment.get("MEGATRON_EXT_LOGS") if "MEGATRON_EXT_TASKS" in environment else None
-        self._file = None if logs is None else Path(logs) / f"rank-{self._task:04d}.json"
-        self._node = environment.get("SLURMD_NODENAME", "?")
-        self.write(None)
-
-    def write(self, code: int | None) -> None:
-        """`code`: the exit code, None for a task that has begun."""
-        if self._file is not None and self._file.parent.is_dir():
-            self._file.write_text(json.dumps({"rank": self._task, "node": self._node, "code": code, "at": time.time()}) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from megatron_ext import __version__
-from megatron_ext.cli.launched import TaskRecord
+from megatron_ext.cli.task_record import TaskRecord
 from megatron_ext.errors import EXIT_FAILURE, EXIT_OK, EXIT_REQUEUE, EXIT_USER, ConfigError, LeaderEnded, StoppedForRequeue, UserError
 
 PROGRAM = "megatron-ext"

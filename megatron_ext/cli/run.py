@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
+from megatron_ext.cli.options import add_config_arguments, add_force_argument, add_profile_argument, resolve
 from megatron_ext.cli.stages import STAGES, recipe
 from megatron_ext.cli.work import work
 from megatron_ext.errors import EXIT_OK
@@ -14,10 +14,12 @@ from megatron_ext.errors import EXIT_OK
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_force_argument(parser)
+    add_profile_argument(parser)
     parser.add_argument("--until", metavar="STAGE", help=f"stop after this stage: {', '.join(STAGES)}")
     parser.epilog = (
         "A stage that is done is skipped; one that was stopped resumes. A stage whose settings changed is refused unless --force is given.\n\n"
-        "examples:\n  megatron-ext run examples/tiny.yaml\n  megatron-ext run examples/tiny.yaml --until discover seed=1 name=seed-1"
+        "examples:\n  megatron-ext run examples/tiny.yaml\n  megatron-ext run examples/tiny.yaml --until discover seed=1 name=seed-1\n"
+        "  megatron-ext run examples/tiny.yaml --until sft name=profiled --profile"
     )
 
 

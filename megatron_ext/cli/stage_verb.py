@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_ext.cli.options import add_config_arguments, add_force_argument, resolve
+from megatron_ext.cli.options import add_config_arguments, add_force_argument, add_profile_argument, resolve
 from megatron_ext.cli.stages import STAGES
 from megatron_ext.cli.work import work
 from megatron_ext.errors import EXIT_OK
@@ -14,9 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_force_argument(parser)
     verb = parser.get_default("verb")
-    parser.epilog = (
-        f"The stages before it must be done: `megatron-ext run CONFIG --until {verb}` does them all.\n\nexample:\n  megatron-ext {verb} examples/tiny.yaml"
-    )
+    examples = [f"megatron-ext {verb} examples/tiny.yaml"]
+    if verb != "tokenizer":
+        add_profile_argument(parser)
+        examples.append(f"megatron-ext {verb} examples/tiny.yaml --profile 5")
+    before = f"The stages before it must be done: `megatron-ext run CONFIG --until {verb}` does them all."
+    parser.epilog = "\n  ".join([f"{before}\n\nexample{'s' * (len(examples) > 1)}:", *examples])
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_ext.config.section import meaning_of
+
 _KINDS = {
     "int_type": ("a whole number", "write it without quotes, for example 4"),
     "int_from_float": ("a whole number", "write it without a fraction, for example 4"),
@@ -51,16 +53,16 @@ def _words(kind: str, message: str, context: dict[str, Any], value: Any, meaning
 def _meaning(root: type[BaseModel], path: tuple[int | str, ...]) -> str:
     """What the schema says about a field, to remind of its meaning; else its default."""
     section: Any = root
-    field = None
+    owner, field, name = None, None, ""
     for part in path:
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             break
-        field = fields[part]
+        owner, field, name = section, fields[part], str(part)
         section = field.annotation
-    if field is None:
+    if owner is None or field is None:
         return ""
-    return " ".join(field.description.split()) if field.description else f"the default is {field.get_default(call_default_factory=True)}"
+    return meaning_of(owner, name) or f"the default is {field.get_default(call_default_factory=True)}"
 
 
 def _short(number: Any) -> str:

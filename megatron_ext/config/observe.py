@@ -14,6 +14,9 @@ class ObserveConfig(Section):
 
     timeline: bool = True
     """Writes `timeline.json` into the folders of pretrain, sft and rl: when each rank was in which phase, for ui.perfetto.dev. At most about 8 MB each."""
+    profile: int = Field(0, ge=0, le=20)
+    """Steps that torch's profiler records, `--profile STEPS` for short: where the time goes, by phase and by operator, into `profile/` of the stage's folder.
+    Of the first rank of every pipeline stage, and in RL of one that generates. It slows these steps. 0: none."""
     prometheus_port: int = Field(0, ge=0, le=65535)
     """Serves the latest metrics of the stage that is running to Prometheus, at /metrics of this port, on the machine of rank 0 (in RL of the driver). 0: does
     not."""

@@ -31,6 +31,7 @@ from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.inference.chunks import NEVER, Chunks, answer_chunks, facts_of, in_order, open_chunks
 from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
@@ -85,8 +86,11 @@ def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfi
         prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
         bonus = None if clusters is None else _bonus(config, clusters)
-        for chunk in chunks.left_to(context.dp_rank):
-            outcomes = answer(engine, tokenizer, chunks.prompts_of(chunk, prompts), sampled, config, bonus)
+        left = chunks.left_to(context.dp_rank)
+        profiler = chunk_profiler(rank, config, chunks, len(left))
+        for chunk in left:
+            with profiler.step():
+                outcomes = answer(engine, tokenizer, chunks.prompts_of(chunk, prompts), sampled, config, bonus)
             if context.tp_rank == 0:
                 chunks.save(chunk, json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 

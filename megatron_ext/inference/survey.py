@@ -26,6 +26,7 @@ from megatron_ext.device import session
 from megatron_ext.earl.token_control import TokenTable
 from megatron_ext.errors import UserError
 from megatron_ext.inference.chunks import NEVER, Chunks, Facts, answer_chunks, facts_of, open_chunks
+from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.parallel.groups import open_parallel
@@ -88,13 +89,17 @@ def survey_rank(rank: int, world_size: int, init_method: str, config: RunConfig,
         engine, tokenizer = load_engine(config, checkpoint, context)
         prompts = draw_skills("train", config.discover.prompts_per_skill, PROMPT_SEED + config.seed, config.data, tokenizer, config.model.vision)
         right = correctness(config.rl.reward, config.earl.correct_threshold)
-        for chunk in chunks.left_to(context.dp_rank):
+        left = chunks.left_to(context.dp_rank)
+        profiler = chunk_profiler(rank, config, chunks, len(left))
+        for chunk in left:
             asked = chunks.prompts_of(chunk, prompts)
 
             def seeds(index: int, sample: int, asked: Sequence[Prompt] = asked) -> int:
                 return rollout_seed("survey", config.seed, asked[index].key, sample)
 
-            correct = [Correct.of(rollout) for rollout in engine.generate(asked, 1, seeds=seeds, version=0) if right(rollout.prompt, rollout.text)]
+            with profiler.step():
+                rollouts = engine.generate(asked, 1, seeds=seeds, version=0)
+            correct = [Correct.of(rollout) for rollout in rollouts if right(rollout.prompt, rollout.text)]
             if context.tp_rank == 0:
                 chunks.save(chunk, packed(correct))
 

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_ext import __version__
 from megatron_ext.observe.health import RL_PHASES, phases_of
 from megatron_ext.observe.metrics import Record, read_metrics, series
+from megatron_ext.observe.profiles import read_profiles
 from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, expert_heat_map, phase_bars, usage_bars
 from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_evaluation
 from megatron_ext.observe.stopwatch import TIMING
@@ -35,6 +36,7 @@ def content(root: Path) -> dict[str, Any]:
         "version": __version__,
         "config": _text(root / "config.yaml"),
         "stages": [_stage(root / stage, stage) for stage in STAGES],
+        "profiles": [(stage, profile) for stage in STAGES for profile in read_profiles(root / stage)],
         "time": _time({stage: read_metrics(root / stage) for stage in ("pretrain", "sft", "rl")}),
         "versions": _versions(root),
         "accuracy": _accuracy(before, after),

@@ -22,6 +22,7 @@ from megatron_ext.batch.bins import split_by_cost
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.observe.metrics_file import MFU, STEP_S
+from megatron_ext.observe.profiler import profiled_ranks
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
@@ -72,6 +73,10 @@ def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Pat
         ranks = workers[replica * per_replica : (replica + 1) * per_replica]
         calls += [Call(rank, "open", (config, place)) for rank, place in zip(ranks, places(f"replica-{replica}", ranks), strict=True)]
     opened = board.ask(calls, deadlines.open_s)
+    if config.observe.profile:
+        left = config.rl.steps - opened[0].finished_steps
+        profiled = [*(learners[rank] for rank in profiled_ranks(len(learners), config.parallel.pp)), workers[0]]
+        board.ask([Call(rank, "profile", (stage_dir, rank.name, left)) for rank in profiled], deadlines.open_s)
     host = board.host.address(learners[0])
     port = board.ask([Call(learners[0], "open_store", (host,))], deadlines.open_s)[0]
     learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, host, port)

@@ -25,6 +25,7 @@ from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.observe.metrics_file import STEP_S
+from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.store import open_store
@@ -77,7 +78,14 @@ class LearnerRank:
         self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
         self._meter = WorkMeter(self._context.device)
+        self._profiler = UNPROFILED
         return LearnerPlace(self._context.dp_rank, self._context.layout.dp, self._finished, device_name(self._context.device))
+
+    def profile(self, stage_dir: Path, name: str, left: int) -> None:
+        """From now on, what a step is: to update, and to publish. `left` steps will follow."""
+        from megatron_ext.rl.phases import LEARNER
+
+        self._profiler = Profiler(stage_dir, name, self._config.observe.profile, left, LEARNER)
 
     def update(self, shards: Sequence[Shard]) -> Updated:
         """One optimizer step for each shard (one a minibatch).
@@ -87,6 +95,7 @@ class LearnerRank:
         self._saver.poll()
         if shards[0].batch.version != self._finished:
             raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
+        self._profiler.begin()
         clock = Stopwatch()
         parts = [self._microbatches(shard) for shard in shards]
         clock.lap("data")
@@ -117,7 +126,10 @@ class LearnerRank:
         """Sends this rank's share of the weights to the meeting. Returns the bytes sent."""
         self._engine.settle()
         store = self._store if self._context.rank == 0 else None
-        return send(meeting, self._context.rank, buckets, own_tensors(self._engine.chunks, self._context), self._finished, store)
+        try:
+            return send(meeting, self._context.rank, buckets, own_tensors(self._engine.chunks, self._context), self._finished, store)
+        finally:
+            self._profiler.end()
 
     def save(self, step: int) -> None:
         """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""

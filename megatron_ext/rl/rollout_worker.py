@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
@@ -19,6 +20,7 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
+from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.refit import Staging, own_parts, own_tensors
@@ -53,7 +55,14 @@ class RolloutRank:
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
         self._staging: Staging | None = None
         self._received = -1
+        self._profiler = UNPROFILED
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
+
+    def profile(self, stage_dir: Path, name: str, left: int) -> None:
+        """From now on, what a step is: to take new weights, and to answer. `left` steps will follow."""
+        from megatron_ext.rl.phases import ROLLOUTS
+
+        self._profiler = Profiler(stage_dir, name, self._config.observe.profile, left, ROLLOUTS)
 
     def weight_parts(self) -> tuple[Part, ...]:
         """What this rank wants of the learner's weights."""
@@ -61,6 +70,7 @@ class RolloutRank:
 
     def receive_weights(self, meeting: Meeting, place: int, version: int, buckets: Sequence[Bucket]) -> None:
         """Stages weights, every byte checked; the model stays as it is. Raises WeightSyncError when they do not arrive whole."""
+        self._profiler.begin()
         self._received = -1
         if self._staging is None:
             self._staging = Staging(own_tensors(self._model, self._context))
@@ -83,6 +93,7 @@ class RolloutRank:
             return rollout_seed(self._config.seed, step, fitting[index].key, sample)
 
         rollouts = self._engine.generate(fitting, samples, seeds=seeds, version=self._version, greedy=greedy)
+        self._profiler.end()
         if self._context.tp_rank != 0:
             return []
         return [*rollouts, *(_too_long(prompt, sample, limit) for prompt in prompts if len(prompt.tokens_S) > limit for sample in range(samples))]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_ext.config.schema import TrainConfig
 from megatron_ext.device import device_name
 from megatron_ext.errors import StoppedForRequeue
+from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.observe.stopwatch import Stopwatch
 from megatron_ext.observe.timeline import Track
 from megatron_ext.parallel.groups import ParallelContext
@@ -37,6 +38,7 @@ def train(
     poll: Callable[[], None] = lambda: None,
     report: Report,
     trace: Callable[[Sequence[Track]], None] = lambda tracks: None,
+    profiler: Profiler = UNPROFILED,
     stop: StopRequest,
 ) -> dict[str, float]:
     """Trains from `engine.step` to `config.steps`; `batch(step)` gives this rank's microbatches. Returns the last metrics.
@@ -53,10 +55,11 @@ def train(
         save(0)  # the next stage starts from this one's checkpoint, trained or not
     while (step := engine.step) < config.steps:
         clock = Stopwatch()
-        microbatches = batch(step)
-        clock.lap("data")
-        with ledger.working(clock):
-            metrics = optimizer_step(engine, microbatches, objective, context, clock.lap)
+        with profiler.step():
+            microbatches = batch(step)
+            clock.lap("data")
+            with ledger.working(clock):
+                metrics = optimizer_step(engine, microbatches, objective, context, clock.lap)
         ledger.add(metrics, clock)
         poll()
         step += 1

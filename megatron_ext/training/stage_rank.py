@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
@@ -14,12 +14,14 @@ from megatron_ext.data.stream import TrainingStream
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.observe.observer import SILENT, StageObserver, observe_stage
+from megatron_ext.observe.profiler import Profiler, profiled_ranks
 from megatron_ext.parallel.groups import MeetingPoint, ParallelContext, open_parallel
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.feed import Stream, open_feed
 from megatron_ext.training.loop import train
+from megatron_ext.training.phases import TRAINING
 from megatron_ext.training.stage_names import Stage
 from megatron_ext.training.text_stream import TextStream
 
@@ -47,16 +49,18 @@ def train_rank(
             open_feed(stream, settings, tokenizer.pad_id, context) as feed,
             open_saver(checkpoints, settings.keep, context, config.model, asynchronous=settings.async_save) as saver,
             observer.steps(engine.step, ("loss", "loss")) as report,
+            closing(_profiler(rank, config, stage_dir, settings.steps - engine.step)) as profiler,
         ):
             last = train(
                 engine,
-                feed.microbatches,
+                lambda step: feed.microbatches(step),  # looked up at every step: a profile puts its name around it
                 settings,
                 context,
                 save=save,
                 poll=saver.poll,
                 report=lambda step, metrics: report(step, {**metrics, **feed.metrics()}),
                 trace=observer.trace,
+                profiler=profiler,
                 stop=stop,
             )
         return {**last, "step": float(engine.step)}
@@ -93,3 +97,8 @@ def _stream(config: RunConfig, stage: Stage, settings: TrainConfig, tokenizer: T
 def _observer(rank: int, config: RunConfig, stage: Stage, stage_dir: Path) -> AbstractContextManager[StageObserver]:
     """Rank 0 writes metrics and shows progress; the others do nothing."""
     return observe_stage(config.observe, config.name, stage, getattr(config, stage).steps, stage_dir) if rank == 0 else nullcontext(SILENT)
+
+
+def _profiler(rank: int, config: RunConfig, stage_dir: Path, left: int) -> Profiler:
+    chosen = rank in profiled_ranks(config.parallel.num_ranks, config.parallel.pp)
+    return Profiler(stage_dir, f"rank {rank}", config.observe.profile * chosen, left, TRAINING)

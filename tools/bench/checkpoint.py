@@ -38,16 +38,17 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of data-parallel ranks (default 1 2)")
     parser.add_argument("--experts", type=int, default=16, help="experts of a layer, which set the size (default 16: 111 MB of weights)")
     parser.add_argument("--folder", type=Path, default=None, help="where to write checkpoints (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=Path("checkpoint_bench.json"), help="the numbers of every round (default checkpoint_bench.json)")
+    parser.add_argument("--json", type=Path, help="where to write the medians, in seconds")
     arguments = parser.parse_args()
-    results = []
+    found = {}
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             reports = run_ranks(measure, ranks, ParallelConfig(num_ranks=ranks), Path(folder), arguments.experts, arguments.rounds + 1, timeout_s=3600)
         rounds = [{name: max(report["rounds"][index][name] for report in reports) for name in ROWS.values()} for index in range(arguments.rounds + 1)]
-        results.append({"ranks": ranks, "weight_bytes": reports[0]["weight_bytes"], "checkpoint_bytes": reports[0]["checkpoint_bytes"], "rounds": rounds})
-        print(table(results[-1]))
-    arguments.json.write_text(json.dumps({"cpus": os.cpu_count(), "load_average": os.getloadavg(), "results": results}, indent=1) + "\n")
+        print(table({"ranks": ranks, "weight_bytes": reports[0]["weight_bytes"], "checkpoint_bytes": reports[0]["checkpoint_bytes"], "rounds": rounds}))
+        found[f"{ranks} rank(s)"] = {title: statistics.median(each[name] for each in rounds[1:]) for title, name in ROWS.items()}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(result: dict[str, Any]) -> str:

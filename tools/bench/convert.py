@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128, help="experts of a layer, which set the size (default 128: 0.9 GB in bfloat16)")
     parser.add_argument("--shard-mb", type=int, default=200, help="largest weight file in MB (default 200)")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=Path("convert_bench.json"), help="the numbers of every round (default convert_bench.json)")
+    parser.add_argument("--json", type=Path, help="where to write the medians, in seconds and bytes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
@@ -59,7 +59,9 @@ def main() -> None:
             "layer_bytes": layer_bytes,
         }
     print(table(rounds, sizes))
-    arguments.json.write_text(json.dumps({"cpus": os.cpu_count(), "load_average": os.getloadavg(), **sizes, "rounds": rounds}, indent=1) + "\n")
+    if arguments.json:
+        middle = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        arguments.json.write_text(json.dumps({"a checkpoint": {**middle, **sizes}}, indent=1) + "\n")
 
 
 def write_checkpoint(folder: Path, experts: int, shard_bytes: int) -> int:

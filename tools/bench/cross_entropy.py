@@ -6,16 +6,17 @@ Time: CPU seconds of one thread, the two interleaved, medians. Memory: the most 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from interleave import medians
 
 from megatron_ext.model.token_scores import token_logprobs
 
@@ -32,10 +33,9 @@ def draw(positions: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Ten
     return torch.randn(positions, vocabulary, dtype=dtype).requires_grad_(), torch.randint(0, vocabulary, (positions,))
 
 
-def once(kernel: Kernel, logits: torch.Tensor, targets: torch.Tensor) -> float:
-    began = time.process_time()
+def once(kernel: Kernel, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    logits = logits.detach().clone().requires_grad_()  # ours overwrites them: both start with a copy
     kernel(logits, targets).sum().backward()
-    return time.process_time() - began
 
 
 def peak_mib(name: str, positions: int, vocabulary: int, dtype: str) -> float:
@@ -59,8 +59,10 @@ def high_water_mib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="cases whose name contains this, such as float32")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,19 +70,22 @@ def main() -> None:
         name, positions, vocabulary, dtype = options.peak
         print_peak(name, int(positions), int(vocabulary), dtype)
         return
+    found = {}
     print("| positions x vocabulary | dtype | plain, ms | chunked, ms | plain / chunked | plain, MiB | chunked, MiB |\n|---|---|---|---|---|---|---|")
     for positions, vocabulary in SIZES:
         for dtype in ("float32", "bfloat16"):
+            case = f"{positions} x {vocabulary}, {dtype}"
+            if options.only not in case:
+                continue
             logits, targets = draw(positions, vocabulary, getattr(torch, dtype))
-            times: dict[str, list[float]] = {name: [] for name in KERNELS}
-            for repeat in range(options.repeats + 1):
-                for name, kernel in KERNELS.items():
-                    seconds = once(kernel, logits.detach().clone().requires_grad_(), targets)  # ours overwrites them
-                    if repeat:
-                        times[name].append(seconds)
-            plain, chunked = (1000 * statistics.median(times[name]) for name in KERNELS)
-            memory = " | ".join(f"{peak_mib(name, positions, vocabulary, dtype):.0f}" for name in KERNELS)
+            seconds = medians({name: partial(once, kernel, logits, targets) for name, kernel in KERNELS.items()}, options.rounds)
+            plain, chunked = (1000 * value for value in seconds.values())
+            mib = {name: peak_mib(name, positions, vocabulary, dtype) for name in KERNELS}
+            memory = " | ".join(f"{value:.0f}" for value in mib.values())
             print(f"| {positions} x {vocabulary} | {dtype} | {plain:.1f} | {chunked:.1f} | {plain / chunked:.2f} | {memory} |", flush=True)
+            found[case] = {**{f"{name}, ms": 1000 * value for name, value in seconds.items()}, **{f"{name}, MiB": value for name, value in mib.items()}}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -52,13 +52,16 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=8, help=f"of {PER_SHARD} samples each (default 8)")
     parser.add_argument("--megatron-lm", type=Path, help="a checkout of NVIDIA/Megatron-LM; without one its tool is left out")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=Path("data_bench.json"), help="the numbers of every round (default data_bench.json)")
+    parser.add_argument("--json", type=Path, help="where to write the medians, in seconds, elapsed and of the processor")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         preprocessing, reading = preprocess_rounds(Path(name), args), reading_rounds(Path(name), args)
     print(table(preprocessing, reading))
-    record = {"cpus": os.cpu_count(), "load_average": os.getloadavg(), "preprocessing": preprocessing, "reading": reading}
-    args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.json:
+        rounds = [*preprocessing["rounds"], *reading["rounds"]]
+        cases = {name: [each[name] for each in rounds if name in each] for each in rounds for name in each}
+        found = {name: {key: statistics.median(one[key] for one in took) for key in ("wall_s", "cpu_s")} for name, took in cases.items()}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A training step of our model with each kernel of the experts: `python tools/bench/experts.py [--steps 9]`, results in docs/benchmarks/experts.md.
+"""A training step of our model with each kernel of the experts: `python tools/bench/experts.py [--rounds 9]`, results in docs/benchmarks/experts.md.
 
 One process, one thread, float32. All kernels train the same model from the same weights on the same batches; their steps are interleaved, so that whatever
 else the machine does meets all of them. Times are CPU times of the process (the machine may be shared), of a whole step: forward, backward, Adam.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +51,10 @@ def batch_of(step: int) -> TokenBatch:
     return TokenBatch(tokens, np.ones((ROWS, LENGTH), np.uint8), NO_TILES, np.full((ROWS, 1), -1, np.int32))
 
 
-def measure(sizes: dict[str, Any], steps: int, context: ParallelContext) -> dict[str, float]:
+def measure(sizes: dict[str, Any], rounds: int, context: ParallelContext) -> dict[str, float]:
     """Median CPU seconds of a step by kernel; the losses must agree."""
     engines = {kernel: build_engine([build_model(model_of(sizes, kernel), IMAGE, context)], OptimizerConfig(), 1000, context) for kernel in KERNELS}
-    return medians({kernel: stepper(engine, context) for kernel, engine in engines.items()}, steps, agree, warm_up=2)
+    return medians({kernel: stepper(engine, context) for kernel, engine in engines.items()}, rounds, agree, warm_up=2)
 
 
 def stepper(engine: Engine, context: ParallelContext) -> Callable[[], float]:
@@ -72,18 +73,25 @@ def agree(losses: dict[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=9)
-    steps = parser.parse_args().steps
-    print(f"{machine()}, float32, {ROWS} x {LENGTH} tokens, median of {steps} steps\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="models whose name contains this")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    told = {}
+    print(f"{machine()}, float32, {ROWS} x {LENGTH} tokens, median of {options.rounds} steps\n")
     print(f"| model | parameters | {' | '.join(f'{kernel}, s' for kernel in KERNELS)} | {' | '.join(f'{KERNELS[0]} / {kernel}' for kernel in KERNELS[1:])} |")
     print(f"|{'---|' * (2 * len(KERNELS) + 1)}")
     with tempfile.TemporaryDirectory() as folder, open_parallel(ParallelConfig(), 0, 1, f"file://{Path(folder) / 'store'}", 0) as context:
         for name, sizes in SIZES.items():
-            found = measure(sizes, steps, context)
+            if options.only not in name:
+                continue
+            told[name] = found = measure(sizes, options.rounds, context)
             total = count_parameters(model_of(sizes, KERNELS[0])).total / 1e6
             ratios = [f"{found[KERNELS[0]] / found[kernel]:.2f}" for kernel in KERNELS[1:]]
             print(f"| {name} | {total:.1f} M | {' | '.join(f'{found[kernel]:.3f}' for kernel in KERNELS)} | {' | '.join(ratios)} |", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

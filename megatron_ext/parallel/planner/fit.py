@@ -65,7 +65,9 @@ class Sizer:
         self._stages: dict[tuple[int, int], tuple[Stage, ...]] = {}
         self._runs: dict[tuple[object, ...], tuple[list[Run], list[Run], State]] = {}
         self._parts: dict[tuple[object, ...], PartState] = {}
+        self._of_ranks: dict[tuple[object, ...], PartState] = {}
         self._states: dict[tuple[int, ...], tuple[State, tuple[int, int]]] = {}
+        self._steps: dict[tuple[object, ...], tuple[int, int, int, int, tuple[Kind, ...], bool]] = {}
         self._kept: dict[tuple[object, ...], tuple[int, int, int]] = {}
         self._traits: dict[tuple[int, ...], list[tuple[object, ...]]] = {}
         self._workspaces: dict[tuple[object, ...], int] = {}
@@ -124,10 +126,19 @@ class Sizer:
     def _held(self, layout: Layout, rank: int) -> tuple[State, tuple[int, int]]:
         key = layout.tp, layout.ep, layout.etp, layout.dp * layout.cp, layout.pp, layout.vpp, rank
         if key not in self._states:
-            chunks = [self._chunk(layout, stage, rank) for stage in self.stages(layout)[rank :: layout.pp]]
-            state = total([state for dense, experts, frozen in chunks for state in (dense.state, experts.state, frozen)])
-            self._states[key] = state, (sum(dense.numel for dense, _, _ in chunks), sum(experts.numel for _, experts, _ in chunks))
+            dense = self._of_rank(layout, rank, False, (layout.tp, layout.ep == 1, layout.dp * layout.cp))
+            experts = self._of_rank(layout, rank, True, (layout.ep, layout.etp, layout.edp))
+            frozen = (self._split(layout, stage)[2] for stage in self.stages(layout)[rank :: layout.pp])
+            self._states[key] = total([dense.state, experts.state, *frozen]), (dense.numel, experts.numel)
         return self._states[key]
+
+    def _of_rank(self, layout: Layout, rank: int, of_experts: bool, split: tuple[object, ...]) -> PartState:
+        """All chunks' dense parameters, or experts, of a pipeline rank. `split`: what of the layout they depend on, beside its pipeline and its buckets."""
+        key = of_experts, layout.pp, layout.vpp, rank, bucket_of(self.stages(layout)[rank], layout, self.overlaps), *split
+        if key not in self._of_ranks:
+            parts = [self._part(layout, stage, of_experts, split) for stage in self.stages(layout)[rank :: layout.pp]]
+            self._of_ranks[key] = PartState(total([part.state for part in parts]), sum(part.numel for part in parts))
+        return self._of_ranks[key]
 
     def memory(self, layout: Layout, recompute: str, micro_rows: int) -> Memory:
         """Of the fullest rank."""
@@ -145,6 +156,11 @@ class Sizer:
                 break
         return fullest, most
 
+    def exceeds(self, layout: Layout, rank: int, recompute: str, micro_rows: int, limit: float) -> bool:
+        """Whether this pipeline rank alone needs more."""
+        shapes = self._shapes(layout, micro_rows)
+        return self._need_bytes(layout, rank, recompute, shapes) + self._shared_bytes(layout, shapes) > limit
+
     def of_rank(self, layout: Layout, rank: int, recompute: str, micro_rows: int) -> Memory:
         return self._memory(layout, rank, recompute, self._shapes(layout, micro_rows))
 
@@ -156,21 +172,24 @@ class Sizer:
             self._activations[key] = Activations(self.model, layout, batch, self.work.training.vision, kernels)
         return self._activations[key]
 
-    def _chunk(self, layout: Layout, stage: Stage, rank: int) -> tuple[PartState, PartState, State]:
-        """Dense parameters, experts, and what is frozen."""
-        bucket, kind, bf16 = bucket_of(stage, layout, self.overlaps), self._kind(stage), self.model.dtype == "bf16"
-        split = layout.tp, layout.ep, layout.etp, *kind
-        if split not in self._runs:
+    def _split(self, layout: Layout, stage: Stage) -> tuple[list[Run], list[Run], State]:
+        """Of a chunk: dense parameters, experts, and what is frozen."""
+        key = layout.tp, layout.ep, layout.etp, *self._kind(stage)
+        if key not in self._runs:
             runs = chunk_runs(self.model, layout, stage, self.work.training)
-            self._runs[split] = runs.trained(False), runs.trained(True), frozen_state(runs, bf16)
-        dense, experts, frozen = self._runs[split]
-        dense_key = layout.tp, layout.ep == 1, layout.dp * layout.cp, bucket, *kind
-        if dense_key not in self._parts:
-            self._parts[dense_key] = part_state(dense, layout.dp * layout.cp, 0, bf16, bucket)
-        expert_key = layout.ep, layout.etp, layout.edp, bucket, dict(totals(self._rows(stage))).get("experts", 0)
-        if expert_key not in self._parts:
-            self._parts[expert_key] = part_state(experts, layout.edp, 0, bf16, bucket)
-        return self._parts[dense_key], self._parts[expert_key], frozen
+            self._runs[key] = runs.trained(False), runs.trained(True), frozen_state(runs, self.model.dtype == "bf16")
+        return self._runs[key]
+
+    def _part(self, layout: Layout, stage: Stage, of_experts: bool, split: tuple[object, ...]) -> PartState:
+        """Of a chunk: its buffer of one of the two."""
+        bucket = bucket_of(stage, layout, self.overlaps)
+        kind = (dict(totals(self._rows(stage))).get("experts", 0),) if of_experts else self._kind(stage)
+        key = of_experts, bucket, *split, *kind
+        if key not in self._parts:
+            dense, experts, _ = self._split(layout, stage)
+            runs, ranks = (experts, layout.edp) if of_experts else (dense, layout.dp * layout.cp)
+            self._parts[key] = part_state(runs, ranks, 0, self.model.dtype == "bf16", bucket)
+        return self._parts[key]
 
     def _traits_of(self, layout: Layout, rank: int) -> list[tuple[object, ...]]:
         """What decides what the chunks of a rank keep of a micro-batch."""
@@ -197,7 +216,15 @@ class Sizer:
         return self._workspaces[key]
 
     def _step_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> tuple[int, int, int, int, int]:
-        """At the peak of a step: decoder, vision, CLVR, logits, workspace."""
+        """At the peak of a step: decoder, vision, CLVR, logits, workspace. Over how many ranks experts are split decides the workspace alone."""
+        key = layout.tp, layout.cp, layout.etp, layout.dp, layout.pp, layout.vpp, rank, recompute, shapes.batch.rows
+        if key not in self._steps:
+            self._steps[key] = self._kept_bytes(layout, rank, recompute, shapes)
+        decoder, vision, clvr, logits, kinds, asks = self._steps[key]
+        return decoder, vision, clvr, logits, self._workspace(shapes, kinds, recompute, asks)
+
+    def _kept_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> tuple[int, int, int, int, tuple[Kind, ...], bool]:
+        """The same but for the workspace, which is decided by what layers there are, and whether a tap is among them."""
         stages = self.stages(layout)[rank :: layout.pp]
         flying = in_flight(layout, rank, -(-(self.work.per_update() // layout.dp) // shapes.batch.rows))
         decoder = vision = clvr = 0
@@ -206,7 +233,7 @@ class Sizer:
             decoder, vision, clvr = decoder + count * of_decoder, vision + count * of_vision, clvr + count * of_clvr
         logits = shapes.logits_bytes if stages[-1].last else 0
         kinds = tuple(kind for kind, _ in self.layers(layout, rank))
-        return decoder, vision, clvr, logits, self._workspace(shapes, kinds, recompute, any(stage.asks for stage in stages))
+        return decoder, vision, clvr, logits, kinds, any(stage.asks for stage in stages)
 
     def _need_bytes(self, layout: Layout, rank: int, recompute: str, shapes: Activations) -> float:
         """What differs between the ranks of a layout."""
@@ -221,10 +248,11 @@ class Sizer:
 
     def _communication_bytes(self, layout: Layout, shapes: Activations) -> int:
         """A communicator for every kind of group, the gathered sequence of tensor parallelism, and the tokens that experts exchange."""
-        sizes = (layout.tp, layout.cp, layout.dp * layout.cp, layout.pp, layout.ep, layout.etp, layout.edp, layout.num_ranks)
         moved = 2 * shapes.positions * self.model.hidden_size * shapes.width * (layout.tp > 1)
         moved += 2 * shapes.slice * self.model.experts_per_token * self.model.hidden_size * shapes.width * (layout.ep > 1)
-        return int(sum(size > 1 for size in sizes) * self.gpu.communicator_bytes) + moved
+        groups = (layout.tp > 1) + (layout.cp > 1) + (layout.dp * layout.cp > 1) + (layout.pp > 1)
+        groups += (layout.ep > 1) + (layout.etp > 1) + (layout.edp > 1) + (layout.num_ranks > 1)
+        return int(groups * self.gpu.communicator_bytes) + moved
 
     @cached_property
     def _routes(self) -> int:

@@ -196,13 +196,15 @@ class Search:
             refused.batch(self, layout)
             return None
         kinds, limit, sizer = recompute or self.recompute, self.cluster.gpu.memory_bytes, self.sizer
-        rank, least = sizer.fullest(layout, kinds[-1], rows[-1], limit)
+        likely, least = sizer.fullest(layout, kinds[-1], rows[-1], limit)
         if least > limit:
-            refused.memory(self, layout, least, lambda: sizer.of_rank(layout, rank, kinds[-1], rows[-1]))
+            refused.memory(self, layout, least, lambda: sizer.of_rank(layout, likely, kinds[-1], rows[-1]))
             return None
         found: list[Found] = []
         for kind in kinds:
             for count in rows:
+                if sizer.exceeds(layout, likely, kind, count, limit):
+                    continue
                 rank, need = sizer.fullest(layout, kind, count, limit)
                 if need <= limit:
                     found.append(self.evaluate(layout, kind, count, sizer.of_rank(layout, rank, kind, count)))

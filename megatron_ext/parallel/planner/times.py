@@ -8,8 +8,10 @@ update  = m max_r t_r + (sum_r t_r - max_r t_r) / vpp       m micro-batches; the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import vision_tokens
@@ -46,9 +48,13 @@ class StepTimes:
     fixed_s: float = 0.0
     hidden_s: float = 0.0
 
-    @property
+    @cached_property
     def total_s(self) -> float:
-        return sum(getattr(self, name) for name in self.__dataclass_fields__ if name != "hidden_s")
+        return sum(_SPENT(self))
+
+
+_SPENT: Callable[[StepTimes], tuple[float, ...]] = attrgetter(*(name for name in StepTimes.__dataclass_fields__ if name != "hidden_s"))
+_PARTS: Callable[[StepTimes], tuple[float, ...]] = attrgetter(*StepTimes.__dataclass_fields__)
 
 
 class Timer:
@@ -57,6 +63,7 @@ class Timer:
     def __init__(self, model: ModelConfig, work: Workload, cluster: Cluster, overlaps: bool) -> None:
         self.model, self.work, self.cluster, self.overlaps = model, work, cluster, overlaps
         self._parts: dict[tuple[object, ...], tuple[Parts, Activations]] = {}
+        self._alike: dict[tuple[object, ...], Parts] = {}
 
     def step(self, layout: Layout, ranks: Sequence[tuple[Held, int]], recompute: str, micro_rows: int, numels: tuple[int, int]) -> StepTimes:
         """All updates of a step, and its passes without gradients. `ranks`: what pipeline ranks hold, and how many of them hold it. `numels`: elements of
@@ -74,8 +81,9 @@ class Timer:
             work = self.work
             batch = Microbatch(micro_rows, round(work.mean_row_tokens), work.row_tiles, work.packed)
             shapes = Activations(self.model, layout, batch, work.training.vision, GPU if self.cluster.gpu.fused_kernels else CPU)
-            found = parts(Work(shapes, self.cluster), recompute, work.training.vision, self.model.clvr.enabled, gradients)
-            self._parts[key] = found, shapes
+            others = layout.tp, layout.cp, recompute, micro_rows, gradients
+            found = parts(Work(shapes, self.cluster), recompute, work.training.vision, self.model.clvr.enabled, gradients, self._alike.get(others))
+            self._parts[key], self._alike[others] = (found, shapes), found
         return self._parts[key]
 
     def _pass(self, layout: Layout, ranks: Sequence[tuple[Held, int]], recompute: str, micro_rows: int, count: int, gradients: bool) -> StepTimes:
@@ -131,4 +139,4 @@ class Timer:
 
 
 def _sum(steps: Sequence[StepTimes]) -> StepTimes:
-    return StepTimes(*(sum(getattr(step, name) for step in steps) for name in StepTimes.__dataclass_fields__))
+    return StepTimes(*map(sum, zip(*map(_PARTS, steps), strict=True)))

@@ -17,7 +17,7 @@ Where ranks are slow to meet, how often they do decides, not how much they send.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.parallel.planner.activations import Activations
@@ -182,20 +182,30 @@ def held_by(stages: Sequence[Stage], layers: Rows) -> Held:
     )
 
 
-def parts(work: Work, recompute: str, vision_trains: bool, has_taps: bool, gradients: bool) -> Parts:
-    """Forward costs; with `gradients` those of the backward pass, of everything that trains and of what is computed again, are added."""
-    attention, feed_forward = work.attention(), {"experts": work.experts(), "dense": work.dense()}
-    layers = {kind: attention + feed_forward[kind] for kind in KINDS}
+def parts(work: Work, recompute: str, vision_trains: bool, has_taps: bool, gradients: bool, alike: Parts | None = None) -> Parts:
+    """Forward costs; with `gradients` those of the backward pass, of everything that trains and of what is computed again, are added. `alike`: of a layout
+    that differs in how it splits experts alone; then only the layers are counted."""
+    layers = _layers(work, recompute, gradients)
+    if alike is not None:
+        return replace(alike, layers=layers)
     tap, vision, head = work.tap() if has_taps else Costs(), work.vision(), work.head()
     projector, embedding = work.projector(), work.embedding(gradients)
     if not gradients:
         return Parts(layers, tap, vision, projector + embedding, head)
-    behind = {"experts": feed_forward["experts"].backward(), "dense": feed_forward["dense"].backward(tp=1.5)}
-    again = {kind: {"none": Costs(), "selective": attention, "full": layers[kind]}[recompute] for kind in KINDS}
     return Parts(
-        {kind: layers[kind] + attention.backward(tp=1.5) + behind[kind] + again[kind] for kind in KINDS},
+        layers,
         tap.times(1 + (recompute == "full")) + tap.backward(tp=1.5) + (work.tap_images() if has_taps else Costs()),
         vision + vision.backward() if vision_trains else vision,
         projector + projector.backward() + embedding,
         head + head.backward(tp=2),
     )
+
+
+def _layers(work: Work, recompute: str, gradients: bool) -> dict[Kind, Costs]:
+    attention, feed_forward = work.attention(), {"experts": work.experts(), "dense": work.dense()}
+    forward = {kind: attention + feed_forward[kind] for kind in KINDS}
+    if not gradients:
+        return forward
+    behind = {"experts": feed_forward["experts"].backward(), "dense": feed_forward["dense"].backward(tp=1.5)}
+    again = {kind: {"none": Costs(), "selective": attention, "full": forward[kind]}[recompute] for kind in KINDS}
+    return {kind: forward[kind] + attention.backward(tp=1.5) + behind[kind] + again[kind] for kind in KINDS}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.cli.launched import TaskRecord
 from megatron_ext.cli.main import main
+from megatron_ext.cli.task_record import TaskRecord
 
 
 def task(logs: Path, rank: int, said: str, code: int | None) -> None:
