@@ -75,5 +75,5 @@ def _other_batches(config: RunConfig, planned: str, layout: Layout) -> dict[str,
             size for size in range(1, share + 1) if share % size == 0 and size <= stage.micro_batch and (layout.vpp == 1 or share // size % layout.pp == 0)
         ]
         changes |= {f"{name}.global_batch": rows} if rows != stage.global_batch else {}
-        changes |= {f"{name}.micro_batch": fitting[-1]} if fitting[-1] != stage.micro_batch else {}
+        changes |= {f"{name}.micro_batch": fitting[-1]} if not stage.micro_batch_tokens and fitting[-1] != stage.micro_batch else {}
     return changes

@@ -23,7 +23,7 @@ from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.messages import plain_words
 from megatron_ext.config.presets import PRESETS
 from megatron_ext.config.rules import check_rules
-from megatron_ext.config.schema import RunConfig
+from megatron_ext.config.schema import RunConfig, TrainConfig
 from megatron_ext.config.yaml_tree import Located, dump_inline, parse_scalar, read_yaml
 from megatron_ext.errors import ConfigError, UserError
 
@@ -146,6 +146,7 @@ class _Builder:
 
     def resolve(self, checks: Sequence[Check]) -> Resolved:
         self._place_index()
+        self._choose_micro_batches()
         config = None
         try:
             config = RunConfig.model_validate_json(json.dumps(self.tree), strict=True)
@@ -166,6 +167,20 @@ class _Builder:
         """Beside the run, where there are shards and nobody says otherwise."""
         if self._get("data.kind") in ("webdataset", "blend") and self._get("data.index") is None:
             self._set("data.index", str(Path(str(self._get("output_dir"))) / str(self._get("name")) / "shards"), "run folder")
+
+    def _choose_micro_batches(self) -> None:
+        """Rows or tokens. A budget on the command line replaces the rows of a file; otherwise giving both is a mistake. A file that states the default besides,
+        as a resolved configuration does, gives one."""
+        for stage in ("pretrain", "sft"):
+            rows, budget = f"{stage}.micro_batch", f"{stage}.micro_batch_tokens"
+            default = TrainConfig().micro_batch
+            if not self._get(budget) or self._get(rows) == default:
+                continue
+            if self.origins[budget] == COMMAND_LINE != self.origins[rows]:
+                self._set(rows, default, "default")
+            else:
+                problem = f"{self._get(rows)} has no effect beside {budget} = {self._get(budget)} ({self.origins[budget]})"
+                self._problem(rows, self.origins[rows], problem, f"leave one of the two out; {budget}=0 counts rows again")
 
     def _get(self, dotted: str) -> Any:
         value: Any = self.tree

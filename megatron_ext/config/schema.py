@@ -200,7 +200,7 @@ class TrainConfig(Section):
     """Conversations per forward pass of one rank."""
     micro_batch_tokens: int = Field(0, ge=0)
     """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
-    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each."""
+    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
     mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
     """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
     text: dict[str, float] = Field(default_factory=dict)

@@ -135,7 +135,7 @@ def test_a_budget_of_tokens_is_emitted_as_it_was_given(tmp_path: Path, capsys: p
     plan(capsys, SFT, "--gpus", "64", "--gpu", "h200", "--row-tokens", "4000", "--emit", str(tmp_path / "plan"), *budget)
     resolved = load_config(tmp_path / "plan" / "config.yaml")
     assert (resolved.config.sft.micro_batch_tokens, resolved.config.pretrain.micro_batch_tokens) == (32768, 16384)
-    assert resolved.config.sft.micro_batch == load_config(SFT).config.sft.micro_batch
+    assert resolved.config.sft.micro_batch == load_config(SFT, budget).config.sft.micro_batch
 
 
 def test_planning_imports_neither_torch_nor_numpy() -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.load import explain, load_config
 from megatron_ext.config.presets import PRESETS
-from megatron_ext.config.schema import RLConfig, RunConfig
+from megatron_ext.config.schema import RLConfig, RunConfig, TrainConfig
 from megatron_ext.config.yaml_tree import dump_inline, parse_scalar
 from megatron_ext.errors import ConfigError, UserError
 
@@ -223,3 +223,19 @@ def test_reading_a_configuration_imports_nothing_heavy() -> None:
         "heavy = {'torch', 'ray', 'megatron', 'deepspeed', 'transformers', 'numpy', 'rich', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_rows_and_tokens_of_a_micro_batch_are_not_both_given(tmp_path: Path) -> None:
+    """In one place it is a mistake; a budget on the command line replaces the rows of a file; what was resolved so is read back."""
+    budget = ["sft.packed=true", "sft.micro_batch_tokens=256"]
+    words = r"sft.micro_batch \(command line\): 8 has no effect beside sft.micro_batch_tokens = 256 \(command line\)"
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [*budget, "sft.micro_batch=8"])
+    path = tmp_path / "run.yaml"
+    path.write_text("sft: {micro_batch: 8}\n")
+    resolved = load_config(path, budget)
+    assert (resolved.config.sft.micro_batch, resolved.origins["sft.micro_batch"]) == (TrainConfig().micro_batch, "default")
+    path.write_text(explain(resolved))
+    assert load_config(path).config == resolved.config
+    with pytest.raises(ConfigError, match=r"sft\.micro_batch_tokens=0 counts rows again"):
+        load_config(path, ["sft.micro_batch=8"])

@@ -156,7 +156,7 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["model.clvr.enabled=false", "model.clvr.taps=[]"])
     load_config(None, ["earl.enabled=false", "earl.warmup=1.0"])
     load_config(None, ["rl.steps=0", "rollout.temperature=0"])
-    load_config(None, ["sft.packed=true", "sft.micro_batch_tokens=256", "sft.micro_batch=7"])
+    load_config(None, ["sft.packed=true", "sft.micro_batch_tokens=256", "sft.global_batch=63"])
     load_config(None, ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "earl.enabled=false"])
     load_config(None, ["rl.kl_estimator=k1", "rl.kl_placement=reward", "rl.kl_coeff=0.1"])
     load_config(None, ["rl.mismatch_correction=tis", "rl.max_logprob_diff=1"])
