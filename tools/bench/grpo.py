@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,8 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the case, if its name contains this")
     parser.add_argument("--json", type=Path, help="where to write the medians, seconds")
     options = parser.parse_args()
+    if find_spec("trl") is None:
+        parser.error('TRL is not installed: pip install -c constraints.txt -e ".[trl]"')
     torch.set_num_threads(1)
     steps: dict[str, list[dict[str, float]]] = {"ours": [], "TRL": []}
     if options.only not in CASE.name:
