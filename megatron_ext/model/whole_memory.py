@@ -11,8 +11,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from megatron_ext.device.batch_invariant.attention import attention
+from megatron_ext.device.batch_invariant.attention import BLOCK, attention
 from megatron_ext.model.memory import Memory
+from megatron_ext.shapes import round_up
 
 
 class WholeMemory(Memory):
@@ -30,9 +31,11 @@ class WholeMemory(Memory):
         self._forget("_prompts_R", "_places_RS", "_row_mask")
 
     def _laid_out(self, prompt_PNSD: torch.Tensor, answer_RNTD: torch.Tensor) -> torch.Tensor:
-        """[R, N_kv, S + T, D], every answer right behind its prompt."""
+        """[R, N_kv, S, D], every answer right behind its prompt."""
         side_by_side = torch.cat([prompt_PNSD[self._prompts_R], answer_RNTD], dim=2)
-        return side_by_side.gather(2, self._places_RS[:, None, :, None].expand(-1, side_by_side.shape[1], -1, side_by_side.shape[3]))
+        rows, heads, places, size = side_by_side.shape
+        run_RN1 = places * torch.arange(rows * heads, device=side_by_side.device).view(rows, heads, 1)
+        return side_by_side.view(-1, size)[(run_RN1 + self._places_RS[:, None]).flatten()].view(rows, heads, -1, size)
 
     @cached_property
     def _prompts_R(self) -> torch.Tensor:
@@ -40,14 +43,16 @@ class WholeMemory(Memory):
 
     @cached_property
     def _places_RS(self) -> torch.Tensor:
-        """Int64: where the keys of a row's positions stand when prompt and answer lie side by side, each padded to the longest."""
+        """Int64: where the keys of a row's positions stand when prompt and answer lie side by side, each padded to the longest. Whole blocks; what is beyond
+        the row is hidden."""
         lengths_R1 = self._lengths_P[self._prompt_R][:, None]
-        place_1S = np.arange(self._longest_prompt + self._longest_answer)[None]
-        behind = np.minimum(self._longest_prompt + place_1S - lengths_R1, place_1S[0, -1])
+        last = self._longest_prompt + self._longest_answer - 1
+        place_1S = np.arange(round_up(last + 1, BLOCK))[None]
+        behind = np.minimum(self._longest_prompt + place_1S - lengths_R1, last)
         return torch.from_numpy(np.where(place_1S < lengths_R1, place_1S, behind)).to(self._device)
 
     @cached_property
     def _row_mask(self) -> torch.Tensor:
-        """True at the tokens that are there, the newest included: [R, 1, 1, S + T]."""
+        """True at the tokens that are there, the newest included: [R, 1, 1, S]."""
         lengths_R1 = (self._lengths_P[self._prompt_R] + self._lengths_R + 1)[:, None]
         return torch.from_numpy(np.arange(self._places_RS.shape[1])[None] < lengths_R1).to(self._device)[:, None, None]

@@ -31,7 +31,8 @@ def test_a_row_times_a_matrix_is_the_same_wherever_it_stands_and_whoever_stands_
     with batch_invariant():
         whole, part = F.linear(x_TK, weight_NK), F.linear(x_TK[some], weight_NK)
         out = torch.mm(x_TK[some], weight_NK.t(), out=torch.empty(len(some), columns))
-    assert torch.equal(part, whole[some]) and torch.equal(out, part)
+        stored_otherwise = F.linear(x_TK, weight_NK.t().contiguous().t())
+    assert torch.equal(part, whole[some]) and torch.equal(out, part) and torch.equal(stored_otherwise, whole)
     close(whole, F.linear(x_TK, weight_NK))
 
 
@@ -71,12 +72,15 @@ def test_what_an_operation_gives_for_a_row_does_not_depend_on_the_others(name: s
     close(whole, operation(x))
 
 
-def test_experts_of_a_grouped_product_do_not_know_how_many_tokens_each_has() -> None:
+def test_a_product_of_many_matrices_is_that_of_each_by_itself_however_it_is_asked_for() -> None:
+    """One expert may be computed by a product of its own, in a batch of equally many tokens each, or in a group of any number of tokens each."""
     x_TK = numbers(40, 40)
     with batch_invariant():
         whole = F.grouped_mm(x_TK, EXPERTS, offs=torch.tensor([1, 1, 40], dtype=torch.int32))
         part = F.grouped_mm(x_TK[[0, 5, 7]], EXPERTS, offs=torch.tensor([1, 1, 3], dtype=torch.int32))
+        batch = torch.bmm(x_TK[:39].view(3, 13, 40), EXPERTS)
         assert torch.equal(part, whole[[0, 5, 7]]) and torch.equal(part[:1], x_TK[:1] @ EXPERTS[0])
+        assert torch.equal(batch[2], x_TK[26:39] @ EXPERTS[2]) and torch.equal(batch[2], whole[26:39])
 
 
 @settings(max_examples=30)
