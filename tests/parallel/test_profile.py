@@ -27,6 +27,7 @@ def require_whole(profile: Profile) -> None:
     assert sum(found.host_s for found in spent.values()) == pytest.approx(profile.table.recorded_s, rel=0.01)
 
 
+@pytest.mark.journey
 def test_the_first_rank_of_every_pipeline_stage_is_recorded(tmp_path: Path) -> None:
     settings = TrainConfig(steps=4, global_batch=4, micro_batch=2, log_every=1)
     config = rl_config(tmp_path, parallel=ParallelConfig(num_ranks=2, pp=2))

@@ -100,7 +100,11 @@ def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_roundin
         pytest.param(ParallelConfig(num_ranks=2), ParallelConfig(), 2, id="two learner ranks and two replicas"),
         pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, tp=2), 1, id="TP2 on both sides"),
         pytest.param(
-            ParallelConfig(num_ranks=2, cp=2, recompute="full"), ParallelConfig(num_ranks=2, ep=2), 1, id="a CP2 learner that recomputes, EP2 answers"
+            ParallelConfig(num_ranks=2, cp=2, recompute="full"),
+            ParallelConfig(num_ranks=2, ep=2),
+            1,
+            id="a CP2 learner that recomputes, EP2 answers",
+            marks=pytest.mark.journey,
         ),
         pytest.param(ParallelConfig(num_ranks=2, pp=2), ParallelConfig(), 1, id="a PP2 learner", marks=pytest.mark.journey),
         pytest.param(

@@ -92,9 +92,9 @@ def test_it_does_so_without_replaying_routes_too(model, context, rollouts):
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"batch_size": 3}, id="three at a time"),
+        pytest.param({"batch_size": 3}, id="three at a time", marks=pytest.mark.journey),
         pytest.param({"batch_size": 44}, id="all at once"),
-        pytest.param({"prefill_tokens": 20}, id="prompts read almost one by one"),
+        pytest.param({"prefill_tokens": 20}, id="prompts read almost one by one", marks=pytest.mark.journey),
         pytest.param({"batch_size": 44, "cache_gib": 200 * 2**10 / 2**30}, id="answers that are begun again"),
     ],
 )
