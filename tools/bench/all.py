@@ -26,6 +26,8 @@ SHORT = {
     "data": ["--rounds", "3", "--megabytes", "16", "--shards", "4"],
     "experts": ["--rounds", "5"],
     "generation": ["--rounds", "3"],
+    "grpo": ["--rounds", "3"],
+    "refit": ["--rounds", "5"],
     "startup": ["--rounds", "3"],
 }
 """What keeps a benchmark to a few minutes. Others choose for themselves."""

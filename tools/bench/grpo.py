@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from importlib.util import find_spec
+from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -189,10 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each side, after a first that does not count (default 5)")
     parser.add_argument("--only", default="", help="the case, if its name contains this")
-    parser.add_argument("--json", type=Path, help="where to write the medians, seconds")
+    parser.add_argument("--json", type=Path, help="where to write the medians: new tokens a second, and seconds by phase")
     options = parser.parse_args()
-    if find_spec("trl") is None:
-        parser.error('TRL is not installed: pip install -c constraints.txt -e ".[trl]"')
+    import_module("trl")  # before anything is started
     torch.set_num_threads(1)
     steps: dict[str, list[dict[str, float]]] = {"ours": [], "TRL": []}
     if options.only not in CASE.name:
@@ -214,8 +213,9 @@ def main() -> None:
         print(f"| {side} | {spent['total']:.2f} | {' | '.join(f'{spent[phase]:.2f}' for phase in PHASES)} |")
     print(f"\nTRL / ours: {middle['TRL']['total'] / middle['ours']['total']:.2f}")
     if options.json:
-        found = {f"{CASE.name}, {phase}": {side: spent[phase] for side, spent in middle.items()} for phase in middle["ours"]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        rates = {side: CASE.prompts * CASE.samples * NEW / spent["total"] for side, spent in middle.items()}
+        shares = {f"{phase} of {side}, s": spent[phase] for side, spent in middle.items() for phase in PHASES}
+        options.json.write_text(json.dumps({CASE.name: rates | shares}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
