@@ -27,6 +27,7 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.rl.batching import microbatches, plan_shards
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
@@ -122,11 +123,13 @@ def prompts_of(case: Case) -> list[Prompt]:
 
 
 def measure(case: Case, rounds: int, context: ParallelContext) -> dict[str, float]:
-    model = build_model(case.model, IMAGE, context)
-    for tap in model.decoder.taps:
+    learner, rollout = (build_model(case.model, IMAGE, context) for _ in range(2))
+    for tap in learner.decoder.taps:
         torch.nn.init.normal_(tap.linear_out.weight, std=case.model.init_std)
-    engine = build_engine([model], OptimizerConfig(lr=1e-30, min_lr=0.0, weight_decay=0.0, warmup_steps=0, schedule="constant"), 1000, context)
-    runs = {name: Run(case, deterministic, model, engine, context) for name, deterministic in SIDES.items()}
+    rollout.load_state_dict(learner.state_dict())
+    store_for_generation(rollout)
+    engine = build_engine([learner], OptimizerConfig(lr=1e-30, min_lr=0.0, weight_decay=0.0, warmup_steps=0, schedule="constant"), 1000, context)
+    runs = {name: Run(case, deterministic, rollout, engine, context) for name, deterministic in SIDES.items()}
     found: dict[str, float] = {}
     for name, run in runs.items():
         run.keep(run.answer())
