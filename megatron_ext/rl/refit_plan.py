@@ -22,7 +22,7 @@ BUCKET_BYTES = 8 << 20
 PIECE_BYTES = 2 << 20
 """Longer slices are cut, so that several threads share the work on a bucket, and each piece is still in a core's cache when its digest is taken."""
 ALIGNMENT = 64
-DIGEST_BYTES = 32
+DIGEST_BYTES = 16
 VERSION_BYTES = 8
 Interval = tuple[int, int]
 

@@ -17,7 +17,7 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl.refit import Staging, Workers, own_parts, own_tensors, pack
-from megatron_ext.rl.refit_plan import Part, of_rank, plan_refit
+from megatron_ext.rl.refit_plan import DIGEST_BYTES, Part, of_rank, plan_refit
 from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
 from tests.support.refit import Slices, Split, deliver, extra_memory, plan, publish, slices
 from tests.support.roles import flip_one_byte
@@ -127,7 +127,10 @@ def test_every_single_byte_of_a_message_that_says_something_is_guarded():
     message = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
     with Workers() as workers:
         pack(bucket, learner.tensors, 1, message, workers)
-        says = [*range(8 + 32 * 3), *(at for start, piece in zip(bucket.offsets, bucket.pieces, strict=False) for at in range(start, start + piece.num_bytes))]
+        says = [
+            *range(8 + DIGEST_BYTES * 3),
+            *(at for start, piece in zip(bucket.offsets, bucket.pieces, strict=False) for at in range(start, start + piece.num_bytes)),
+        ]
         for at in says:
             damaged, staging = message.clone(), awaiting(rollout, 1)
             damaged[at] ^= 1
