@@ -50,8 +50,7 @@ class LayerTap:
     def take_gates(self, gates_TK: torch.Tensor) -> None:
         """The gates that the router made of its latest choice."""
         if self.listening:
-            gates_TK = gates_TK.detach().float()
-            self.gates.append(gates_TK / gates_TK.sum(-1, keepdim=True))
+            self.gates.append(gates_TK.detach())
 
     def _replayed(self, targets: torch.Tensor, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK) -> torch.Tensor:
         """The ids [tokens, K] to use: the targets, and the router's own where they are -1."""
@@ -77,7 +76,8 @@ class Routes:
 
     def gates(self, tokens: int) -> torch.Tensor:
         """Float32 [tokens, L, K], summing to 1 over K; aligned with `experts`."""
-        return self._gather([tap.gates for tap in self._taps], tokens, torch.float32)
+        gates_TLK = self._gather([tap.gates for tap in self._taps], tokens, torch.float32).float()
+        return gates_TLK / gates_TLK.sum(-1, keepdim=True)
 
     def _gather(self, layers: list[list[torch.Tensor]], tokens: int, dtype: torch.dtype) -> torch.Tensor:
         """`layers`: of each layer, of each pass."""

@@ -67,7 +67,7 @@ BARS = (
     Bar("startup", "*--explain", "elapsed, s", "", 0.5, most=True),
     Bar("startup", "make rl*first training step", "elapsed, s", "", 30.0, most=True),
 )
-"""As DESIGN.md, section 12. What has no bar there is only printed by its benchmark."""
+"""What the project set itself. What has no bar is only printed by its benchmark."""
 
 
 def verdicts(script: str, found: Found, bars: Sequence[Bar] = BARS) -> list[Verdict]:
