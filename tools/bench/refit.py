@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.parallel.shards import Shard, expert_of
 from megatron_ext.rl import refit
-from megatron_ext.rl.refit_plan import BUCKET_BYTES, Bucket, Part, of_rank, plan_refit
+from megatron_ext.rl.refit_plan import BUCKET_BYTES, DIGEST_BYTES, Bucket, Part, of_rank, plan_refit
 from megatron_ext.rl.weight_sync import receive_over, send_over
 
 EXPERTS = 16
@@ -107,7 +108,7 @@ def model_weights(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]
 
 @contextmanager
 def without_digests() -> Iterator[None]:
-    with patch.object(refit, "_digest", lambda piece, room: bytearray(32)):
+    with patch.object(refit, "_digest", lambda piece, room: bytearray(DIGEST_BYTES)):
         yield
 
 
@@ -229,6 +230,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parents[2]))
     from tools.bench.refit import main as run  # ranks import their function from a module that has a name
 
     run()
