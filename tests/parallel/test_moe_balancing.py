@@ -85,7 +85,8 @@ def test_every_layout_balances_like_one_rank(kind: str, layout: str, packed: boo
             for name in (name for name in theirs if name in PACKED_ALIKE or (name == "moe/dropped_frac" and not packed)):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-9), name
     for name, gradient in expected["gradients"].items():
-        assert (ranks[0]["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm().clamp(min=1e-12), name
+        limit = 1e-4 if gradient.dim() == 0 else 1e-5  # a gate is one number, a sum of large terms that cancel: rounding is more of it
+        assert (ranks[0]["gradients"][name] - gradient).norm() <= limit * gradient.norm().clamp(min=1e-12), name
     biases = [name for name in expected["weights"] if name.endswith("expert_bias")]
     assert len(biases) == (4 if kind == "expert bias" else 0)
     for name in biases:
