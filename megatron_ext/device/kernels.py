@@ -85,7 +85,7 @@ def _packed_attention(on_gpu: bool) -> Choice:
 
 def _experts(on_gpu: bool) -> Choice:
     if on_gpu:
-        return Choice("torch's grouped_mm", "bfloat16 on a GPU", "weights are stacked for it in every pass")
+        return Choice("torch's grouped_mm", "bfloat16 on a GPU", "training stacks the weights for it in every pass")
     return Choice(f"in place; grouped_mm up to {SMALL_EXPERT} parameters an expert", "measured: docs/benchmarks/experts.md")
 
 

@@ -4,7 +4,7 @@
     the first steps are let go by; then `steps` of them are recorded, written, and nothing is left of it
 
 Names of phases are put around functions for as long as it records (`phases.py`), and torch's profiler costs nothing while it does not. A recording ends early
-after MOST_PHASES calls of named functions, so that a file stays below about 10 MB however long a step is. Whatever goes wrong with it is said, and the run
+after MOST_PHASES calls of named functions, so that a file stays small however long a step is. Whatever goes wrong with it is said, and the run
 goes on without.
 """
 
@@ -120,7 +120,9 @@ class Profiler:
             action()
         except Exception as error:  # a run is worth more than its profile
             self._hooks.close()
-            self._recording, self._steps = None, 0
+            recording, self._recording, self._steps = self._recording, None, 0
+            if recording is not None:
+                recording.__exit__(None, None, None)  # one that is left running takes the process down when that ends
             print(f"profile of {self._rank} given up: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
 
 
