@@ -64,7 +64,7 @@ class Case:
 
 
 CASES = [
-    *(Case(f"{experts} experts, {rows} prompts", experts, rows) for experts in EXPERTS for rows in (1, 8, 32)),
+    *(Case(f"{experts} experts, {rows}", experts, int(rows.split()[0])) for experts in EXPERTS for rows in ("1 prompt", "8 prompts", "32 prompts")),
     Case("16 experts, 8 prompts x 8, an image each", 16, 8, 8, image=True),
 ]
 
