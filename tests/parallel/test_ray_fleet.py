@@ -121,12 +121,13 @@ from tests.support.clerk import Clerk
 with ray_host(2) as host:
     ranks = host.start(Clerk, ["a", "b"])
     board = Switchboard(host)
-    board.ask([Call(rank, "remember", (1,)) for rank in ranks], 60)
+    board.ask([Call(rank, "remember", (1,)) for rank in ranks], 200)
     print(host.folder, flush=True)
     board.ask([Call(rank, "sleep", (60.0,)) for rank in ranks], 60)
 """
 
 
+@pytest.mark.timeout(300)
 def test_ctrl_c_ends_a_busy_run_at_once_and_leaves_nothing_behind():
     """Ctrl-C reaches every process of the terminal's process group, so the signal is sent to the group."""
     root = Path(__file__).resolve().parents[2]
