@@ -32,14 +32,19 @@ def experts(asked: str, on_gpu: bool, bf16: bool, expert_numel: int) -> tuple[Ex
     match asked:
         case "sequential" | "in_place" | "grouped_mm":
             return asked, f"model.experts_kernel = {asked}"
-        case _ if on_gpu and bf16:
-            return "grouped_mm", "bfloat16 on a GPU"
-        case _ if on_gpu:
+        case _ if not can_group(on_gpu, bf16):
             return "in_place", "grouped_mm on a GPU wants bfloat16"
+        case _ if on_gpu:
+            return "grouped_mm", "bfloat16 on a GPU"
         case _ if expert_numel <= SMALL_EXPERT:
             return "grouped_mm", f"on a CPU, for experts of at most {SMALL_EXPERT} parameters"
         case _:
             return "in_place", f"on a CPU, for experts of more than {SMALL_EXPERT} parameters"
+
+
+def can_group(on_gpu: bool, bf16: bool) -> bool:
+    """Whether torch's grouped_mm takes the model's numbers: on a GPU it wants bfloat16."""
+    return bf16 or not on_gpu
 
 
 def uses_varlen(on_gpu: bool, half: bool) -> bool:

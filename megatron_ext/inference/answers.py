@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -36,9 +37,12 @@ class Endings:
 
     def _complete(self, tokens: list[int]) -> bool:
         """A token is a byte at least, so that no more of the latest ones can be part of a text than it has bytes."""
-        longest = max(len(text.encode()) for text in self.texts)
-        latest = self.vocabulary.decode(tokens[-longest:])
+        latest = self.vocabulary.decode(tokens[-self._longest :])
         return any(text in latest for text in self.texts)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(len(text.encode()) for text in self.texts)
 
 
 @dataclass(eq=False)

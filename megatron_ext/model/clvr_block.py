@@ -109,9 +109,11 @@ class ClvrBlock(MegatronModule):
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if stage.last else None
         for layer in self.layers:
             layer.self_attention.recompute = parallel.recompute == "selective"
-            if dispatches_locally(config) and isinstance(layer.mlp, MoELayer):
+            if not isinstance(layer.mlp, MoELayer):
+                continue
+            if dispatches_locally(config):
                 layer.mlp.token_dispatcher = LocalDispatcher(config, pgs)
-            if config.moe_pad_expert_input_to_capacity and isinstance(layer.mlp, MoELayer):
+            if config.moe_pad_expert_input_to_capacity:
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
     def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor, places_I5: torch.Tensor | None) -> VisionMemory:

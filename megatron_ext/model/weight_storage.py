@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from megatron_ext.device import kernels
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.experts import GroupedExperts
 
@@ -33,9 +34,8 @@ def store_for_generation(model: VisionLanguageModel) -> None:
 
 
 def _can_group(experts: GroupedExperts) -> bool:
-    """torch's grouped_mm wants bfloat16 on a GPU."""
     weight = experts.local_experts[0].linear_fc1.weight
-    return weight.is_cpu or weight.dtype == torch.bfloat16
+    return kernels.can_group(weight.is_cuda, weight.dtype == torch.bfloat16)
 
 
 def _in_one_piece(linears: list[Any]) -> torch.Tensor:
