@@ -1,7 +1,6 @@
-"""A model's weights as layout-independent full tensors, there and back: what is compared between layouts, and exported.
+"""A model's weights as layout-independent full tensors: what is compared between layouts, and exported.
 
     every rank's parts --gather over tensor-parallel, then expert-parallel ranks, then from stage to stage--> name, full tensor   (`full_tensors`)
-    full tensors --every rank takes its part--> parameters, buffers                                                               (`load_full_tensors`)
 
 Buffers that a checkpoint keeps (a router's expert bias) are weights like any other here. Names are those of the model on one rank: experts carry their global
 index, a gated `linear_fc1` is [gate; up].
@@ -17,7 +16,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
-from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.shards import Shard, names_over_ranks, shard_of
 
@@ -53,20 +51,6 @@ def full_tensors(model: Model, context: ParallelContext, of: Pick = torch.Tensor
             dist.broadcast(full, dist.get_global_rank(group, stage), group=group)
             yield name, full
         seen |= {name for name, _, _ in announced}
-
-
-@torch.no_grad()
-def load_full_tensors(model: Model, tensors: Mapping[str, torch.Tensor], context: ParallelContext) -> None:
-    """Copies this rank's part of every full tensor into the model, converting to its dtype.
-
-    Raises CheckpointError, with nothing changed, for a tensor that is missing, unexpected, or of another shape. Every rank comes to the same verdict;
-    collective only where pipeline stages have to tell each other what they hold.
-    """
-    chunks = as_chunks(model)
-    _require_marks(chunks)
-    _check(_shapes(chunks, context), tensors)
-    for _, weight, shard in _weights(chunks, context):
-        weight.copy_(shard.take(tensors[shard.name]))
 
 
 def as_chunks(model: Model) -> list[torch.nn.Module]:
@@ -114,16 +98,6 @@ def _announced(chunks: list[torch.nn.Module], context: ParallelContext, of: Pick
             yield full_name, shard.full_shape(weight.shape), of(weight).dtype
 
 
-def _shapes(chunks: list[torch.nn.Module], context: ParallelContext) -> dict[str, tuple[int, ...]]:
-    """Full shapes of the whole model's weights."""
-    own = {name: shape for name, shape, _ in _announced(chunks, context, torch.Tensor.detach)}
-    if context.layout.pp == 1:
-        return own
-    listed: list[Any] = [None] * context.layout.pp
-    dist.all_gather_object(listed, own, group=context.pgs.pp)
-    return {name: shape for part in listed for name, shape in part.items()}
-
-
 def digest(tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
     """SHA-256 of each tensor's dtype, shape and bytes: equal digests are equal tensors, on every rank and in every layout."""
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -149,17 +123,6 @@ def _all_gather(part: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tens
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, part.contiguous(), group=group)
     return parts
-
-
-def _check(shapes: dict[str, tuple[int, ...]], tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, shape in shapes.items():
-        if name not in tensors:
-            raise CheckpointError(name, "is a weight of the model and not among the tensors given", "they are of another model")
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(name, f"has shape {tuple(tensors[name].shape)}, this model wants {shape}", "they are of another model")
-    for name in tensors:
-        if name not in shapes:
-            raise CheckpointError(name, "is not a weight of this model", "they are of another model")
 
 
 def _require_marks(chunks: list[torch.nn.Module]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint.dist import load_checkpoint, save_checkpoint
-from megatron_ext.checkpoint.full_tensors import full_tensors, load_full_tensors
+from megatron_ext.checkpoint.full_tensors import full_tensors
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig
 from megatron_ext.errors import UserError
 from megatron_ext.model.assembly import build_chunks
@@ -27,6 +27,7 @@ from megatron_ext.training.step import optimizer_step, run_schedule
 from tests.support.layouts import MICRO, ROWS, TAPS, batch_of
 from tests.support.models import IMAGE, open_gates, small_config
 from tests.support.training import PAD, part, same
+from tests.support.weights import load_full_tensors
 
 STEPS = 2
 WHOLE = OptimizerConfig(lr=1e-3, warmup_steps=0, schedule="constant", clip_grad=0.0, weight_decay=0.1)

@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_ext.batch import NO_TILES
-from megatron_ext.checkpoint.full_tensors import digest, full_tensors, load_full_tensors
+from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.config.schema import ClvrConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.assembly import build_chunks
@@ -21,6 +21,7 @@ from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.step import optimizer_step
 from tests.support.models import IMAGE, open_gates, small_config
 from tests.support.training import PAD, part, token_batch
+from tests.support.weights import load_full_tensors
 
 TAPS = ClvrConfig(taps=((0, 1), (1, 3), (2, 3)), num_heads=4, num_kv_heads=2, head_dim=8, gate="tanh_gate")
 """One tap inside a stage of PP2, one that crosses to the next, one whose adapter lives on the second stage, where the ViT's features have to come from

@@ -1,15 +1,15 @@
-"""Full tensors of a model on one rank: there and back, and what is refused. Other layouts are compared in `tests/parallel/test_layouts.py`."""
+"""Full tensors of a model on one rank, and what is refused. Other layouts are compared in `tests/parallel/test_layouts.py`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from megatron_ext.checkpoint.full_tensors import digest, full_tensors, load_full_tensors
-from megatron_ext.errors import CheckpointError
+from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, small_config
+from tests.support.weights import load_full_tensors
 
 
 @pytest.fixture
@@ -31,30 +31,6 @@ def test_weights_loaded_into_another_model_make_it_the_same(model: VisionLanguag
     assert digest(full_tensors(other, context)) != digest(published)
     load_full_tensors(other, published, context)
     assert digest(full_tensors(other, context)) == digest(published)
-
-
-def test_tensors_of_another_dtype_are_converted(model: VisionLanguageModel, context: ParallelContext) -> None:
-    halved = {name: tensor.bfloat16() for name, tensor in weights(model, context).items()}
-    load_full_tensors(model, halved, context)
-    assert all(tensor.dtype == torch.float32 and tensor.equal(halved[name].float()) for name, tensor in full_tensors(model, context))
-
-
-@pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
-def test_what_does_not_fit_is_named_and_nothing_is_changed(model: VisionLanguageModel, context: ParallelContext, damage: str) -> None:
-    name = "decoder.layers.2.mlp.experts.local_experts.7.linear_fc1.weight"
-    before = digest(full_tensors(model, context))
-    tensors = {key: torch.zeros_like(tensor) for key, tensor in full_tensors(model, context)}
-    match damage:
-        case "missing":
-            del tensors[name]
-        case "unexpected":
-            name = name.replace("experts.7", "experts.8")
-            tensors[name] = torch.zeros(1)
-        case "shape":
-            tensors[name] = torch.zeros(3, 4)
-    with pytest.raises(CheckpointError, match=name):
-        load_full_tensors(model, tensors, context)
-    assert digest(full_tensors(model, context)) == before
 
 
 def test_a_split_parameter_without_its_mark_is_noticed(model: VisionLanguageModel, context: ParallelContext) -> None:

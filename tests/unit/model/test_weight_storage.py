@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.checkpoint.full_tensors import digest, full_tensors, load_full_tensors
+from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.experts import GroupedExperts, chosen_experts
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, small_batch, small_config
+from tests.support.weights import load_full_tensors
 
 
 def build(context: ParallelContext, seed: int, **changes: object) -> VisionLanguageModel:
@@ -28,7 +29,7 @@ def test_stored_for_generation_a_model_has_the_same_weights_and_logits(context: 
 
 
 def test_weights_loaded_later_are_those_that_answer(context: ParallelContext) -> None:
-    """What the rollout worker does at every refit."""
+    """As at every refit; `tests/unit/rl/test_refit.py` does it with slices."""
     other, model = build(context, 4).eval(), build(context, 3).eval()
     store_for_generation(model)
     load_full_tensors(model, dict(full_tensors(other, context)), context)

@@ -14,6 +14,7 @@ from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
+from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl.refit import Staging, Workers, own_parts, own_tensors, pack
@@ -187,6 +188,7 @@ def test_a_rollout_generates_on_undisturbed_while_new_weights_are_staged_and_the
         return [rollout.response_T.tolist() for rollout in engine.generate(small_prompts(6), 4, seeds=lambda *at: hash(at), version=0)]
 
     learner, rollout = model(1), model(2)
+    store_for_generation(rollout)
     before, after = answers(rollout), answers(learner)
     parts, tensors = own_parts(learner, context), own_tensors(learner, context)
     buckets = plan_refit([parts], [own_parts(rollout, context)], 4096)
