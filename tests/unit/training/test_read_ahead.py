@@ -52,16 +52,18 @@ def test_a_step_that_is_never_reached_raises_nothing() -> None:
 
 
 def test_leaving_waits_for_the_read_under_way_and_ends_the_thread() -> None:
-    gate, done = threading.Event(), []
+    gate, begun, done = threading.Event(), threading.Event(), []
 
     def read(step: int) -> int:
         if step == 1:
+            begun.set()
             gate.wait(5)
             done.append(step)
         return step
 
     with read_ahead(read, steps=5) as rows:
         rows(0)
+        assert begun.wait(5), "one that has not begun is given up instead"
         threading.Timer(0.05, gate.set).start()
     assert done == [1]
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
