@@ -21,7 +21,7 @@ from megatron_ext.errors import UserError
 from megatron_ext.parallel.launch import LocalRanks, Ranks
 
 if TYPE_CHECKING:
-    from megatron_ext.rl.ray_node import Nodes
+    from megatron_ext.rl.hosts.ray_node import Nodes
 
 Environment = Mapping[str, str]
 NEEDED = ("MEGATRON_EXT_ADDRESSES", "MEGATRON_EXT_PORT", "MEGATRON_EXT_LOGS", "SLURM_PROCID", "SLURM_NTASKS")
@@ -59,14 +59,14 @@ def launched(environment: Environment) -> Iterator[Launch | None]:
     elif count == 1:
         yield Launch(stop_file=logs / STOP)
     elif number == 0:
-        from megatron_ext.rl.ray_node import Nodes, open_desk
-        from megatron_ext.rl.ray_private import read_token
+        from megatron_ext.rl.hosts.ray_node import Nodes, open_desk
+        from megatron_ext.rl.hosts.ray_private import read_token
 
         read_token(logs / TOKEN)
         with open_desk(addresses[0], port, count) as desk:
             yield Launch(stop_file=logs / STOP, nodes=Nodes(addresses, logs / TOKEN, desk))
     else:
-        from megatron_ext.rl.ray_node import serve_node
+        from megatron_ext.rl.hosts.ray_node import serve_node
 
         serve_node(addresses, number, port, logs / TOKEN)
         yield None

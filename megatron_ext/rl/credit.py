@@ -22,8 +22,8 @@ from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.spans import Span, tag_spans
 from megatron_ext.earl.statistics import sigma_from
 from megatron_ext.errors import UserError
-from megatron_ext.rl.advantage import alike, batch_advantages, group_advantages, multi_reward_advantages
-from megatron_ext.rl.shaping import overlong
+from megatron_ext.rl.objective.advantage import alike, batch_advantages, group_advantages, multi_reward_advantages
+from megatron_ext.rl.objective.shaping import overlong
 
 SIGMA_FILE = "earl_sigma.json"
 TagIds = Mapping[str, tuple[int, int]]

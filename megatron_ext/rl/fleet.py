@@ -27,12 +27,12 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
+from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
-from megatron_ext.rl.ranks import Call, Place, Rank, Switchboard
-from megatron_ext.rl.refit_plan import Bucket, of_rank, plan_refit
+from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
+from megatron_ext.rl.refit.weight_sync import Meeting
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
-from megatron_ext.rl.weight_sync import Meeting
 from megatron_ext.training.rank_work import rank_metrics
 
 SYNC_ATTEMPTS = 3

@@ -30,11 +30,11 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.store import open_store
 from megatron_ext.rl.batching import Shard, microbatches
+from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
-from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
-from megatron_ext.rl.refit import own_parts, own_tensors
-from megatron_ext.rl.refit_plan import Bucket, Part
-from megatron_ext.rl.weight_sync import Meeting, send
+from megatron_ext.rl.refit.plan import Bucket, Part
+from megatron_ext.rl.refit.staging import own_parts, own_tensors
+from megatron_ext.rl.refit.weight_sync import Meeting, send
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.rank_work import RankWork, WorkMeter

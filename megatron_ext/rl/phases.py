@@ -8,7 +8,7 @@ from megatron_ext.observe.phases import Phase
 from megatron_ext.rl import learner, rollout_worker
 from megatron_ext.rl.learner import LearnerRank
 from megatron_ext.rl.policy_step import Policy
-from megatron_ext.rl.refit import Staging
+from megatron_ext.rl.refit.staging import Staging
 from megatron_ext.training.phases import OPTIMIZER
 
 LEARNER = (

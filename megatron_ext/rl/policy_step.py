@@ -28,10 +28,10 @@ from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.model.token_scores import policy_scores
 from megatron_ext.parallel.groups import ParallelContext
-from megatron_ext.rl.aggregation import Rows
 from megatron_ext.rl.batching import FILLER_KEY, Shard
-from megatron_ext.rl.divergence import kl_estimate
-from megatron_ext.rl.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.aggregation import Rows
+from megatron_ext.rl.objective.divergence import kl_estimate
+from megatron_ext.rl.objective.loss import LossSettings, policy_loss
 from megatron_ext.training.step import LossParts, run_schedule
 
 

@@ -1,4 +1,4 @@
-"""The three roles of reinforcement learning, as the loop sees them. Implemented by `fleet.py` and `reward_pool.py`, and in a unit test by ten-line fakes."""
+"""The three roles of reinforcement learning, as the loop sees them. Implemented by `fleet.py` and `scoring/pool.py`, and in a unit test by ten-line fakes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     open -> (receive_weights -> load_weights -> generate)*
 
-A replica is a world of its own: its ranks share nothing with the learner's but the short meetings of `weight_sync.py`.
+A replica is a world of its own: its ranks share nothing with the learner's but the short meetings of `refit/weight_sync.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.parallel.groups import open_parallel
-from megatron_ext.rl.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
-from megatron_ext.rl.refit import Staging, own_parts, own_tensors
-from megatron_ext.rl.refit_plan import Bucket, Part
-from megatron_ext.rl.weight_sync import Meeting, receive
+from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
+from megatron_ext.rl.refit.plan import Bucket, Part
+from megatron_ext.rl.refit.staging import Staging, own_parts, own_tensors
+from megatron_ext.rl.refit.weight_sync import Meeting, receive
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,13 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.hosts.ranks import Host, Switchboard
+from megatron_ext.rl.hosts.ray_node import Nodes
 from megatron_ext.rl.loop import Recipe, StepReport, run_loop
-from megatron_ext.rl.ranks import Host, Switchboard
-from megatron_ext.rl.ray_node import Nodes
 from megatron_ext.rl.record import Recorder
-from megatron_ext.rl.reward_pool import RewardPool
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.sampling import keep_all, keep_differing
+from megatron_ext.rl.scoring.pool import RewardPool
 
 REWARD_WORKERS = 2
 VALIDATION_SEED = 1
@@ -114,12 +114,12 @@ def open_host(config: RunConfig, nodes: Nodes | None = None) -> Iterator[Host]:
     if config.rl.fleet == "local" and nodes is not None:
         raise UserError("rl.fleet", f"local cannot reach {len(nodes.addresses)} nodes", "use ray, or one node")
     if config.rl.fleet == "local":
-        from megatron_ext.rl.local_fleet import local_host
+        from megatron_ext.rl.hosts.local_host import local_host
 
         with local_host() as host:
             yield host
     else:
-        from megatron_ext.rl.ray_fleet import ray_host
+        from megatron_ext.rl.hosts.ray_host import ray_host
 
         with ray_host(fleets.num_ranks(config), nodes) as host:
             yield host

@@ -40,7 +40,7 @@ def importers(prefix: str) -> list[str]:
 
 
 def test_only_the_ray_files_of_rl_know_ray() -> None:
-    assert all(path.startswith("megatron_ext/rl/ray_") for path in importers("ray")), importers("ray")
+    assert all(path.startswith("megatron_ext/rl/hosts/ray_") for path in importers("ray")), importers("ray")
 
 
 def test_only_parallel_groups_touches_megatron_s_global_groups() -> None:

@@ -13,10 +13,10 @@ import psutil
 import pytest
 
 from megatron_ext.errors import RankFailed, UserError
-from megatron_ext.rl.local_fleet import local_host
-from megatron_ext.rl.ranks import Call, Switchboard
-from megatron_ext.rl.ray_cluster import cluster_processes
-from megatron_ext.rl.ray_fleet import place_ranks, ray_host
+from megatron_ext.rl.hosts.local_host import local_host
+from megatron_ext.rl.hosts.ranks import Call, Switchboard
+from megatron_ext.rl.hosts.ray_cluster import cluster_processes
+from megatron_ext.rl.hosts.ray_host import place_ranks, ray_host
 from tests.support.clerk import Clerk
 
 
@@ -114,8 +114,8 @@ def test_the_clusters_folder_and_token_are_private(ray_ranks):
 
 
 BUSY_RUN = """
-from megatron_ext.rl.ranks import Call, Switchboard
-from megatron_ext.rl.ray_fleet import ray_host
+from megatron_ext.rl.hosts.ranks import Call, Switchboard
+from megatron_ext.rl.hosts.ray_host import ray_host
 from tests.support.clerk import Clerk
 
 with ray_host(2) as host:
@@ -162,7 +162,7 @@ def test_a_failing_run_leaves_nothing_behind_and_restores_the_environment():
     before = dict(os.environ)
     script = (
         "import os; before = dict(os.environ)\n"
-        "from megatron_ext.rl.ray_cluster import local_cluster, cluster_processes\n"
+        "from megatron_ext.rl.hosts.ray_cluster import local_cluster, cluster_processes\n"
         "try:\n"
         "    with local_cluster(num_cpus=1) as folder:\n"
         "        assert len(cluster_processes(folder / 'token')) >= 4\n"

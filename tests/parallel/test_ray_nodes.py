@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.parallel.store import free_port
-from megatron_ext.rl.ray_node import open_desk
+from megatron_ext.rl.hosts.ray_node import open_desk
 
 pytestmark = pytest.mark.journey
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ ADDRESSES = ("127.0.1.1", "127.0.1.2")
 SERVE = """
 import sys
 from pathlib import Path
-from megatron_ext.rl.ray_node import serve_node
+from megatron_ext.rl.hosts.ray_node import serve_node
 serve_node(tuple(sys.argv[1].split()), 1, int(sys.argv[2]), Path(sys.argv[3]))
 """
 

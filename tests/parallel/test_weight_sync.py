@@ -13,9 +13,9 @@ from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.errors import RankFailed, WeightSyncError
 from megatron_ext.rl import fleet
 from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
-from megatron_ext.rl.local_fleet import local_host
-from megatron_ext.rl.ranks import LOOPBACK, Call, Place, Rank, Switchboard
-from megatron_ext.rl.refit_plan import plan_refit
+from megatron_ext.rl.hosts.local_host import local_host
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Call, Place, Rank, Switchboard
+from megatron_ext.rl.refit.plan import plan_refit
 from tests.support.rl_run import prepare, rl_config
 from tests.support.roles import OpenLearner, OpenRollout
 

@@ -7,7 +7,7 @@ import signal
 import time
 
 from megatron_ext.errors import UserError
-from megatron_ext.rl.ranks import Place, confine_gloo
+from megatron_ext.rl.hosts.ranks import Place, confine_gloo
 
 
 class Clerk:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 
-from megatron_ext.rl.ranks import Call, Place, Switchboard
-from megatron_ext.rl.ray_cluster import cluster_processes
-from megatron_ext.rl.ray_fleet import ray_host
-from megatron_ext.rl.ray_node import Nodes, open_desk
+from megatron_ext.rl.hosts.ranks import Call, Place, Switchboard
+from megatron_ext.rl.hosts.ray_cluster import cluster_processes
+from megatron_ext.rl.hosts.ray_host import ray_host
+from megatron_ext.rl.hosts.ray_node import Nodes, open_desk
 from tests.support.clerk import Clerk
 
 

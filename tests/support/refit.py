@@ -9,9 +9,9 @@ import torch
 from torch._C._distributed_c10d import FileStore, ProcessGroupGloo
 
 from megatron_ext.parallel.shards import Shard
-from megatron_ext.rl.refit import Staging, Workers, pack, part_of
-from megatron_ext.rl.refit_plan import Bucket, Part, of_rank, plan_refit
-from megatron_ext.rl.weight_sync import receive_over, send_over
+from megatron_ext.rl.refit.plan import Bucket, Part, of_rank, plan_refit
+from megatron_ext.rl.refit.staging import Staging, Workers, pack, part_of
+from megatron_ext.rl.refit.weight_sync import receive_over, send_over
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from unittest.mock import patch
 import torch
 
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
-from megatron_ext.rl import weight_sync
 from megatron_ext.rl.learner import LearnerRank
-from megatron_ext.rl.refit import Staging, pack
-from megatron_ext.rl.refit_plan import Bucket
+from megatron_ext.rl.refit import weight_sync
+from megatron_ext.rl.refit.plan import Bucket
+from megatron_ext.rl.refit.staging import Staging, pack
+from megatron_ext.rl.refit.weight_sync import Meeting
 from megatron_ext.rl.rollout_worker import RolloutRank
-from megatron_ext.rl.weight_sync import Meeting
 
 
 class OpenLearner(LearnerRank):

@@ -34,10 +34,10 @@ from megatron_ext.config.schema import EarlConfig, OptimizerConfig, RLConfig, Ro
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl import learner, rollout_worker
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.local_fleet import local_host
+from megatron_ext.rl.hosts.local_host import local_host
+from megatron_ext.rl.hosts.ranks import Switchboard
 from megatron_ext.rl.loop import Recipe, run_step
-from megatron_ext.rl.ranks import Switchboard
-from megatron_ext.rl.reward_pool import RewardPool
+from megatron_ext.rl.scoring.pool import RewardPool
 
 CASE = Case("8 prompts x 8", 16, 8, 8)
 LEARNING_RATE = 1e-5

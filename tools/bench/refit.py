@@ -34,9 +34,9 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.parallel.shards import Shard, expert_of
-from megatron_ext.rl import refit
-from megatron_ext.rl.refit_plan import BUCKET_BYTES, DIGEST_BYTES, Bucket, Part, of_rank, plan_refit
-from megatron_ext.rl.weight_sync import receive_over, send_over
+from megatron_ext.rl.refit import staging as refit
+from megatron_ext.rl.refit.plan import BUCKET_BYTES, DIGEST_BYTES, Bucket, Part, of_rank, plan_refit
+from megatron_ext.rl.refit.weight_sync import receive_over, send_over
 
 EXPERTS = 16
 MODEL = ModelConfig(

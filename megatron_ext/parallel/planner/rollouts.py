@@ -210,8 +210,8 @@ def replica_layout(tp: int, ep: int) -> Layout:
 
 
 def refit_s(own_bytes: float, learner_ranks: int, rollout_ranks: int, cluster: Cluster) -> float:
-    """From the learner to the fleet, as `rl/weight_sync.py` does it: every rollout rank receives its own part, `own_bytes` of it, and the learner's ranks share
-    the sending. Digests are taken while other buckets are on the wire."""
+    """From the learner to the fleet, as `rl/refit/weight_sync.py` does it: every rollout rank receives its own part, `own_bytes` of it, and the learner's ranks
+    share the sending. Digests are taken while other buckets are on the wire."""
     busiest = own_bytes * max(1.0, rollout_ranks / learner_ranks)
     return busiest / min(cluster.gpu.host_network_bytes_per_s, cluster.gpu.digest_bytes_per_s)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatron_ext.rl.advantage import alike, batch_advantages, group_advantages, multi_reward_advantages
+from megatron_ext.rl.objective.advantage import alike, batch_advantages, group_advantages, multi_reward_advantages
 
 SHAPE = (4, 6)
 rewards = arrays(np.float64, SHAPE, elements=st.integers(-100, 100).map(lambda number: number / 100))

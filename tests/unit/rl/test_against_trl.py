@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_ext.rl.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.loss import LossSettings, policy_loss
 
 pytest.importorskip("trl", reason='TRL is not installed: pip install -e ".[trl]"')
 GRPOTrainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer

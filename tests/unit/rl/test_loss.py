@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_ext.batch.metric import merge_metrics
 from megatron_ext.config.algorithms import Aggregation, Correction, Surrogate
-from megatron_ext.rl.aggregation import Rows
-from megatron_ext.rl.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.aggregation import Rows
+from megatron_ext.rl.objective.loss import LossSettings, policy_loss
 
 GRPO = LossSettings()
 SURROGATES, AGGREGATIONS = st.sampled_from(get_args(Surrogate)), st.sampled_from(get_args(Aggregation))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from megatron_ext.config.algorithms import Aggregation
-from megatron_ext.rl.divergence import kl_estimate
-from megatron_ext.rl.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.divergence import kl_estimate
+from megatron_ext.rl.objective.loss import LossSettings, policy_loss
 
 ROWS, LENGTH, LONGEST = 5, 6, 8
 AGGREGATIONS = get_args(Aggregation)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ext.errors import RankFailed
 from megatron_ext.observe.fleet_watch import FleetWatch, RoleState
-from megatron_ext.rl.ranks import Call, Rank, Switchboard
+from megatron_ext.rl.hosts.ranks import Call, Rank, Switchboard
 
 
 class AnswersAtOnce:

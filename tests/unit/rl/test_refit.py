@@ -17,8 +17,8 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.local import run_ranks
-from megatron_ext.rl.refit import Staging, Workers, own_parts, own_tensors, pack
-from megatron_ext.rl.refit_plan import DIGEST_BYTES, Part, of_rank, plan_refit
+from megatron_ext.rl.refit.plan import DIGEST_BYTES, Part, of_rank, plan_refit
+from megatron_ext.rl.refit.staging import Staging, Workers, own_parts, own_tensors, pack
 from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
 from tests.support.refit import Slices, Split, deliver, extra_memory, plan, publish, slices
 from tests.support.roles import flip_one_byte

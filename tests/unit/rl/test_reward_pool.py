@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout, Tiles
 from megatron_ext.errors import UserError
-from megatron_ext.rl.reward_pool import RewardPool
+from megatron_ext.rl.scoring.pool import RewardPool
 
 SOURCE = """
 import os, sys, time

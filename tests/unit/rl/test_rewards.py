@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from megatron_ext.batch import NO_TILES, Prompt
 from megatron_ext.data.rewards import BadReward, correctness, load_reward, read_reward
 from megatron_ext.errors import UserError
-from megatron_ext.rl.reward_contract import check_reward
 from megatron_ext.rl.rewards import boxed, boxed_reward, skill_reward
+from megatron_ext.rl.scoring.contract import check_reward
 
 COUNT = Prompt("c", "count", np.zeros(1, np.int32), NO_TILES, "3", {"skill": "count", "answer": "3"})
 GOLD = "<ocr> 3 </ocr> <count> 4 </count> <ans> 7 </ans>"
@@ -153,7 +153,7 @@ def test_a_reward_that_breaks_the_contract_is_told_where(reward, message):
 
 
 def test_importing_rewards_imports_no_torch():
-    code = "import sys, megatron_ext.rl.reward_worker, megatron_ext.rl.reward_pool; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_ext.rl.scoring.worker, megatron_ext.rl.scoring.pool; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 

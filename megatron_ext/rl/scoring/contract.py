@@ -1,6 +1,6 @@
 """The contract that every reward function keeps, as a check that a user's test calls:
 
-from megatron_ext.rl.reward_contract import check_reward
+from megatron_ext.rl.scoring.contract import check_reward
 def test_my_reward(): check_reward(my_reward, prompts)
 """
 

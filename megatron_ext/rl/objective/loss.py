@@ -20,10 +20,10 @@ from torch import Tensor
 
 from megatron_ext.batch.metric import Metric
 from megatron_ext.config.algorithms import Aggregation, Correction, KlEstimator, Surrogate
-from megatron_ext.rl.aggregation import Rows, divisor, token_weights
-from megatron_ext.rl.divergence import k3, kl_estimate
-from megatron_ext.rl.mismatch import mismatch_weights
-from megatron_ext.rl.surrogates import answer_ratio, clipped, clipped_weight, dual_clipped, ratio
+from megatron_ext.rl.objective.aggregation import Rows, divisor, token_weights
+from megatron_ext.rl.objective.divergence import k3, kl_estimate
+from megatron_ext.rl.objective.mismatch import mismatch_weights
+from megatron_ext.rl.objective.surrogates import answer_ratio, clipped, clipped_weight, dual_clipped, ratio
 from megatron_ext.shapes import check_shape
 
 

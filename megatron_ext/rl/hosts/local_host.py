@@ -19,7 +19,7 @@ from typing import Any
 
 from megatron_ext.errors import RankFailed, RouteMismatch, UserError, WeightSyncError
 from megatron_ext.parallel.forkserver import ForkedProcess
-from megatron_ext.rl.ranks import LOOPBACK, Rank
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Rank
 
 CARRIED = (UserError, RouteMismatch, WeightSyncError)
 """Errors that cross from a rank to the driver as they are; any other becomes RankFailed with the rank's traceback."""

@@ -37,7 +37,7 @@ def read_token(path: Path) -> str:
 
 def cluster_variables(token: Path) -> dict[str, str]:
     """The environment of every process of a cluster."""
-    import_path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]  # ranks must find this package wherever the driver was started
+    import_path = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]  # ranks must find this package wherever the driver was started
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

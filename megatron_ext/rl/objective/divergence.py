@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_ext.config.algorithms import KlEstimator
-from megatron_ext.rl.surrogates import LOG_RATIO_LIMIT
+from megatron_ext.rl.objective.surrogates import LOG_RATIO_LIMIT
 
 
 def kl_estimate(estimator: KlEstimator, logprobs_n: Tensor, reference_n: Tensor) -> Tensor:

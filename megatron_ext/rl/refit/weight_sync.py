@@ -25,8 +25,8 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.store import join_store
-from megatron_ext.rl.refit import Staging, Tensors, Workers, pack
-from megatron_ext.rl.refit_plan import Bucket
+from megatron_ext.rl.refit.plan import Bucket
+from megatron_ext.rl.refit.staging import Staging, Tensors, Workers, pack
 
 IN_FLIGHT = 2
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from megatron_ext.checkpoint.full_tensors import Model, own_weights
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.shards import Shard
-from megatron_ext.rl.refit_plan import DIGEST_BYTES, VERSION_BYTES, Bucket, Part, Piece
+from megatron_ext.rl.refit.plan import DIGEST_BYTES, VERSION_BYTES, Bucket, Part, Piece
 
 DIGEST_THREADS = min(4, os.cpu_count() or 1)
 """They copy and hash at once: both leave Python's lock."""

@@ -118,7 +118,7 @@ class RewardPool:
     def _start(self) -> _Worker:
         ours, theirs = Pipe(duplex=True)
         alarm_s = self._timeout_s + _ALARM_MARGIN_S
-        command = [sys.executable, "-m", "megatron_ext.rl.reward_worker", str(theirs.fileno()), str(alarm_s), str(self._memory_bytes), self._path]
+        command = [sys.executable, "-m", "megatron_ext.rl.scoring.worker", str(theirs.fileno()), str(alarm_s), str(self._memory_bytes), self._path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
         with theirs:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment)

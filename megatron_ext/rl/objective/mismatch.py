@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config.algorithms import Correction
-from megatron_ext.rl.surrogates import ratio
+from megatron_ext.rl.objective.surrogates import ratio
 
 
 def mismatch_weights(how: Correction, old_n: Tensor, rollout_n: Tensor, cap: float, band: tuple[float, float]) -> tuple[Tensor, Tensor]:

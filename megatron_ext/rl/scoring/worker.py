@@ -1,4 +1,4 @@
-"""The process that runs a user's reward: `python -m megatron_ext.rl.reward_worker SOCKET_FD ALARM_S MEMORY_BYTES PATH`. Started by `reward_pool` only.
+"""The process that runs a user's reward: `python -m megatron_ext.rl.scoring.worker SOCKET_FD ALARM_S MEMORY_BYTES PATH`. Started by `pool.py` only.
 
     worker -> ("ready",) or ("unusable", where, problem, remedy)
     pool   -> (prompt, texts)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.errors import RankFailed
-from megatron_ext.rl.ray_private import cluster_variables, private_folder, read_token
+from megatron_ext.rl.hosts.ray_private import cluster_variables, private_folder, read_token
 
 DESK_TIMEOUT_S = 600.0
 """How long nodes wait for each other: some may be slow to load Python."""

@@ -1,6 +1,6 @@
 """Talking to the processes of a run: every rank answers verbs, one at a time, and every wait has a deadline and names who it waits for.
 
-A `Host` is where ranks live: forkserver processes of this machine (`local_fleet.py`) or Ray actors (`ray_fleet.py`). A rank is an object of a plain class in
+A `Host` is where ranks live: forkserver processes of this machine (`local_host.py`) or Ray actors (`ray_host.py`). A rank is an object of a plain class in
 a process of its own; a verb is one of its methods. A rank whose process is lost fails its pending verb with `RankFailed` naming it; nothing is restarted or
 sent again.
 """

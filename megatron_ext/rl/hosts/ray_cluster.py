@@ -25,8 +25,8 @@ from typing import Any
 
 from megatron_ext.errors import RankFailed, UserError
 from megatron_ext.parallel.environment import environment
-from megatron_ext.rl.ray_node import Nodes
-from megatron_ext.rl.ray_private import cluster_variables, private_folder, read_token
+from megatron_ext.rl.hosts.ray_node import Nodes
+from megatron_ext.rl.hosts.ray_private import cluster_variables, private_folder, read_token
 
 OBJECT_STORE_BYTES = 200 << 20
 """On one machine; on nodes of a cluster, which are there for nothing else, Ray takes what it thinks fit."""

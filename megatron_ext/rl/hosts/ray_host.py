@@ -19,15 +19,15 @@ import torch
 
 from megatron_ext.errors import RankFailed
 from megatron_ext.parallel.store import free_port
-from megatron_ext.rl.local_fleet import CARRIED
-from megatron_ext.rl.ranks import LOOPBACK, Rank
-from megatron_ext.rl.ray_cluster import local_cluster, spanning_cluster
+from megatron_ext.rl.hosts.local_host import CARRIED
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Rank
+from megatron_ext.rl.hosts.ray_cluster import local_cluster, spanning_cluster
 
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.util.placement_group import PlacementGroup
 
-    from megatron_ext.rl.ray_node import Nodes
+    from megatron_ext.rl.hosts.ray_node import Nodes
 
 CPUS_PER_RANK = 0.01
 """Ranks take turns on the cores; Ray only has to place them."""

@@ -1,0 +1,1 @@
+"""Where ranks live: processes of this machine or Ray actors, and how the driver talks to them."""

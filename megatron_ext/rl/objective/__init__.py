@@ -1,0 +1,1 @@
+"""GRPO and its relatives: pure functions from rewards to advantages to the loss."""

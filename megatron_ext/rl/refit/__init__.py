@@ -1,0 +1,1 @@
+"""New weights for rollouts: who needs which slice, and its way there."""
