@@ -17,14 +17,20 @@ Rules that relate two fields live in `config/rules.py`; reading YAML and overrid
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Correction, KlEstimator, KlPlacement, Surrogate
 from megatron_ext.config.data_schema import DataConfig as DataConfig
 from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.config.rl_schema import DiscoverConfig as DiscoverConfig
+from megatron_ext.config.rl_schema import EarlConfig as EarlConfig
+from megatron_ext.config.rl_schema import RLConfig as RLConfig
+from megatron_ext.config.rl_schema import RolloutConfig as RolloutConfig
 from megatron_ext.config.section import Section as Section
+from megatron_ext.config.training_schema import OptimizerConfig as OptimizerConfig
+from megatron_ext.config.training_schema import ParallelConfig as ParallelConfig
+from megatron_ext.config.training_schema import TrainConfig as TrainConfig
 
 
 class VisionConfig(Section):
@@ -143,209 +149,6 @@ class ModelConfig(Section):
     dtype: Literal["fp32", "bf16"] = "fp32"
     vision: VisionConfig = VisionConfig()
     clvr: ClvrConfig = ClvrConfig()
-
-
-class ParallelConfig(Section):
-    """One grid of ranks. Ranks = tp * pp * cp * dp; experts are split over ep of the dp ranks (and over etp)."""
-
-    num_ranks: int = Field(1, gt=0)
-    """Processes. dp follows: num_ranks / (tp * pp * cp)."""
-    tp: int = Field(1, gt=0)
-    """Tensor parallel. Above 1, sequence parallelism is always on."""
-    pp: int = Field(1, gt=0)
-    """Pipeline parallel: consecutive decoder layers on consecutive stages."""
-    vpp: int = Field(1, gt=0)
-    """Model chunks per pipeline rank (interleaved schedule): a smaller bubble for more communication. Micro-batches per step must divide by pp."""
-    cp: int = Field(1, gt=0)
-    """Context parallel: a sequence is shared by this many ranks, each taking an early and a late part of it."""
-    ep: int = Field(1, gt=0)
-    """Expert parallel; divides num_ranks / (etp * pp)."""
-    etp: int | None = None
-    """Expert tensor parallel. Unset: 1 when ep > 1, else tp."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that are computed again in the backward pass instead of kept: none; self-attention (`selective`); whole decoder layers (`full`)."""
-    recompute_layers: int = Field(1, gt=0)
-    """Layers between two kept activations when recompute is `full`: more saves memory, and holds more at once while a block is computed again."""
-    overlap_grad_reduce: bool | None = None
-    """Reduce gradients while the backward pass runs. Unset: on GPUs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
-    threads_per_rank: int = Field(1, gt=0)
-    engine: Literal["megatron", "deepspeed"] = "megatron"
-    """Who shards the training state over data-parallel ranks: `megatron` (default, every layout) or `deepspeed` (ZeRO 1-3 and offload for few GPUs; pp = 1)."""
-    deepspeed: Path | None = None
-    """DeepSpeed's JSON file (`deepspeed_configs/`); needed by engine `deepspeed`. Its "auto" values come from this configuration."""
-
-
-class OptimizerConfig(Section):
-    lr: float = Field(3e-3, gt=0)
-    min_lr: float = Field(1e-5, ge=0)
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    weight_decay: float = Field(0.01, ge=0)
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-8
-    clip_grad: float = Field(1.0, ge=0)
-    """Global gradient norm; 0 leaves gradients as they are."""
-
-
-class TrainConfig(Section):
-    """A supervised stage: `pretrain` (captions and questions) or `sft` (the instruction format)."""
-
-    steps: int = Field(100, ge=0)
-    global_batch: int = Field(64, gt=0)
-    """Conversations per step over all data-parallel ranks."""
-    micro_batch: int = Field(32, gt=0)
-    """Conversations per forward pass of one rank."""
-    micro_batch_tokens: int = Field(0, ge=0)
-    """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
-    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
-    mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
-    """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
-    text: dict[str, float] = Field(default_factory=dict)
-    """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
-    each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""
-    optimizer: OptimizerConfig = OptimizerConfig()
-    save_every: int = Field(0, ge=0)
-    """Steps between checkpoints; 0 saves at the end only."""
-    keep: int = Field(2, gt=0)
-    """Checkpoints kept."""
-    async_save: bool = True
-    """Checkpoints are written beside training, which waits for a copy only. Costs host memory for weights and optimizer state of every rank, and some speed
-    while a save is under way. A failed save is told at the next step."""
-    log_every: int = Field(10, gt=0)
-    packed: bool = False
-    """The conversations of a micro-batch stand one after another in one row instead of padded side by side. None sees another; results are the same."""
-    train_vision: bool = True
-    """False freezes the vision encoder; under pipeline parallelism later stages then run it themselves instead of receiving its features."""
-    init_from: Path | None = None
-    """Checkpoint to start from; unset: the stage before, or random weights for the first stage."""
-
-
-class RolloutConfig(Section):
-    temperature: float = Field(1.0, ge=0)
-    """0 is greedy."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """0 keeps every token."""
-    max_new_tokens: int = Field(24, gt=0)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Texts with which an answer ends, besides its end token; it keeps them. `stop=["</answer>"]`."""
-    batch_size: int = Field(256, gt=0)
-    """Answers written side by side by one replica. As some end, others take their places."""
-    prefill_tokens: int = Field(16384, gt=0)
-    """Positions of prompts that are read in one forward pass, padding included; what it takes of memory grows with it. A longer prompt is read in parts."""
-    cache_gib: float | None = Field(None, gt=0)
-    """Memory on a rank for the keys and values of prompts and answers. Fewer answers are written side by side where more would not fit; where those that are
-    begun outgrow it, the youngest are begun again later, and say the same. Unset: whatever `batch_size` answers take."""
-    deterministic: bool = False
-    """Rollouts and learner compute the same log-probs in every bit, whatever batch a token is in, and RL stops at the first that differs. On CPUs, in fp32,
-    with equal tp on both sides; what it costs in time: docs/benchmarks/exactness.md. False: they agree to rounding."""
-    replicas: int = Field(2, gt=0)
-    """Rollout worlds; each has `parallel.num_ranks` processes."""
-    parallel: ParallelConfig = ParallelConfig()
-
-
-class DiscoverConfig(Section):
-    prompts_per_skill: int = Field(96, gt=1)
-    permutations: int = Field(1000, gt=0)
-    fwer: float = Field(0.05, gt=0, lt=1)
-    min_risk_difference: float = Field(0.02, ge=0)
-    min_lift: float = Field(1.5, ge=0)
-    experts_per_layer: int = Field(2, gt=0)
-    """At most this many experts of a layer in one skill's cluster."""
-    max_layers: int = Field(16, gt=0)
-    committee_top: int = Field(8, ge=0)
-    """An expert among the top this-many of EVERY skill in a layer is a standing committee member and joins no cluster. Must stay below num_experts."""
-    token_control_kappa: float = Field(20.0, ge=0)
-    stability_jaccard: float = Field(0.6, ge=0, le=1)
-    bootstrap_frequency: float = Field(0.8, ge=0, le=1)
-    bootstraps: int = Field(200, gt=0)
-
-
-class EarlConfig(Section):
-    enabled: bool = True
-    bonus: float = Field(0.3, ge=0)
-    """lambda: weight of the bonus."""
-    max_share: float = Field(0.5, ge=0, lt=1)
-    """rho: the bonus never exceeds this share of |task advantage|, so it can never change its sign."""
-    warmup: float = Field(0.1, ge=0, le=1)
-    cooldown: float = Field(0.3, ge=0, le=1)
-    """Shares of the run over which lambda rises linearly and falls to 0 along a cosine."""
-    correct_threshold: float = 1.0
-    """tau: the task reward from which a rollout counts as correct."""
-    min_correct: int = Field(2, gt=0)
-    """Groups with fewer correct rollouts get no bonus."""
-    subtask: Literal["prompt", "tags"] = "prompt"
-    """The span whose routes are scored: the whole response as the prompt's skill, or every `<skill>..</skill>` span as its own."""
-
-
-class RLConfig(Section):
-    steps: int = Field(60, ge=0)
-    prompts_per_step: int = Field(64, gt=0)
-    rollouts_per_prompt: int = Field(8, gt=0)
-    """G."""
-    micro_batch: int = Field(128, gt=0)
-    """Rollouts per forward pass of one learner rank."""
-    minibatches: int = Field(1, gt=0)
-    """Optimizer steps per batch of rollouts."""
-    mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
-    """Weights of the suite's kinds of question. A JSONL file is asked from as it is."""
-    algorithm: Algorithm = "grpo"
-    """A name for parts of the objective, the fields from here to `icepop_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
-    part that is set by itself wins."""
-    advantage: Advantage = "grpo"
-    """How rewards become advantages: within the group (`grpo`: over its spread; `dr_grpo`; `rloo`: against the mean of the others), over the whole batch
-    (`reinforce_pp`; `reinforce_pp_baseline` takes the group's mean off first), or each named reward by itself (`gdpo`)."""
-    reward_weights: dict[str, float] = Field(default_factory=dict)
-    """With `gdpo`: the named parts of the reward and their weights."""
-    overlong_share: float = Field(0.0, ge=0, lt=1)
-    """An answer that reaches into the last this share of `rollout.max_new_tokens` loses reward, linearly; correctness stays what it is. 0: none does."""
-    overlong_penalty: float = Field(1.0, gt=0)
-    """What an answer loses that is as long as allowed."""
-    dynamic_sampling: int = Field(0, ge=0)
-    """Groups whose answers all earn the same are set aside, and further prompts are asked in their place until there are `prompts_per_step` groups: at most
-    this many batches of prompts a step, which generation pays for (1: no further ones). 0: every group is trained on."""
-    surrogate: Surrogate = "clip"
-    """What is weighed by advantages: the clipped ratio of each token, of the whole answer (`gspo`), or log-probs by a clipped ratio (`cispo`)."""
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.28, gt=0)
-    """A ratio counts within [1 - clip_low, 1 + clip_high]. With `cispo`, clip_low = 1 is no lower bound."""
-    dual_clip: float = Field(3.0, gt=1)
-    """With `clip`: the largest ratio that counts for an answer worse than the others."""
-    aggregation: Aggregation = "token_mean"
-    """How the losses of tokens become one: mean over all tokens; or mean over answers of each answer's mean, of its sum, or of its sum over
-    `rollout.max_new_tokens`."""
-    kl_coeff: float = Field(0.0, ge=0)
-    """Weight of the KL to the model that RL started from; 0 keeps no such model. Its memory and one more forward pass a step otherwise."""
-    kl_estimator: KlEstimator = "k3"
-    """Of log-ratios d of the sampled tokens: d, d^2 / 2, or exp(-d) + d - 1."""
-    kl_placement: KlPlacement = "loss"
-    """A term of the loss, or a penalty on the reward of each answer."""
-    mismatch_correction: Correction = "none"
-    """Weight of a token by its probability in the learner over that at rollout: cut at `tis_cap`, or 0 outside `icepop_band`."""
-    tis_cap: float = Field(2.0, ge=1)
-    icepop_band: tuple[float, float] = (0.5, 5.0)
-    router_lr_scale: float = Field(0.1, ge=0)
-    """The router learns this many times slower; 0 freezes it."""
-    replay_routes: bool = True
-    train_vision: bool = True
-    reward: str = "megatron_ext.rl.rewards:skill_reward"
-    """Dotted path `module:function` of the task reward. Evaluation and discovery ask it, too, which answers are right: those whose part "correct" is 1, or,
-    without such a part, whose reward reaches `earl.correct_threshold`."""
-    reward_timeout_s: float = Field(10.0, gt=0)
-    max_logprob_diff: float = Field(1e-2, gt=0)
-    """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
-    fleet: Literal["ray", "local"] = "ray"
-    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
-    save_every: int = Field(0, ge=0)
-    keep: int = Field(2, gt=0)
-    async_save: bool = True
-    """As in the supervised stages: the learner's checkpoints are written beside the next steps."""
-    eval_every: int = Field(0, ge=0)
-    """Steps between evaluations on the validation split; 0 evaluates only before and after."""
-    init_from: Path | None = None
 
 
 class EvaluateConfig(Section):

@@ -1,0 +1,88 @@
+"""The sections `parallel`, `pretrain` and `sft`: how ranks are laid out, and how supervised stages learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ext.config.section import Section
+
+
+class ParallelConfig(Section):
+    """One grid of ranks. Ranks = tp * pp * cp * dp; experts are split over ep of the dp ranks (and over etp)."""
+
+    num_ranks: int = Field(1, gt=0)
+    """Processes. dp follows: num_ranks / (tp * pp * cp)."""
+    tp: int = Field(1, gt=0)
+    """Tensor parallel. Above 1, sequence parallelism is always on."""
+    pp: int = Field(1, gt=0)
+    """Pipeline parallel: consecutive decoder layers on consecutive stages."""
+    vpp: int = Field(1, gt=0)
+    """Model chunks per pipeline rank (interleaved schedule): a smaller bubble for more communication. Micro-batches per step must divide by pp."""
+    cp: int = Field(1, gt=0)
+    """Context parallel: a sequence is shared by this many ranks, each taking an early and a late part of it."""
+    ep: int = Field(1, gt=0)
+    """Expert parallel; divides num_ranks / (etp * pp)."""
+    etp: int | None = None
+    """Expert tensor parallel. Unset: 1 when ep > 1, else tp."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass instead of kept: none; self-attention (`selective`); whole decoder layers (`full`)."""
+    recompute_layers: int = Field(1, gt=0)
+    """Layers between two kept activations when recompute is `full`: more saves memory, and holds more at once while a block is computed again."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients while the backward pass runs. Unset: on GPUs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs; needs overlap_grad_reduce."""
+    threads_per_rank: int = Field(1, gt=0)
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Who shards the training state over data-parallel ranks: `megatron` (default, every layout) or `deepspeed` (ZeRO 1-3 and offload for few GPUs; pp = 1)."""
+    deepspeed: Path | None = None
+    """DeepSpeed's JSON file (`deepspeed_configs/`); needed by engine `deepspeed`. Its "auto" values come from this configuration."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(3e-3, gt=0)
+    min_lr: float = Field(1e-5, ge=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip_grad: float = Field(1.0, ge=0)
+    """Global gradient norm; 0 leaves gradients as they are."""
+
+
+class TrainConfig(Section):
+    """A supervised stage: `pretrain` (captions and questions) or `sft` (the instruction format)."""
+
+    steps: int = Field(100, ge=0)
+    global_batch: int = Field(64, gt=0)
+    """Conversations per step over all data-parallel ranks."""
+    micro_batch: int = Field(32, gt=0)
+    """Conversations per forward pass of one rank."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
+    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
+    mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
+    """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
+    text: dict[str, float] = Field(default_factory=dict)
+    """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
+    each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = Field(2, gt=0)
+    """Checkpoints kept."""
+    async_save: bool = True
+    """Checkpoints are written beside training, which waits for a copy only. Costs host memory for weights and optimizer state of every rank, and some speed
+    while a save is under way. A failed save is told at the next step."""
+    log_every: int = Field(10, gt=0)
+    packed: bool = False
+    """The conversations of a micro-batch stand one after another in one row instead of padded side by side. None sees another; results are the same."""
+    train_vision: bool = True
+    """False freezes the vision encoder; under pipeline parallelism later stages then run it themselves instead of receiving its features."""
+    init_from: Path | None = None
+    """Checkpoint to start from; unset: the stage before, or random weights for the first stage."""
