@@ -7,13 +7,15 @@ A file holds two arrays in numpy's own format, pixels and then places: `np.load`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from megatron_ext.batch.durable import durable_file, make_folder, remove_drafts
+from megatron_ext.batch.rollout import Prompt
 from megatron_ext.batch.tiles import Tiles
 from megatron_ext.errors import StorageError
 
@@ -98,6 +100,17 @@ class ImageStore:
         except StorageError:
             return False
         return True
+
+
+def stored(prompts: Sequence[Prompt], store: ImageStore) -> list[Prompt]:
+    """The same prompts, with their images in the store."""
+    return [replace(prompt, tiles=store.keep(prompt.tiles)) for prompt in prompts]
+
+
+def distinct_bytes(prompts: Iterable[Prompt]) -> int:
+    """What the images of these prompts take, each once: a prompt's, and those that are stored as one."""
+    tiles = {prompt.key: prompt.tiles for prompt in prompts}
+    return sum({of.digest if isinstance(of, StoredTiles) else key: of.nbytes for key, of in tiles.items()}.values())
 
 
 def tiles_digest(tiles: Tiles) -> str:

@@ -1,6 +1,6 @@
 """The reinforcement-learning stage, from a configuration to a folder that holds its result.
 
-    stage_dir/  metrics.jsonl   rollouts/   checkpoints/step_.../   earl_sigma.json
+    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   checkpoints/step_.../   earl_sigma.json
 
     tokenizer, clusters -> fleet (Ray actors or local processes) -> loop -> metrics, rollouts, checkpoints
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ext.batch import Prompt, Rollout
+from megatron_ext.batch.images import stored
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import waiting_for_saves
@@ -36,6 +37,7 @@ from megatron_ext.observe.observer import Observer, observe_stage
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.rl import fleet as fleets
+from megatron_ext.rl.bank.bank import ROLLOUTS, open_bank
 from megatron_ext.rl.credit import Credit
 from megatron_ext.rl.hosts.ranks import Host, Switchboard
 from megatron_ext.rl.hosts.ray_node import Nodes
@@ -70,6 +72,7 @@ def run_rl(
     found = _clusters(config, clusters)
     tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
+    bank = open_bank(stage_dir / ROLLOUTS)
     pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
     workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with (
@@ -83,11 +86,11 @@ def run_rl(
         if stop.asked:
             raise StoppedForRequeue(f"stopped before step {first + 1}: run again to resume")
         with observer.steps(first, ("reward/mean", "reward")) as publish:
-            record = Recorder(stage_dir, publish, fleets.num_ranks(config))
+            record = Recorder(bank, publish, fleets.num_ranks(config))
             recipe = Recipe(
                 steps=config.rl.steps,
                 samples=config.rl.rollouts_per_prompt,
-                draw=lambda step: prompts_of_step(step, config, tokenizer),
+                draw=lambda step: stored(prompts_of_step(step, config, tokenizer), bank.images),
                 credit=Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None),
                 choose=partial(keep_differing, wanted=config.rl.prompts_per_step) if config.rl.dynamic_sampling else keep_all,
                 draws=max(1, config.rl.dynamic_sampling),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
 import signal
@@ -18,6 +16,7 @@ from megatron_ext.errors import RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl import run as rl
+from megatron_ext.rl.bank.bank import open_bank
 from tests.support.rl_run import prepare, rl_config, save_clusters
 from tests.support.timelines import as_perfetto_reads, slices
 
@@ -69,10 +68,15 @@ def test_two_steps_leave_metrics_a_checkpoint_and_what_was_answered(start, finis
     names = [f"{family}/{name}" for family, members in EXPECTED.items() for name in members]
     assert [name for name in names if not math.isfinite(records[0].get(name, math.nan))] == []
     assert latest_step(folder / "checkpoints") == 2
-    with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
-        lines = [json.loads(line) for line in file]
-    assert len(lines) == 24 and len({(line["key"], line["sample"]) for line in lines}) == 24
-    assert {line["version"] for line in lines} == {0} and len({line["seed"] for line in lines}) == 24
+    bank = open_bank(folder / "rollouts")
+    answers = [answer.rollout for answer in bank.groups(bank.trained(0))]
+    assert len({(answer.prompt.key, answer.sample) for answer in answers}) == len({answer.seed for answer in answers}) == len(answers) == 24
+    assert {answer.version for answer in answers} == {0} and {answer.rollout.version for answer in bank.drawn(1).scored} == {1}
+    assert bank.waiting() == () and len(bank.account().trained) == 12
+    images = {answer.prompt.tiles.path for answer in answers}
+    assert len(images) == 6 and records[0]["image/bytes"] == sum(
+        answer.nbytes for answer in {answer.prompt.key: answer.prompt.tiles for answer in answers}.values()
+    )
 
 
 def test_the_timeline_shows_the_loop_and_what_every_rank_does_for_it(finished):
@@ -193,13 +197,14 @@ def test_a_step_asks_further_prompts_in_place_of_groups_that_teach_nothing(start
     config = change(config, steps=1, dynamic_sampling=3, overlong_share=0.5, reward="tests.support.vowels:many_vowels")
     rl.run_rl(laid_out(config, ParallelConfig(num_ranks=2)), tmp_path, checkpoint, None)
     (record,) = numbers(tmp_path)
-    with gzip.open(tmp_path / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
-        lines = [json.loads(line) for line in file]
-    trained = {line["key"] for line in lines if line["advantage"] is not None}
+    bank = open_bank(tmp_path / "rollouts")
+    answers, account = bank.drawn(0).scored, bank.account()
+    trained = {key for _, key in bank.trained(0)}
     assert record["sampling/groups"] in (12, 18) and record["sampling/groups_set_aside"] == record["sampling/groups"] - len(trained)
     assert record["reward/frac_zero_std_groups"] > 0 and record["reward/overlong/mean"] < 0
     for key in trained:
-        assert {line["reward"] for line in lines if line["key"] == key} == {0, 1}
+        assert {answer.reward for answer in answers if answer.rollout.prompt.key == key} == {0, 1}
+    assert len(account.dropped) == record["sampling/groups_set_aside"] and account.waiting == account.lost == ()
 
 
 def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_path):

@@ -4,6 +4,7 @@
       journal.jsonl          what counts, in the order in which it came to count (`journal.py`): put, train, drop
       answers/*.parquet      a segment for each put (`columns.py` names its columns)
       images/<digest>.npy    the tiles of prompts, each once (`batch/images.py`)
+      advantages/*.parquet   beside the bank, for people: what each answer of a step counted for (`advantages.py`)
 
     put(draw, scored, failed) -> images, segment -> on disk -> a line of the journal: they count
     train(step, groups)       -> a line of the journal -> the update; a step that is repeated after a lost learner trains on `groups(trained(step))`
@@ -18,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
+import numpy as np
+
 from megatron_ext.batch import NO_TILES, FailedRollout, ScoredRollout, Tiles
 from megatron_ext.batch.durable import make_folder, remove_drafts
 from megatron_ext.batch.images import ImageStore, StoredTiles
 from megatron_ext.errors import StorageError
+from megatron_ext.rl.bank.advantages import write_advantages
 from megatron_ext.rl.bank.columns import failed_row, scored_row
 from megatron_ext.rl.bank.journal import Journal, open_journal
 from megatron_ext.rl.bank.ledger import Account, Group, Ledger, Put, as_groups
@@ -29,7 +33,7 @@ from megatron_ext.rl.bank.segment import check_segment, read_segment, write_segm
 
 ROLLOUTS = "rollouts"
 """The folder of a stage that holds its bank."""
-JOURNAL, ANSWERS, IMAGES = "journal.jsonl", "answers", "images"
+JOURNAL, ANSWERS, IMAGES, ADVANTAGES = "journal.jsonl", "answers", "images", "advantages"
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,15 @@ def open_bank(folder: Path) -> Bank:
     Verifies every line of the journal, and every segment with answers that are still to be trained on; of the others that they have their size: they are
     verified when they are read. Raises StorageError that names what is damaged, and which groups it held.
     """
-    make_folder(folder / ANSWERS)
+    for part in (ANSWERS, ADVANTAGES):
+        make_folder(folder / part)
+        remove_drafts(folder / part)
     journal, entries, torn = open_journal(folder / JOURNAL)
     if torn:
         _say(folder, f"a last line that was not finished ({torn} bytes) is cut off the journal: it did not count")
     ledger = Ledger()
     for entry in entries:
         ledger.add(entry)
-    remove_drafts(folder / ANSWERS)
     puts = list(ledger.files.values())
     for path in sorted({*(folder / ANSWERS).glob("*.parquet")} - {folder / ANSWERS / put.file for put in puts}):
         path.unlink()
@@ -72,7 +77,7 @@ class Bank:
     """See `open_bank`. Safe to use from several threads."""
 
     def __init__(self, folder: Path, journal: Journal, ledger: Ledger) -> None:
-        self._answers, self._journal, self._ledger = folder / ANSWERS, journal, ledger
+        self._answers, self._advantages, self._journal, self._ledger = folder / ANSWERS, folder / ADVANTAGES, journal, ledger
         self._lock = RLock()
         self.images = ImageStore(folder / IMAGES)
 
@@ -163,6 +168,11 @@ class Bank:
                 raise self._refused(f"{_named(taken)} cannot be dropped ({reason}): step {self._ledger.trained[taken[0]]} has trained on it")
             if chosen:
                 self._write({"kind": "drop", "groups": chosen, "reason": reason})
+
+    def note_advantages(self, step: int, scored: Sequence[ScoredRollout], advantages_R: np.ndarray) -> None:
+        """What the answers that step `step` trains on, which `train` was told of, count for."""
+        with self._lock:
+            write_advantages(self._advantages, step, self._ledger.steps[step], scored, advantages_R)
 
     def account(self) -> Account:
         with self._lock:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +14,9 @@ from megatron_ext.batch import NO_TILES, FailedRollout, Prompt, Rollout, RouteTr
 from megatron_ext.config.schema import DataConfig, RLConfig, RunConfig
 from megatron_ext.data.suite import SKILLS
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_ext.rl.bank.bank import open_bank
 from megatron_ext.rl.loop import StepReport
-from megatron_ext.rl.record import rollout_metrics, write_rollouts
+from megatron_ext.rl.record import bank_step, rollout_metrics
 from megatron_ext.rl.run import prompts_of_step, skill_counts
 
 
@@ -76,23 +76,14 @@ def test_metrics_are_of_all_groups_and_say_how_many_were_set_aside():
     assert metrics["reward/mean"] == pytest.approx(2 / 3) and metrics["response_length/max"] == 8
 
 
-def test_every_rollout_of_a_step_is_kept_with_its_seed_and_version_and_failures_with_their_reason(tmp_path):
-    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [answer(1, 0.0, 2)], [FAILED], np.array([0.7071067]), {})
-    write_rollouts(tmp_path, 7, report)
-    with gzip.open(tmp_path / "step_000007.jsonl.gz", "rt") as file:
-        made, set_aside, failed = map(json.loads, file)
-    assert (set_aside["sample"], set_aside["advantage"]) == (1, None), "what was not trained on has no advantage"
-    assert made == {
-        "key": "p/0",
-        "sample": 0,
-        "skill": "ocr",
-        "answer": "42",
-        "text": "41",
-        "finish": "stop",
-        "reward": 1.0,
-        "rewards": {"correct": 1.0},
-        "advantage": 0.707107,
-        "seed": 9,
-        "version": 3,
-    }
-    assert failed == {"key": "p/1", "sample": 0, "failed": "reward_timeout", "detail": "no result within 10 s"}
+def test_every_rollout_of_a_step_is_banked_with_what_was_trained_on_and_a_step_that_is_run_again_finds_it(tmp_path):
+    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [answer(0, 0.0, 2, key="p/2")], [FAILED], np.array([0.7071067]), {})
+    for _ in range(2):
+        bank_step(open_bank(tmp_path), report)
+        bank = open_bank(tmp_path)
+        kept, failed = bank.drawn(6).scored, bank.drawn(6).failed
+        assert [(found.reward, found.rewards, found.rollout.seed, found.rollout.version) for found in kept] == [(1.0, {"correct": 1.0}, 9, 3), (0.0, {}, 9, 3)]
+        assert [(found.prompt.key, found.reason, found.detail) for found in failed] == [("p/1", "reward_timeout", "no result within 10 s")]
+        assert bank.trained(6) == ((6, "p/0"),) and bank.account().dropped == {(6, "p/2"): "set aside"}
+        lines = pq.read_table(tmp_path / "advantages").to_pylist()
+        assert lines == [{"step": 6, "draw": 6, "key": "p/0", "sample": 0, "advantage": 0.7071067}]
