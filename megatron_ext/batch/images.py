@@ -16,7 +16,7 @@ import xxhash
 
 from megatron_ext.batch.durable import durable_file, make_folder, remove_drafts
 from megatron_ext.batch.rollout import Prompt
-from megatron_ext.batch.tiles import Tiles
+from megatron_ext.batch.tiles import NO_TILES, Tiles
 from megatron_ext.errors import StorageError
 
 
@@ -83,23 +83,18 @@ class ImageStore:
         if not len(tiles) or (isinstance(tiles, StoredTiles) and tiles.path.parent == self._folder):
             return tiles
         tiles = tiles.loaded()
-        stored = self.find(tiles_digest(tiles), tiles.shape)
-        if not self._is_whole(stored):
+        stored = find_tiles(self._folder, tiles_digest(tiles), tiles.shape)
+        assert isinstance(stored, StoredTiles)
+        if not _is_whole(stored):
             with durable_file(stored.path) as file:
                 np.save(file, tiles.pixels_IHWC)
                 np.save(file, tiles.places_I5)
         return stored
 
-    def find(self, digest: str, shape: Sequence[int]) -> StoredTiles:
-        """Tiles that were kept."""
-        return StoredTiles(self._folder / f"{digest}.npy", shape)
 
-    def _is_whole(self, stored: StoredTiles) -> bool:
-        try:
-            stored.loaded()
-        except StorageError:
-            return False
-        return True
+def find_tiles(folder: Path, digest: str, shape: Sequence[int]) -> Tiles:
+    """Tiles that were kept in `folder`, their file not yet looked at; without a digest no tiles."""
+    return StoredTiles(folder.absolute() / f"{digest}.npy", shape) if digest else NO_TILES
 
 
 def stored(prompts: Sequence[Prompt], store: ImageStore) -> list[Prompt]:
@@ -119,3 +114,11 @@ def tiles_digest(tiles: Tiles) -> str:
     hasher.update(np.ascontiguousarray(tiles.pixels_IHWC, np.uint8).data)
     hasher.update(np.ascontiguousarray(tiles.places_I5, np.float32).data)
     return hasher.hexdigest()
+
+
+def _is_whole(stored: StoredTiles) -> bool:
+    try:
+        stored.loaded()
+    except StorageError:
+        return False
+    return True

@@ -21,9 +21,9 @@ from threading import RLock
 
 import numpy as np
 
-from megatron_ext.batch import NO_TILES, FailedRollout, ScoredRollout, Tiles
+from megatron_ext.batch import FailedRollout, ScoredRollout, Tiles
 from megatron_ext.batch.durable import make_folder, remove_drafts
-from megatron_ext.batch.images import ImageStore, StoredTiles
+from megatron_ext.batch.images import ImageStore, StoredTiles, find_tiles
 from megatron_ext.errors import StorageError
 from megatron_ext.rl.bank.advantages import write_advantages
 from megatron_ext.rl.bank.columns import failed_row, scored_row
@@ -79,7 +79,8 @@ class Bank:
     def __init__(self, folder: Path, journal: Journal, ledger: Ledger) -> None:
         self._answers, self._advantages, self._journal, self._ledger = folder / ANSWERS, folder / ADVANTAGES, journal, ledger
         self._lock = RLock()
-        self.images = ImageStore(folder / IMAGES)
+        self._images = folder / IMAGES
+        self.images = ImageStore(self._images)
 
     def put(self, draw: int, scored: Sequence[ScoredRollout], failed: Sequence[FailedRollout]) -> None:
         """On disk, and counting, when it returns. A draw may be put in several parts.
@@ -195,11 +196,10 @@ class Bank:
         return kept.digest if isinstance(kept, StoredTiles) else ""
 
     def _tiles(self, digest: str, shape: Sequence[int]) -> Tiles:
-        if not digest:
-            return NO_TILES
-        stored = self.images.find(digest, shape)
-        stored.loaded()  # an image that is missing or damaged is found here, not in a rank
-        return stored
+        """An image that is missing or damaged is found here, not in a rank."""
+        tiles = find_tiles(self._images, digest, shape)
+        tiles.loaded()
+        return tiles
 
     def _refused(self, problem: str) -> StorageError:
         return StorageError(str(self._answers.parent), problem, "start the stage afresh in another folder if this run is no longer the one that filled it")
