@@ -38,14 +38,15 @@ class Prompt:
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response. `logprobs_T` float32 are log-probabilities under the distribution that was sampled from (temperature applied, before
-    top-k/top-p truncation); `routes` covers every position but the last: `len(prompt) + len(response) - 1` rows."""
+    top-k/top-p truncation); `versions_T` int32 says which version of the weights sampled each token: several where new ones came in the middle of
+    the answer; `routes` covers every position but the last: `len(prompt) + len(response) - 1` rows."""
 
     prompt: Prompt
     sample: int
     seed: int
-    version: int
     response_T: np.ndarray
     logprobs_T: np.ndarray
+    versions_T: np.ndarray
     finish: str  # "stop": ended by itself; "length": cut at the limit
     text: str
     routes: RouteTrace
@@ -54,9 +55,24 @@ class Rollout:
         num_tokens = len(self.response_T)
         check_shape("response_T", self.response_T, None)
         check_shape("logprobs_T", self.logprobs_T, num_tokens)
+        check_shape("versions_T", self.versions_T, num_tokens)
         check_shape("routes.experts_SLK", self.routes.experts_SLK, len(self.prompt.tokens_S) + num_tokens - 1, None, None)
         if self.finish not in ("stop", "length"):
             raise ValueError(f"finish is {self.finish!r}, expected 'stop' or 'length'")
+
+    @property
+    def version(self) -> int:
+        """The oldest weights that took part."""
+        return int(self.versions_T.min())
+
+    @property
+    def newest(self) -> int:
+        """The newest of them."""
+        return int(self.versions_T.max())
+
+    def on_policy(self, version: int) -> bool:
+        """Whether every token was sampled by the weights of this version."""
+        return self.version == self.newest == version
 
     @property
     def response_rows(self) -> tuple[int, int]:

@@ -70,15 +70,15 @@ class Engine:
         try:
             while True:
                 with batch_invariant(self.config.deterministic):
-                    finished = self._step(waiting, memory, answers, greedy or self.config.temperature == 0)
+                    finished = self._step(waiting, memory, answers, version, greedy or self.config.temperature == 0)
                 if finished is None:
                     break
-                yield from ((answer.number, answer.rollout(version, self.vocabulary)) for answer in finished)
+                yield from ((answer.number, answer.rollout(self.vocabulary)) for answer in finished)
         finally:
             self.model.train(was_training)
 
     @torch.no_grad()
-    def _step(self, waiting: WaitingRoom, memory: Memory, answers: list[Answer], greedy: bool) -> list[Answer] | None:
+    def _step(self, waiting: WaitingRoom, memory: Memory, answers: list[Answer], version: int, greedy: bool) -> list[Answer] | None:
         """One token for every row, and the first one for those that join. `answers` are the rows of the memory, in its order. Returns those that finished; None
         once no rank of the expert group has anything left to do."""
         self._put_off(waiting, memory, answers)
@@ -93,7 +93,7 @@ class Engine:
             return []
         tokens_R, logprobs_R = self._next(torch.cat(logits), answers, greedy)
         for answer, token, logprob in zip(answers, tokens_R.tolist(), logprobs_R.tolist(), strict=True):
-            answer.take(token, logprob, self._endings)
+            answer.take(token, logprob, version, self._endings)
         left_R = np.array([answer.finish is not None for answer in answers])
         if not left_R.any():
             return []

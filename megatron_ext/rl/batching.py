@@ -93,7 +93,7 @@ class BatchForm:
     @classmethod
     def of(cls, scored: Sequence[ScoredRollout], multiple: int, pad_id: int) -> BatchForm:
         """Raises ValueError where rollouts were sampled under different weights."""
-        versions = {answer.rollout.version for answer in scored}
+        versions = {version for answer in scored for version in (answer.rollout.version, answer.rollout.newest)}
         if len(versions) > 1:
             raise ValueError(f"rollouts of versions {sorted(versions)} in one batch")
         return cls(scored[0].rollout.routes.experts_SLK.shape[1:], versions.pop(), multiple, pad_id)

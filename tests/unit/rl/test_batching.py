@@ -23,7 +23,8 @@ def scored(key, sample, prompt_length, response_length, num_images=1, version=4)
     experts = rng.integers(0, 8, (prompt_length + response_length - 1, *LAYERS_TOPK)).astype(np.uint8)
     routes = RouteTrace(experts, np.full(experts.shape, 1 / 3, np.float16))
     response = rng.integers(1, 99, response_length)
-    return ScoredRollout(Rollout(prompt, sample, 0, version, response, rng.normal(size=response_length).astype(np.float32), "stop", "", routes), 1.0, {})
+    logprobs, versions = rng.normal(size=response_length).astype(np.float32), np.full(response_length, version, np.int32)
+    return ScoredRollout(Rollout(prompt, sample, 0, response, logprobs, versions, "stop", "", routes), 1.0, {})
 
 
 @st.composite
