@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace
+from megatron_ext.batch import Rollout, RouteTrace
+from megatron_ext.inference.admission import Request
 
 
 class Vocabulary(Protocol):
@@ -50,8 +51,7 @@ class Answer:
     """A row of the engine. `experts_SLK` and `gates_SLK`: of the prompt, shared by all of its answers. `routes`: of the answer's own positions so far, [L, K]
     each. `finish`: None while it is written."""
 
-    number: int
-    prompt: Prompt
+    request: Request
     sample: int
     seed: int
     experts_SLK: np.ndarray
@@ -79,7 +79,7 @@ class Answer:
         experts = np.concatenate([self.experts_SLK, *(experts[None] for experts, _ in self.routes)])
         gates = np.concatenate([self.gates_SLK, *(gates[None] for _, gates in self.routes)])
         return Rollout(
-            self.prompt,
+            self.request.prompt,
             self.sample,
             self.seed,
             np.array(self.tokens, np.int32),

@@ -132,12 +132,12 @@ def unrecorded(answer: Callable[[], Any], model: Any, engine: Engine) -> Iterato
     def routes(_: Any, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.broadcast_to(one, (tokens, layers, top)) for one in nothing.values())  # type: ignore[return-value]
 
-    plain, record = engine._routes, model.router_tap.record
-    engine._routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
+    plain, record = engine.passes.routes, model.router_tap.record
+    engine.passes.routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
+        engine.passes.routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
 
 
 @contextmanager
