@@ -29,8 +29,9 @@ from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.store import open_store
-from megatron_ext.rl.batching import Shard, microbatches
+from megatron_ext.rl.batching import microbatches, unpack
 from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
+from megatron_ext.rl.parcels import Parcel
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import own_parts, own_tensors
@@ -87,17 +88,17 @@ class LearnerRank:
 
         self._profiler = Profiler(stage_dir, name, self._config.observe.profile, left, LEARNER)
 
-    def update(self, shards: Sequence[Shard]) -> Updated:
-        """One optimizer step for each shard (one a minibatch).
+    def update(self, parcels: Sequence[Parcel]) -> Updated:
+        """One optimizer step for each parcel (one a minibatch).
 
         Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
         """
         self._saver.poll()
-        if shards[0].batch.version != self._finished:
-            raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
+        if parcels[0].form.version != self._finished:
+            raise WeightSyncError(f"rollouts of version {parcels[0].form.version} reached a learner of version {self._finished}")
         self._profiler.begin()
         clock = Stopwatch()
-        parts = [self._microbatches(shard) for shard in shards]
+        parts = [self._microbatches(parcel) for parcel in parcels]
         clock.lap("data")
         with batch_invariant(self._config.rollout.deterministic), self._meter.step(clock.seconds()[STEP_S]):
             # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
@@ -108,9 +109,9 @@ class LearnerRank:
         timings = {TIMING + phase: seconds for phase, seconds in clock.phases().items()}
         return Updated({**_over_minibatches(steps), **timings}, self._meter.take())
 
-    def reference_kl(self, shard: Shard) -> dict[str, float]:
+    def reference_kl(self, parcel: Parcel) -> dict[str, float]:
         """See `Policy.reference_kl`."""
-        return self._policy.reference_kl(self._microbatches(shard))
+        return self._policy.reference_kl(self._microbatches(parcel))
 
     def open_store(self, host: str) -> int:
         """Opens the meeting place of weight publications (rank 0); its port."""
@@ -141,9 +142,9 @@ class LearnerRank:
         """Returns once what `save` began is published."""
         self._saver.wait()
 
-    def _microbatches(self, shard: Shard) -> list[PolicyBatch]:
+    def _microbatches(self, parcel: Parcel) -> list[PolicyBatch]:
         layout = self._context.layout
-        parts = microbatches(shard, self._config.rl.micro_batch, layout.length_multiple, layout.pp if layout.vpp > 1 else 1)
+        parts = microbatches(unpack(parcel), self._config.rl.micro_batch, layout.length_multiple, layout.pp if layout.vpp > 1 else 1)
         return [policy_batch(part, self._context.device) for part in parts]
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, Tiles, route_digest
-from megatron_ext.rl.batching import FILLER_KEY, BatchForm, join, microbatches, plan_shards
+from megatron_ext.rl.batching import FILLER_KEY, microbatches, unpack
+from megatron_ext.rl.parcels import BatchForm, Parcel, plan_parcels, rows_of
 
 PAD = 0
 LAYERS_TOPK = (2, 3)
@@ -39,7 +40,12 @@ def steps(draw):
 
 
 def plan(answers, minibatches=1, dp_size=2, multiple=1):
-    return plan_shards(answers, np.arange(len(answers)) + 1.0, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=PAD)
+    parcels = plan_parcels(answers, np.arange(len(answers)) + 1.0, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=PAD)
+    return [[unpack(parcel) for parcel in own] for own in parcels]
+
+
+def join(answers, advantages, rows, multiple=1):
+    return unpack(Parcel(tuple(rows_of(answers, advantages)), rows, BatchForm.of(answers, multiple, PAD)))
 
 
 def rows(shard):
@@ -60,7 +66,7 @@ def rows(shard):
 
 def test_a_row_holds_the_prompt_then_the_response_and_only_the_response_is_trained_on():
     answer = scored("p", 0, 3, 2)
-    batch = join([answer], np.array([0.5]), 1, BatchForm.of([answer], 4, PAD)).batch
+    batch = join([answer], np.array([0.5]), 1, 4).batch
     assert batch.tokens_BS.tolist() == [[*answer.rollout.prompt.tokens_S, *answer.rollout.response_T, PAD, PAD, PAD]]
     assert batch.response_mask_BS.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
     assert batch.logprobs_BS[0, 3:5].tolist() == answer.rollout.logprobs_T.tolist()
@@ -77,7 +83,7 @@ def test_the_rollouts_of_a_prompt_share_its_image():
 @settings(max_examples=60, deadline=None)
 @given(steps(), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]))
 def test_split_over_minibatches_ranks_and_microbatches_every_row_is_there_exactly_once_and_unchanged(answers, minibatches, dp_size, micro_batch, multiple):
-    whole = rows(join(answers, np.arange(len(answers)) + 1.0, len(answers), BatchForm.of(answers, multiple, PAD)))
+    whole = rows(join(answers, np.arange(len(answers)) + 1.0, len(answers), multiple))
     parts = [rows(part) for own in plan(answers, minibatches, dp_size, multiple) for shard in own for part in microbatches(shard, micro_batch, multiple)]
     assert sum(len(part) for part in parts) == len(answers)
     assert {key: row for part in parts for key, row in part.items()} == whole
@@ -117,7 +123,7 @@ def test_ranks_get_groups_of_like_lengths():
 
 def test_digests_identify_the_routes_that_each_rollout_recorded():
     answer = scored("p", 0, 3, 2)
-    assert join([answer], np.zeros(1), 1, BatchForm.of([answer], 1, PAD)).digests_B == (route_digest(answer.rollout.routes.experts_SLK),)
+    assert join([answer], np.zeros(1), 1).digests_B == (route_digest(answer.rollout.routes.experts_SLK),)
 
 
 def test_rollouts_of_two_versions_cannot_be_in_one_batch():

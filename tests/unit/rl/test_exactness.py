@@ -19,7 +19,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
-from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.batching import microbatches, unpack
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.megatron_engine import build_engine
 from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
@@ -63,7 +64,7 @@ def policy(model, context, deterministic=True, **rl):
 
 def shard_of(rollouts, multiple=1):
     scored = [ScoredRollout(rollout, 0.0, {}) for rollout in rollouts]
-    return plan_shards(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0]
+    return unpack(plan_parcels(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0])
 
 
 def differences(model, context, rollouts, micro_batch, multiple=1, deterministic=True, **rl):

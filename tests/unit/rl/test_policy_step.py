@@ -16,7 +16,8 @@ from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.heads import banned_tokens, policy_logits
-from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.batching import microbatches, unpack
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.megatron_engine import build_engine
 from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
@@ -39,7 +40,7 @@ def answers(model, context):
 
 
 def shard_of(answers, multiple=1):
-    return plan_shards(answers, np.linspace(-1, 1, len(answers)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0]
+    return unpack(plan_parcels(answers, np.linspace(-1, 1, len(answers)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0])
 
 
 def policy(model, context, reference=None, **rl):
