@@ -111,23 +111,25 @@ class LearnerBatch:
     """What one learner update consumes: B rows, right-padded to S. Everything is per row or per token; no row knows its rank.
 
     `targets` are implied: position s predicts `tokens_BS[:, s + 1]`. `response_mask_BS[b, s]` is 1 where token s was sampled (so position s - 1 predicts it).
-    `logprobs_BS` and `advantages_B` align with `tokens_BS`; `experts_BSLK` holds the recorded expert ids (-1 where there is none, such as padding).
+    `logprobs_BS`, `versions_BS` (of the weights that sampled each token; -1 where none was sampled) and `advantages_B` align with `tokens_BS`; `experts_BSLK`
+    holds the recorded expert ids (-1 where there is none, such as padding).
     `tiles` are the distinct ones of the batch; `row_tiles_BM` indexes them (-1: no tile), so the G rollouts of a prompt share one image.
     """
 
     tokens_BS: np.ndarray
     response_mask_BS: np.ndarray
     logprobs_BS: np.ndarray
+    versions_BS: np.ndarray
     advantages_B: np.ndarray
     experts_BSLK: np.ndarray
     tiles: Tiles
     row_tiles_BM: np.ndarray
-    version: int
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape
         check_shape("response_mask_BS", self.response_mask_BS, rows, length)
         check_shape("logprobs_BS", self.logprobs_BS, rows, length)
+        check_shape("versions_BS", self.versions_BS, rows, length)
         check_shape("advantages_B", self.advantages_B, rows)
         check_shape("experts_BSLK", self.experts_BSLK, rows, length, None, None)
         check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)

@@ -169,7 +169,7 @@ def learning(rounds: int, context: ParallelContext) -> tuple[dict[str, float], d
 
     def update(config: RunConfig) -> float:
         engine.chunks[0].train()
-        parts = [policy_batch(part, context.device) for part in rollout_microbatches(shard, 32, 1)]
+        parts = [policy_batch(part, context.device, 0) for part in rollout_microbatches(shard, 32, 1)]
         return optimizer_step(engine, parts, Policy(engine.wrapped, [], config, VOCABULARY - 1, context), context)["loss"]
 
     updates = medians({name: partial(update, config) for name, config in configs.items()}, rounds)
