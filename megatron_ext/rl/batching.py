@@ -47,11 +47,11 @@ class Shard:
                 tokens_BS=batch.tokens_BS[rows_B, :length],
                 response_mask_BS=batch.response_mask_BS[rows_B, :length],
                 logprobs_BS=batch.logprobs_BS[rows_B, :length],
+                versions_BS=batch.versions_BS[rows_B, :length],
                 advantages_B=batch.advantages_B[rows_B],
                 experts_BSLK=batch.experts_BSLK[rows_B, :length],
                 tiles=batch.tiles[used[absent:]],
                 row_tiles_BM=row_tiles.reshape(len(rows_B), -1).astype(np.int32) - absent,
-                version=batch.version,
             ),
             lengths_B,
             tuple(self.keys_B[row] for row in rows_B),
@@ -69,11 +69,11 @@ def unpack(parcel: Parcel) -> Shard:
         tokens_BS=np.full(shape, form.pad_id, dtype=np.int32),
         response_mask_BS=np.zeros(shape, dtype=np.uint8),
         logprobs_BS=np.zeros(shape, dtype=np.float32),
+        versions_BS=np.full(shape, -1, dtype=np.int32),
         advantages_B=np.array([*(row.advantage for row in rows), *[0.0] * filler], dtype=np.float32),
         experts_BSLK=np.full((*shape, *form.layers_topk), -1, dtype=np.int16),
         tiles=tiles,
         row_tiles_BM=row_tiles,
-        version=form.version,
     )
     for place, row in enumerate(rows):
         _write_row(batch, place, row)
@@ -96,6 +96,7 @@ def _write_row(batch: LearnerBatch, place: int, row: Row) -> None:
     batch.tokens_BS[place, start:stop] = row.response_T
     batch.response_mask_BS[place, start:stop] = 1
     batch.logprobs_BS[place, start:stop] = row.logprobs_T
+    batch.versions_BS[place, start:stop] = row.versions_T
     batch.experts_BSLK[place, :start] = row.experts_SLK
     batch.experts_BSLK[place, start : stop - 1] = row.experts_TLK
 

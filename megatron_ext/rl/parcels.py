@@ -24,15 +24,16 @@ from megatron_ext.shapes import check_shape
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One answer. `tokens_S`, `tiles` and `experts_SLK` are of the prompt, and the same objects in all rows of a prompt; `response_T`, `logprobs_T` and
-    `experts_TLK`, the routes of its positions but the last, are the answer's own. `key`: "<prompt key>#<sample>"; `digest`: of all routes that its rollout
-    recorded."""
+    """One answer. `tokens_S`, `tiles` and `experts_SLK` are of the prompt, and the same objects in all rows of a prompt; `response_T`, `logprobs_T`,
+    `versions_T` and `experts_TLK`, the routes of its positions but the last, are the answer's own. `key`: "<prompt key>#<sample>"; `digest`: of all routes that
+    its rollout recorded."""
 
     tokens_S: np.ndarray
     tiles: Tiles
     experts_SLK: np.ndarray
     response_T: np.ndarray
     logprobs_T: np.ndarray
+    versions_T: np.ndarray
     experts_TLK: np.ndarray
     advantage: float
     key: str
@@ -45,21 +46,15 @@ class Row:
 
 @dataclass(frozen=True)
 class BatchForm:
-    """What all parcels of a step have in common: (L, K) of the routes, the version that sampled them, what lengths are a multiple of, and what fills them
-    up."""
+    """What all parcels of a step have in common: (L, K) of the routes, what lengths are a multiple of, and what fills them up."""
 
     layers_topk: tuple[int, ...]
-    version: int
     multiple: int
     pad_id: int
 
     @classmethod
     def of(cls, scored: Sequence[ScoredRollout], multiple: int, pad_id: int) -> BatchForm:
-        """Raises ValueError where rollouts were sampled under different weights."""
-        versions = {answer.rollout.version for answer in scored}
-        if len(versions) > 1:
-            raise ValueError(f"rollouts of versions {sorted(versions)} in one batch")
-        return cls(scored[0].rollout.routes.experts_SLK.shape[1:], versions.pop(), multiple, pad_id)
+        return cls(scored[0].rollout.routes.experts_SLK.shape[1:], multiple, pad_id)
 
 
 @dataclass(frozen=True)
@@ -107,6 +102,7 @@ def rows_of(scored: Sequence[ScoredRollout], advantages_R: np.ndarray) -> list[R
                 experts_SLK=_once(experts_SLK[:split], shared),
                 response_T=rollout.response_T,
                 logprobs_T=rollout.logprobs_T,
+                versions_T=rollout.versions_T,
                 experts_TLK=experts_SLK[split:],
                 advantage=float(advantage),
                 key=row_key(rollout),

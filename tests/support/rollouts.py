@@ -26,7 +26,7 @@ def scored(of, sample, length=2, reward=1.0, version=4, layers_topk=(2, 3), expe
         prompt=of,
         sample=sample,
         seed=int(own.integers(2**63 - 1)),
-        version=version,
+        versions_T=np.full(length, version, np.int32),
         response_T=own.integers(1, 99, length).astype(np.int32),
         logprobs_T=own.normal(size=length).astype(np.float32),
         finish=finish,

@@ -133,12 +133,12 @@ def unrecorded(answer: Callable[[], Any], model: Any, engine: Engine) -> Iterato
     def routes(_: Any, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.broadcast_to(one, (tokens, layers, top)) for one in nothing.values())  # type: ignore[return-value]
 
-    plain, record = engine._routes, model.router_tap.record
-    engine._routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
+    plain, record = engine.passes.routes, model.router_tap.record
+    engine.passes.routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
+        engine.passes.routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def learning(rounds: int, context: ParallelContext) -> tuple[dict[str, float], d
 
     def update(config: RunConfig) -> float:
         engine.chunks[0].train()
-        parts = [policy_batch(part, context.device) for part in rollout_microbatches(shard, 32, 1)]
+        parts = [policy_batch(part, context.device, 0) for part in rollout_microbatches(shard, 32, 1)]
         return optimizer_step(engine, parts, Policy(engine.wrapped, [], config, VOCABULARY - 1, context), context)["loss"]
 
     updates = medians({name: partial(update, config) for name, config in configs.items()}, rounds)

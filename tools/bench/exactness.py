@@ -96,7 +96,7 @@ class Run:
         scored = [ScoredRollout(rollout, 0.0, {}) for rollout in rollouts]
         advantages = np.random.default_rng(0).normal(size=len(scored))
         (parcel,) = plan_parcels(scored, advantages, minibatches=1, dp_size=1, multiple=1, pad_id=PAD)[0]
-        self.batches = [policy_batch(part, self._context.device) for part in microbatches(unpack(parcel), self._case.micro_batch, 1)]
+        self.batches = [policy_batch(part, self._context.device, 0) for part in microbatches(unpack(parcel), self._case.micro_batch, 1)]
 
     def gap(self) -> np.ndarray:
         """|difference| of every token."""

@@ -17,8 +17,8 @@ from tests.support.rollouts import prompt, same, scored
 
 PIXELS, PROMPT_TOKENS, RESPONSE = 128, 300, 5
 IMAGE_BYTES, PROMPT_ROUTES = PIXELS * PIXELS * 3, PROMPT_TOKENS * 2 * 3
-ROW_BYTES = 1000
-"""More than an answer of this length says with everything around it: tokens, log-probs, its own routes, keys, digest."""
+ROW_BYTES = 2000
+"""More than an answer of this length says with everything around it: tokens, log-probs, versions, its own routes, keys, digest."""
 
 
 @pytest.fixture
