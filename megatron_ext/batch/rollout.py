@@ -56,7 +56,7 @@ class Rollout:
         check_shape("response_T", self.response_T, None)
         check_shape("logprobs_T", self.logprobs_T, num_tokens)
         check_shape("versions_T", self.versions_T, num_tokens)
-        check_shape("routes.experts_SLK", self.routes.experts_SLK, len(self.prompt.tokens_S) + num_tokens - 1, None, None)
+        check_shape("routes", self.routes, len(self.prompt.tokens_S) + num_tokens - 1, None, None)
         if self.finish not in ("stop", "length"):
             raise ValueError(f"finish is {self.finish!r}, expected 'stop' or 'length'")
 

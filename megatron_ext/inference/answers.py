@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_ext.batch import Rollout, RouteTrace
+from megatron_ext.batch import ContinuedRoutes, Rollout, RouteTrace
 from megatron_ext.inference.admission import Request
 
 
@@ -48,14 +48,13 @@ class Endings:
 
 @dataclass(eq=False)
 class Answer:
-    """A row of the engine. `experts_SLK` and `gates_SLK`: of the prompt, shared by all of its answers. `routes`: of the answer's own positions so far, [L, K]
+    """A row of the engine. `asked`: the routes of the prompt, one object for all of its answers. `routes`: of the answer's own positions so far, [L, K]
     each. `finish`: None while it is written."""
 
     request: Request
     sample: int
     seed: int
-    experts_SLK: np.ndarray
-    gates_SLK: np.ndarray
+    asked: RouteTrace
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -76,8 +75,8 @@ class Answer:
     def rollout(self, vocabulary: Vocabulary) -> Rollout:
         assert self.finish is not None
         text = self.tokens[:-1] if self.tokens[-1] == vocabulary.eos_id else self.tokens
-        experts = np.concatenate([self.experts_SLK, *(experts[None] for experts, _ in self.routes)])
-        gates = np.concatenate([self.gates_SLK, *(gates[None] for _, gates in self.routes)])
+        experts = np.concatenate([self.asked.experts_SLK[:0], *(experts[None] for experts, _ in self.routes)])
+        gates = np.concatenate([self.asked.gates_SLK[:0], *(gates[None] for _, gates in self.routes)])
         return Rollout(
             self.request.prompt,
             self.sample,
@@ -87,5 +86,5 @@ class Answer:
             np.array(self.versions, np.int32),
             self.finish,
             vocabulary.decode(text),
-            RouteTrace(experts, gates),
+            ContinuedRoutes(self.asked, RouteTrace(experts, gates)),
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from megatron_ext.batch import NO_TILES, Prompt, Tiles, expert_dtype
+from megatron_ext.batch import NO_TILES, Prompt, RouteTrace, Tiles, expert_dtype
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.inference.admission import Request
@@ -86,9 +86,10 @@ class Passes:
         if not joining:
             return [], []
         answers = [
-            Answer(request, *asked, experts_SLK[:length], gates_SLK[:length])
+            Answer(request, *sample, asked)
             for request, length, experts_SLK, gates_SLK in zip(joining, lengths_P, experts_PSLK, gates_PSLK, strict=True)
-            for asked in request.samples
+            for asked in (RouteTrace(experts_SLK[:length].copy(), gates_SLK[:length].copy()),)
+            for sample in request.samples
         ]
         return answers, [reading.seat(memory, [len(request.samples) for request in joining])]
 

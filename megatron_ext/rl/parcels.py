@@ -54,7 +54,7 @@ class BatchForm:
 
     @classmethod
     def of(cls, scored: Sequence[ScoredRollout], multiple: int, pad_id: int) -> BatchForm:
-        return cls(scored[0].rollout.routes.experts_SLK.shape[1:], multiple, pad_id)
+        return cls(scored[0].rollout.routes.shape[1:], multiple, pad_id)
 
 
 @dataclass(frozen=True)
@@ -93,20 +93,20 @@ def rows_of(scored: Sequence[ScoredRollout], advantages_R: np.ndarray) -> list[R
     arrays: dict[str, list[np.ndarray]] = {}
     rows = []
     for answer, advantage in zip(scored, advantages_R, strict=True):
-        rollout, prompt, experts_SLK = answer.rollout, answer.rollout.prompt, answer.rollout.routes.experts_SLK
+        rollout, prompt, routes = answer.rollout, answer.rollout.prompt, answer.rollout.routes
         shared, split = arrays.setdefault(prompt.key, []), len(prompt.tokens_S)
         rows.append(
             Row(
                 tokens_S=_once(prompt.tokens_S, shared),
                 tiles=tiles.setdefault(prompt.key, prompt.tiles),
-                experts_SLK=_once(experts_SLK[:split], shared),
+                experts_SLK=_once(routes.rows(0, split).experts_SLK, shared),
                 response_T=rollout.response_T,
                 logprobs_T=rollout.logprobs_T,
                 versions_T=rollout.versions_T,
-                experts_TLK=experts_SLK[split:],
+                experts_TLK=routes.rows(split, len(routes)).experts_SLK,
                 advantage=float(advantage),
                 key=row_key(rollout),
-                digest=route_digest(experts_SLK),
+                digest=route_digest(routes.experts_SLK),
             )
         )
     return rows

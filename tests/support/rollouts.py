@@ -17,7 +17,7 @@ def prompt(key="p", length=3, images=0, seed=0, pixels=4, skill="count", answer=
 
 
 def scored(of, sample, length=2, reward=1.0, version=4, layers_topk=(2, 3), experts=8, seed=0, text="3", finish="stop", parts=None):
-    """An answer to the prompt `of`; the routes of the prompt's positions are the same for all of its answers."""
+    """An answer to the prompt `of`; the routes of the prompt's positions are the same for all of its answers. New weights come with every second token."""
     shared, own = (np.random.default_rng([*of.key.encode(), seed, number]) for number in (0, sample + 1))
     ids = np.uint8 if experts <= 256 else np.uint16
     drawn = [rng.integers(0, experts, (rows, *layers_topk)).astype(ids) for rng, rows in ((shared, len(of.tokens_S)), (own, length - 1))]
@@ -26,7 +26,7 @@ def scored(of, sample, length=2, reward=1.0, version=4, layers_topk=(2, 3), expe
         prompt=of,
         sample=sample,
         seed=int(own.integers(2**63 - 1)),
-        versions_T=np.full(length, version, np.int32),
+        versions_T=(version + np.arange(length) // 2).astype(np.int32),
         response_T=own.integers(1, 99, length).astype(np.int32),
         logprobs_T=own.normal(size=length).astype(np.float32),
         finish=finish,
@@ -74,7 +74,9 @@ def same(one, other):
         return isinstance(other, np.ndarray) and one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
     if isinstance(one, Tiles):
         return isinstance(other, Tiles) and same(one.pixels_IHWC, other.pixels_IHWC) and same(one.places_I5, other.places_I5)
-    if isinstance(one, Prompt | Rollout | RouteTrace | ScoredRollout | FailedRollout):
+    if isinstance(one, RouteTrace):
+        return isinstance(other, RouteTrace) and same(one.experts_SLK, other.experts_SLK) and same(one.gates_SLK, other.gates_SLK)
+    if isinstance(one, Prompt | Rollout | ScoredRollout | FailedRollout):
         return type(one) is type(other) and all(same(value, vars(other)[name]) for name, value in vars(one).items())
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))

@@ -92,8 +92,10 @@ class Bank:
             return
         with self._lock:
             self._require_new(draw, scored)
-            rows = [scored_row(draw, answer, self._digest(answer.rollout.prompt.tiles)) for answer in scored]
-            rows += [failed_row(draw, failure, self._digest(failure.prompt.tiles)) for failure in failed]
+            prompts = [answer.rollout.prompt for answer in scored] + [failure.prompt for failure in failed]
+            images = {id(tiles): self._digest(tiles) for tiles in {id(prompt.tiles): prompt.tiles for prompt in prompts}.values()}
+            rows = [scored_row(draw, answer, images[id(answer.rollout.prompt.tiles)]) for answer in scored]
+            rows += [failed_row(draw, failure, images[id(failure.prompt.tiles)]) for failure in failed]
             name = f"draw_{draw:06d}_{self._journal.num_lines:06d}.parquet"
             size, digest = write_segment(self._answers / name, rows)
             samples: dict[str, list[int]] = {}

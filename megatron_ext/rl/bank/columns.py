@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout, Tiles
+from megatron_ext.batch import ContinuedRoutes, FailedRollout, Prompt, Rollout, RouteTrace, ScoredRollout, Tiles
 
 SCHEMA = pa.schema(
     {
@@ -56,6 +56,7 @@ def scored_row(draw: int, answer: ScoredRollout, images: str) -> Row:
     """`images`: the digest of the prompt's tiles, empty where it has none."""
     rollout, routes = answer.rollout, answer.rollout.routes
     split = len(rollout.prompt.tokens_S)
+    asked, own = routes.rows(0, split), routes.rows(split, len(routes))
     return _prompt_row(draw, rollout.prompt, images) | {
         "sample": rollout.sample,
         "text": rollout.text,
@@ -63,14 +64,14 @@ def scored_row(draw: int, answer: ScoredRollout, images: str) -> Row:
         "reward": answer.reward,
         "rewards": list(answer.rewards.items()),
         "seed": rollout.seed,
-        "versions": rollout.versions_T,
+        "versions": np.asarray(rollout.versions_T, np.int32),
         "tokens": np.asarray(rollout.response_T, np.int32),
         "logprobs": np.asarray(rollout.logprobs_T, np.float32),
-        "route_shape": [*routes.experts_SLK.shape[1:], routes.experts_SLK.itemsize],
-        "prompt_experts": routes.experts_SLK[:split].tobytes(),
-        "prompt_gates": routes.gates_SLK[:split].tobytes(),
-        "experts": routes.experts_SLK[split:].tobytes(),
-        "gates": routes.gates_SLK[split:].tobytes(),
+        "route_shape": [*routes.shape[1:], own.experts_SLK.itemsize],
+        "prompt_experts": asked.experts_SLK.tobytes(),
+        "prompt_gates": asked.gates_SLK.tobytes(),
+        "experts": own.experts_SLK.tobytes(),
+        "gates": own.gates_SLK.tobytes(),
     }
 
 
@@ -106,11 +107,12 @@ def as_table(rows: Sequence[Row]) -> pa.Table:
 
 
 class Restorer:
-    """Rollouts from the tables of one segment; the answers of a prompt share it. `find_tiles`: tiles by digest and shape."""
+    """Rollouts from the tables of one segment; the answers of a prompt share it and its routes. `find_tiles`: tiles by digest and shape."""
 
     def __init__(self, find_tiles: FindTiles) -> None:
         self._find_tiles = find_tiles
         self._prompts: dict[str, Prompt] = {}
+        self._read: dict[str, tuple[bytes, bytes, RouteTrace]] = {}
 
     def of(self, table: pa.Table) -> Iterator[ScoredRollout | FailedRollout]:
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
@@ -129,9 +131,17 @@ class Restorer:
             logprobs_T=_array(row["logprobs"]),
             finish=row["finish"].as_py(),
             text=row["text"].as_py(),
-            routes=_routes(row, len(prompt.tokens_S) + len(tokens_T) - 1),
+            routes=self._routes(row, len(prompt.tokens_S), len(tokens_T) - 1),
         )
         return ScoredRollout(rollout, row["reward"].as_py(), dict(row["rewards"].as_py()))
+
+    def _routes(self, row: Row, asked: int, own: int) -> RouteTrace:
+        shape, key = row["route_shape"].as_py(), row["key"].as_py()
+        experts, gates = (row[name].as_py() for name in SHARED_BYTES)
+        known = self._read.get(key)
+        if known is None or known[:2] != (experts, gates):
+            known = self._read[key] = (experts, gates, _trace(experts, gates, shape, asked))
+        return ContinuedRoutes(known[2], _trace(row["experts"].as_py(), row["gates"].as_py(), shape, own))
 
     def _failed(self, row: Row) -> FailedRollout:
         return FailedRollout(self._prompt(row), row["sample"].as_py(), row["failed"].as_py(), row["detail"].as_py())
@@ -151,11 +161,7 @@ def _array(scalar: pa.ListScalar) -> np.ndarray:
     return scalar.values.to_numpy(zero_copy_only=False).copy()
 
 
-def _routes(row: Row, positions: int) -> RouteTrace:
-    layers, topk, itemsize = row["route_shape"].as_py()
-    ids = np.dtype(np.uint8 if itemsize == 1 else np.uint16)
-
-    def joined(prompt: str, own: str, kind: np.dtype) -> np.ndarray:
-        return np.frombuffer(row[prompt].as_py() + row[own].as_py(), kind).reshape(positions, layers, topk)
-
-    return RouteTrace(joined("prompt_experts", "experts", ids), joined("prompt_gates", "gates", np.dtype(np.float16)))
+def _trace(experts: bytes, gates: bytes, route_shape: list[int], positions: int) -> RouteTrace:
+    layers, topk, itemsize = route_shape
+    ids = np.uint8 if itemsize == 1 else np.uint16
+    return RouteTrace(*(np.frombuffer(data, kind).reshape(positions, layers, topk) for data, kind in ((experts, ids), (gates, np.float16))))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pickle
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from megatron_ext.batch import ContinuedRoutes
 from megatron_ext.batch.images import ImageStore, StoredTiles
 from megatron_ext.batch.tiles import NO_TILES, Tiles
 from megatron_ext.errors import StorageError
@@ -30,6 +32,14 @@ def asked(store, key="p"):
     """A prompt with a stored image."""
     of = prompt(key, PROMPT_TOKENS, images=1, pixels=PIXELS)
     return type(of)(of.key, of.skill, of.tokens_S, store.keep(of.tiles), of.answer)
+
+
+def answers_to(of, samples):
+    """As the engine makes them: they share the routes of the prompt."""
+    whole = [scored(of, sample, RESPONSE) for sample in range(samples)]
+    asked = whole[0].rollout.routes.rows(0, PROMPT_TOKENS)
+    owns = [answer.rollout.routes.rows(PROMPT_TOKENS, PROMPT_TOKENS + RESPONSE - 1) for answer in whole]
+    return [replace(answer, rollout=replace(answer.rollout, routes=ContinuedRoutes(asked, own))) for answer, own in zip(whole, owns, strict=True)]
 
 
 def size(value):
@@ -81,7 +91,7 @@ def test_no_message_of_a_step_holds_pixels_and_of_a_further_answer_only_what_it_
     of = asked(store)
 
     def messages(samples):
-        answers = [scored(of, sample, RESPONSE) for sample in range(samples)]
+        answers = answers_to(of, samples)
         return {"to the rollouts": size([of]), "to the learner": size(parcels(answers)), "answers": size([answer.rollout for answer in answers])}
 
     one, many = messages(1), messages(17)
@@ -89,6 +99,7 @@ def test_no_message_of_a_step_holds_pixels_and_of_a_further_answer_only_what_it_
     assert one["to the learner"] < 4 * PROMPT_TOKENS + PROMPT_ROUTES + 2 * ROW_BYTES < IMAGE_BYTES
     assert one["answers"] < 4 * PROMPT_TOKENS + 3 * PROMPT_ROUTES + 2 * ROW_BYTES < IMAGE_BYTES
     assert many["to the learner"] - one["to the learner"] < 16 * ROW_BYTES
+    assert many["answers"] - one["answers"] < 16 * ROW_BYTES, "the engine's answers to a prompt share its routes"
 
 
 def test_the_learner_s_rank_reads_an_image_once_for_all_answers_of_its_prompt(store, monkeypatch):
