@@ -72,6 +72,12 @@ def test_log_probs_and_routes_equal_a_full_forward_with_replay(engine: Engine) -
         np.testing.assert_allclose(rollout.routes.gates_SLK.sum(-1), 1, atol=2e-3)
 
 
+def test_the_answers_to_a_prompt_share_its_routes(engine: Engine) -> None:
+    rollouts = generate(engine, small_prompts(2))
+    shared = {(rollout.prompt.key, id(rollout.routes.rows(0, len(rollout.prompt.tokens_S)))) for rollout in rollouts}
+    assert len(rollouts) == 8 and len(shared) == 2
+
+
 def test_an_answer_does_not_depend_on_its_company(engine: Engine) -> None:
     prompts = small_prompts(10)
     together = generate(engine, prompts)
