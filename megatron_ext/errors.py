@@ -5,6 +5,8 @@ Exit codes: 0 done, 2 the user's mistake (`UserError`), 1 our failure (anything 
 
 from __future__ import annotations
 
+from typing import Literal
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_USER = 2
@@ -57,8 +59,21 @@ class WeightSyncError(RuntimeError):
     """Weights arrived damaged or with the wrong version at a rollout worker."""
 
 
+FailureKind = Literal["died", "hung", "raised", "late"]
+"""How a rank is lost: its process ended; gives no sign of life; raised an error; is alive, but has not answered in time."""
+
+
 class RankFailed(RuntimeError):
-    """A rank of a multi-process run died or raised: names the rank and carries its traceback."""
+    """A rank of a multi-process run is lost: names the rank and carries its traceback. `rank` is its name, "" where no single one is to blame.
+
+    >>> failure = RankFailed("learner rank 1 (pid 7) ended with exit code -9", "learner rank 1")
+    >>> failure.kind, failure.rank, str(failure)
+    ('died', 'learner rank 1', 'learner rank 1 (pid 7) ended with exit code -9')
+    """
+
+    def __init__(self, message: str, rank: str = "", kind: FailureKind = "died") -> None:
+        super().__init__(message)
+        self.rank, self.kind = rank, kind
 
 
 class LeaderEnded(Exception):

@@ -88,7 +88,7 @@ def _await_nodes(ray: ModuleType, addresses: tuple[str, ...]) -> None:
     while missing := set(addresses) - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}:
         if time.monotonic() > deadline:
             late = ", ".join(sorted(missing))
-            raise RankFailed(f"{len(missing)} of {len(addresses)} nodes did not join the Ray cluster within {NODES_TIMEOUT_S:.0f} s: {late}")
+            raise RankFailed(f"{len(missing)} of {len(addresses)} nodes did not join the Ray cluster within {NODES_TIMEOUT_S:.0f} s: {late}", kind="late")
         time.sleep(0.2)
 
 
