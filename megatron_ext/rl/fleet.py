@@ -27,7 +27,8 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
-from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
+from megatron_ext.rl.hosts.ranks import Place, Rank
+from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
 from megatron_ext.rl.refit.weight_sync import Meeting
@@ -59,19 +60,20 @@ def num_ranks(config: RunConfig) -> int:
 
 def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Path, pad_id: int, deadlines: Deadlines) -> tuple[MegatronFleet, MegatronLearner]:
     """Starts every rank and waits until all are open: they start side by side."""
-    learners = board.host.start(LearnerRank, [f"learner rank {rank}" for rank in range(config.parallel.num_ranks)])
-    per_replica = config.rollout.parallel.num_ranks
-    names = [f"rollout replica {replica} rank {rank}" for replica in range(config.rollout.replicas) for rank in range(per_replica)]
-    workers = board.host.start(RolloutRank, names)
+    learners = board.host.start(LearnerRank, [f"learner rank {rank}" for rank in range(config.parallel.num_ranks)], "learner")
+    replicas = []
+    for replica in range(config.rollout.replicas):
+        names = [f"rollout replica {replica} rank {rank}" for rank in range(config.rollout.parallel.num_ranks)]
+        replicas.append(board.host.start(RolloutRank, names, f"replica-{replica}"))
+    workers = [rank for ranks in replicas for rank in ranks]
 
-    def places(world: str, ranks: Sequence[Rank]) -> list[Place]:
-        point = board.host.meeting_point(world, ranks[0])
+    def places(ranks: Sequence[Rank]) -> list[Place]:
+        point = board.host.meeting_point(ranks[0].world, ranks[0])
         return [Place(number, len(ranks), point, board.host.address(rank)) for number, rank in enumerate(ranks)]
 
-    calls = [Call(rank, "open", (config, stage_dir, init_from, place)) for rank, place in zip(learners, places("learner", learners), strict=True)]
-    for replica in range(config.rollout.replicas):
-        ranks = workers[replica * per_replica : (replica + 1) * per_replica]
-        calls += [Call(rank, "open", (config, place)) for rank, place in zip(ranks, places(f"replica-{replica}", ranks), strict=True)]
+    calls = [Call(rank, "open", (config, stage_dir, init_from, place)) for rank, place in zip(learners, places(learners), strict=True)]
+    for ranks in replicas:
+        calls += [Call(rank, "open", (config, place)) for rank, place in zip(ranks, places(ranks), strict=True)]
     opened = board.ask(calls, deadlines.open_s)
     if config.observe.profile:
         left = config.rl.steps - opened[0].finished_steps

@@ -37,8 +37,9 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.stopping import stop_on_signals
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl.credit import Credit
-from megatron_ext.rl.hosts.ranks import Host, Switchboard
+from megatron_ext.rl.hosts.ranks import Host
 from megatron_ext.rl.hosts.ray_node import Nodes
+from megatron_ext.rl.hosts.switchboard import Switchboard
 from megatron_ext.rl.loop import Recipe, StepReport, run_loop
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.roles import Metrics

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,16 +14,18 @@ import psutil
 import pytest
 
 from megatron_ext.errors import RankFailed, UserError
+from megatron_ext.observe.fleet_watch import RoleState
 from megatron_ext.rl.hosts.local_host import local_host
-from megatron_ext.rl.hosts.ranks import Call, Switchboard
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Place
 from megatron_ext.rl.hosts.ray_cluster import cluster_processes
 from megatron_ext.rl.hosts.ray_host import place_ranks, ray_host
+from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from tests.support.clerk import Clerk
 
 
 @pytest.fixture(scope="module")
 def ray_ranks():
-    with ray_host(12) as host:
+    with ray_host(30) as host:
         yield host
 
 
@@ -85,6 +88,74 @@ def test_errors_that_the_caller_settles_stand_among_the_answers_and_everyone_is_
     assert isinstance(answers[0], UserError) and answers[1] == [1]
 
 
+def test_a_rank_that_is_stopped_is_named_within_seconds_really_ended_and_replaced(host):
+    """Its peer computes all the while, and is not silent; what is sent to the stopped process, more than any pipe holds, holds up nobody."""
+    computing, stopped = host.start(Clerk, ["rollout rank 0", "rollout rank 1"], "a replica")
+    board = Switchboard(host, silence_s=3)
+    pids = board.ask([Call(computing, "pid"), Call(stopped, "pid")], 60)
+    os.kill(pids[1], signal.SIGSTOP)
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=r"rollout rank 1 has given .* while at 'remember'; waiting for it: rollout rank 0 \(at 'compute' for") as failure:
+        board.ask([Call(computing, "compute", (60.0,)), Call(stopped, "remember", (bytes(16 << 20),))], 60)
+    assert (failure.value.rank, failure.value.kind) == ("rollout rank 1", "hung") and time.monotonic() - start < 15
+    for rank in (stopped, computing, stopped):
+        host.end(rank)
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    with pytest.raises(RankFailed):
+        board.ask([Call(stopped, "pid")], 60)
+    (replacement,) = host.start(Clerk, ["rollout rank 1"], "a replica")
+    assert board.ask([Call(replacement, "remember", (1,))], 60) == [[1]]
+
+
+def test_a_rank_that_is_killed_loses_its_world_and_another_world_answers(host):
+    first, second, other = *host.start(Clerk, ["rollout rank 2", "rollout rank 3"], "replica 1"), *host.start(Clerk, ["rollout rank 4"], "replica 2")
+    board = Switchboard(host)
+    lost = board.post([Call(first, "sleep", (60.0,)), Call(second, "die")], 60)
+    works = board.post([Call(other, "sleep", (1.0,))], 60)
+    assert board.wait([lost, works], 60) == [lost] or lost.over
+    with pytest.raises(RankFailed, match="rollout rank 3") as failure:
+        lost.collect()
+    assert (failure.value.rank, failure.value.kind) == ("rollout rank 3", "died")
+    assert [answer.kind for answer in lost.collect(settle=(RankFailed,))] == ["died", "died"]
+    assert board.wait([works], 60) == [works] and works.collect() == [None]
+    host.end(first)
+
+
+def test_a_verb_that_nobody_waited_for_is_finished_and_its_answer_dropped(host):
+    (rank,) = clerks(host, "a busy rank")
+    board = Switchboard(host)
+    board.post([Call(rank, "remember", (1,))], 60)
+    assert board.ask([Call(rank, "remember", (2,))], 60) == [[1, 2]]
+
+
+def test_threads_of_the_driver_ask_different_ranks_at_once(host):
+    ranks = clerks(host, *(f"thread rank {number}" for number in range(3)))
+    board = Switchboard(host)
+    lengths = {}
+
+    def ask(rank):
+        lengths[rank.name] = [len(board.ask([Call(rank, "remember", (number,))], 60)[0]) for number in range(40)]
+
+    threads = [threading.Thread(target=ask, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert lengths == {rank.name: list(range(1, 41)) for rank in ranks}
+    assert board.watch.roles()["thread"] == RoleState(known=3, alive=3, working=0)
+
+
+def test_a_world_that_is_started_anew_meets_somewhere_else(local_ranks):
+    names, points = ["world rank 0", "world rank 1"], []
+    for _ in range(2):
+        ranks = local_ranks.start(Clerk, names, "a world")
+        points.append(local_ranks.meeting_point("a world", ranks[0]))
+        calls = [Call(rank, "world", (Place(number, 2, points[-1], LOOPBACK),)) for number, rank in enumerate(ranks)]
+        assert Switchboard(local_ranks).ask(calls, 60) == [3.0, 3.0]
+        os.kill(ranks[1].process[0].pid, signal.SIGKILL)
+    assert points[0] != points[1]
+
+
 def test_every_socket_of_the_cluster_is_on_the_loopback_address(ray_ranks):
     clerks(ray_ranks, "a rank with sockets")
     listening = [
@@ -114,7 +185,7 @@ def test_the_clusters_folder_and_token_are_private(ray_ranks):
 
 
 BUSY_RUN = """
-from megatron_ext.rl.hosts.ranks import Call, Switchboard
+from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from megatron_ext.rl.hosts.ray_host import ray_host
 from tests.support.clerk import Clerk
 

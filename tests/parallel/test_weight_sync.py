@@ -14,7 +14,8 @@ from megatron_ext.errors import RankFailed, WeightSyncError
 from megatron_ext.rl import fleet
 from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
 from megatron_ext.rl.hosts.local_host import local_host
-from megatron_ext.rl.hosts.ranks import LOOPBACK, Call, Place, Rank, Switchboard
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Place, Rank
+from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from megatron_ext.rl.refit.plan import plan_refit
 from tests.support.rl_run import prepare, rl_config
 from tests.support.roles import OpenLearner, OpenRollout

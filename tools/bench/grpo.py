@@ -35,7 +35,7 @@ from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl import learner, rollout_worker
 from megatron_ext.rl.credit import Credit
 from megatron_ext.rl.hosts.local_host import local_host
-from megatron_ext.rl.hosts.ranks import Switchboard
+from megatron_ext.rl.hosts.switchboard import Switchboard
 from megatron_ext.rl.loop import Recipe, run_step
 from megatron_ext.rl.scoring.pool import RewardPool
 
