@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 
 from megatron_ext.rl.hosts.ranks import Place
-from megatron_ext.rl.hosts.ray_cluster import cluster_processes
 from megatron_ext.rl.hosts.ray_host import ray_host
 from megatron_ext.rl.hosts.ray_node import Nodes, open_desk
+from megatron_ext.rl.hosts.ray_processes import cluster_processes
 from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from tests.support.clerk import Clerk
 

@@ -24,6 +24,7 @@ from megatron_ext.rl.hosts.ranks import LOOPBACK, Rank
 from megatron_ext.rl.hosts.ray_actor import LIFE, RankActor
 from megatron_ext.rl.hosts.ray_cluster import local_cluster, spanning_cluster
 from megatron_ext.rl.hosts.ray_line import RayLine
+from megatron_ext.rl.hosts.ray_processes import Head
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -45,6 +46,7 @@ class RayHost:
         self._places: dict[str, int] = {}
         """The bundle of each name, which one that is started anew gets again."""
         self._numbers = itertools.count()
+        self._head = Head(folder / "token")
         self._points: set[str] = set()
         self._pulse = Pulse(lambda: {rank: _line(rank).signs() for rank in list(self._ranks.values())})
 
@@ -81,13 +83,18 @@ class RayHost:
     def ready(self, ranks: Sequence[Rank], timeout_s: float) -> list[Rank]:
         import ray
 
+        self._require_head()
         verbs = {_line(rank).verb: rank for rank in ranks}
         ray.wait(list(verbs), num_returns=1, timeout=timeout_s)
         done, _ = ray.wait(list(verbs), num_returns=len(verbs), timeout=0)
         return [verbs[verb] for verb in done]
 
     def take(self, rank: Rank) -> Any:
-        return _line(rank).take()
+        try:
+            return _line(rank).take()
+        except RankFailed:
+            self._require_head()
+            raise
 
     def end(self, rank: Rank) -> None:
         _line(rank).end()
@@ -96,6 +103,11 @@ class RayHost:
 
     def silent_s(self, rank: Rank) -> float:
         return self._pulse.silent_s(rank)
+
+    def _require_head(self) -> None:
+        """Raises RankFailed of no rank: there is none to start again."""
+        if (lost := self._head.lost()) is not None:
+            raise RankFailed(f"{lost}, and with it this run's cluster: run again to resume")
 
     def close(self) -> None:
         """Looks no longer. The ranks end with the cluster."""
