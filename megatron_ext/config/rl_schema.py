@@ -11,6 +11,8 @@ from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Co
 from megatron_ext.config.section import Section
 from megatron_ext.config.training_schema import OptimizerConfig, ParallelConfig
 
+Placement = Literal["colocated", "disaggregated"]
+
 
 class RolloutConfig(Section):
     temperature: float = Field(1.0, ge=0)
@@ -127,6 +129,9 @@ class RLConfig(Section):
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
     fleet: Literal["ray", "local"] = "ray"
+    placement: Placement = "colocated"
+    """`colocated`: learner and rollouts share all GPUs, and what a rank leaves idle another can use. `disaggregated`: every rank has a GPU of its own, so that
+    answers are written while the learner learns; it takes as many GPUs as there are ranks."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
     save_every: int = Field(0, ge=0)
     keep: int = Field(2, gt=0)

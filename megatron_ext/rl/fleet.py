@@ -53,9 +53,13 @@ class Deadlines:
 DEADLINES = Deadlines()
 
 
+def ranks_of(config: RunConfig) -> dict[str, int]:
+    """Processes of the learner and of all replicas, by the role that their names begin with."""
+    return {"learner": config.parallel.num_ranks, "rollout": config.rollout.replicas * config.rollout.parallel.num_ranks}
+
+
 def num_ranks(config: RunConfig) -> int:
-    """Processes of the learner and of all replicas."""
-    return config.parallel.num_ranks + config.rollout.replicas * config.rollout.parallel.num_ranks
+    return sum(ranks_of(config).values())
 
 
 def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Path, pad_id: int, deadlines: Deadlines) -> tuple[MegatronFleet, MegatronLearner]:

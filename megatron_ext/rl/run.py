@@ -122,7 +122,7 @@ def open_host(config: RunConfig, nodes: Nodes | None = None) -> Iterator[Host]:
     else:
         from megatron_ext.rl.hosts.ray_host import ray_host
 
-        with ray_host(fleets.num_ranks(config), nodes) as host:
+        with ray_host(fleets.ranks_of(config), config.rl.placement, nodes) as host:
             yield host
 
 

@@ -18,7 +18,7 @@ from megatron_ext.errors import RankFailed, UserError
 from megatron_ext.observe.fleet_watch import RoleState
 from megatron_ext.rl.hosts.local_host import local_host
 from megatron_ext.rl.hosts.ranks import LOOPBACK, Place
-from megatron_ext.rl.hosts.ray_host import place_ranks, ray_host
+from megatron_ext.rl.hosts.ray_host import ray_host
 from megatron_ext.rl.hosts.ray_processes import cluster_processes
 from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from tests.support.clerk import Clerk
@@ -26,7 +26,7 @@ from tests.support.clerk import Clerk
 
 @pytest.fixture(scope="module")
 def ray_ranks():
-    with ray_host(30) as host:
+    with ray_host({"all": 30}) as host:
         yield host
 
 
@@ -190,7 +190,7 @@ from megatron_ext.rl.hosts.switchboard import Call, Switchboard
 from megatron_ext.rl.hosts.ray_host import ray_host
 from tests.support.clerk import Clerk
 
-with ray_host(2) as host:
+with ray_host({"all": 2}) as host:
     ranks = host.start(Clerk, ["a", "b"])
     board = Switchboard(host)
     board.ask([Call(rank, "remember", (1,)) for rank in ranks], 200)
@@ -242,18 +242,6 @@ def test_a_run_that_loses_rays_head_or_its_driver_ends_within_seconds_and_leaves
         while folder.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not folder.exists()
-
-
-def test_ranks_that_follow_each_other_are_on_different_gpus():
-    bundles, share = place_ranks(num_ranks=6, num_gpus=4)
-    assert [bundle["GPU"] for bundle in bundles] == [1, 1, 1, 1] and share["num_gpus"] == 0.5
-    assert place_ranks(4, 4)[1]["num_gpus"] == 1.0
-    assert place_ranks(3, 1)[1]["num_gpus"] == 0.33
-
-
-def test_without_gpus_ranks_take_turns_on_the_nodes():
-    bundles, share = place_ranks(num_ranks=5, num_gpus=0, num_nodes=2)
-    assert bundles == [{"CPU": 0.03}, {"CPU": 0.03}] and "num_gpus" not in share
 
 
 def test_a_failing_run_leaves_nothing_behind_and_restores_the_environment():

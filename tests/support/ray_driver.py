@@ -21,7 +21,7 @@ from tests.support.clerk import Clerk
 
 def drive(addresses: tuple[str, ...], port: int, token: Path, second: psutil.Process) -> dict[str, object]:
     with open_desk(addresses[0], port, len(addresses)) as desk:
-        with ray_host(4, Nodes(addresses, token, desk)) as host:
+        with ray_host({"rank": 4}, nodes=Nodes(addresses, token, desk)) as host:
             ranks = host.start(Clerk, [f"rank {number}" for number in range(4)])
             where = [host.address(rank) for rank in ranks]
             point = host.meeting_point("learner", ranks[0])

@@ -7,10 +7,9 @@ for signs of life. Ray is imported where it is used, after `local_cluster` has s
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,33 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megatron_ext.config.rl_schema import Placement
 from megatron_ext.errors import RankFailed
 from megatron_ext.rl.hosts.pulse import Pulse
 from megatron_ext.rl.hosts.ranks import LOOPBACK, Rank
 from megatron_ext.rl.hosts.ray_actor import LIFE, RankActor
 from megatron_ext.rl.hosts.ray_cluster import local_cluster, spanning_cluster
 from megatron_ext.rl.hosts.ray_line import RayLine
+from megatron_ext.rl.hosts.ray_places import ANY, Places, open_places, plan_places
 from megatron_ext.rl.hosts.ray_processes import Head
 
 if TYPE_CHECKING:
-    from ray.util.placement_group import PlacementGroup
-
     from megatron_ext.rl.hosts.ray_node import Nodes
-
-CPUS_PER_RANK = 0.01
-"""Ranks take turns on the cores; Ray only has to place them."""
-Resources = dict[str, float]
-PLACEMENT_TIMEOUT_S = 60.0
 
 
 class RayHost:
     """See `ranks.Host`. Made by `ray_host()`, which also ends it."""
 
-    def __init__(self, folder: Path, group: PlacementGroup, order: Sequence[int], share: Resources, *, spans: bool) -> None:
-        self.folder, self._group, self._order, self._share, self._spans = folder, group, order, share, spans
+    def __init__(self, folder: Path, places: Mapping[str, Places], *, spans: bool) -> None:
+        self.folder, self._places, self._spans = folder, places, spans
         self._ranks: dict[str, Rank] = {}
-        self._places: dict[str, int] = {}
-        """The bundle of each name, which one that is started anew gets again."""
         self._numbers = itertools.count()
         self._head = Head(folder / "token")
         self._points: set[str] = set()
@@ -64,16 +56,16 @@ class RayHost:
 
     def start(self, role: type, names: Sequence[str], world: str = "") -> list[Rank]:
         import ray
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        actor_class = ray.remote(concurrency_groups={LIFE: 1}, max_restarts=0, max_task_retries=0, **self._share)(RankActor)
+        actor_class = ray.remote(concurrency_groups={LIFE: 1}, max_restarts=0, max_task_retries=0)(RankActor)
         ranks = []
         for name in names:
             if name in self._ranks:
                 self.end(self._ranks[name])
-            bundle = self._order[self._places.setdefault(name, len(self._places)) % len(self._order)]
-            place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-            ranks.append(Rank(name, RayLine(name, actor_class.options(scheduling_strategy=place).remote(pickle.dumps(role))), world))
+            role_name = name.split()[0]
+            places = self._places[role_name if role_name in self._places else ANY]
+            actor = actor_class.options(**places.share, scheduling_strategy=places.of(name)).remote(pickle.dumps(role))
+            ranks.append(Rank(name, RayLine(name, actor), world))
             self._ranks[name] = ranks[-1]
         return ranks
 
@@ -119,42 +111,14 @@ def _line(rank: Rank) -> RayLine:
 
 
 @contextmanager
-def ray_host(num_ranks: int, nodes: Nodes | None = None) -> Iterator[RayHost]:
-    """A cluster with room for `num_ranks` ranks: of this machine, or over several, all of which have the GPUs that this one has."""
+def ray_host(ranks: Mapping[str, int], placement: Placement = "colocated", nodes: Nodes | None = None) -> Iterator[RayHost]:
+    """A cluster with room for so many ranks of each role, on this machine, or over several, all of which have the GPUs that this one has."""
     num_gpus, num_nodes = torch.cuda.device_count(), 1 if nodes is None else len(nodes.addresses)
-    bundles, share = place_ranks(num_ranks, num_gpus * num_nodes, num_nodes)
+    plan_places(ranks, placement, num_gpus * num_nodes, num_nodes)  # says what is wrong before a cluster is started
     cluster = local_cluster if nodes is None else partial(spanning_cluster, nodes)
     with cluster(num_cpus=os.cpu_count() or 1, num_gpus=num_gpus) as folder:
-        from ray.util.placement_group import placement_group
-
-        group = placement_group(bundles, strategy="STRICT_SPREAD" if len(bundles) == num_nodes else "PACK")
-        if not group.wait(PLACEMENT_TIMEOUT_S):
-            raise RankFailed(f"Ray found no room for {num_ranks} ranks on {num_nodes} nodes within {PLACEMENT_TIMEOUT_S:.0f} s", kind="late")
-        host = RayHost(folder, group, _by_node(group), share, spans=nodes is not None)
+        host = RayHost(folder, open_places(ranks, placement, num_gpus * num_nodes, num_nodes), spans=nodes is not None)
         try:
             yield host
         finally:
             host.close()
-
-
-def place_ranks(num_ranks: int, num_gpus: int, num_nodes: int = 1) -> tuple[list[Resources], Resources]:
-    """Bundles for the placement group, and what each rank takes of its own: a bundle is a GPU, or a node where there are none. Rank n gets bundle n modulo
-    their number: ranks that follow each other, as those of the learner do, are on different GPUs, and share a GPU with ranks that work while they wait.
-
-    >>> place_ranks(4, 2)
-    ([{'CPU': 0.02, 'GPU': 1}, {'CPU': 0.02, 'GPU': 1}], {'num_cpus': 0.01, 'num_gpus': 0.5})
-    >>> place_ranks(4, 0, num_nodes=2)
-    ([{'CPU': 0.02}, {'CPU': 0.02}], {'num_cpus': 0.01})
-    """
-    if num_gpus == 0:
-        return [{"CPU": CPUS_PER_RANK * -(-num_ranks // num_nodes)}] * num_nodes, {"num_cpus": CPUS_PER_RANK}
-    per_gpu = -(-num_ranks // num_gpus)
-    return [{"CPU": CPUS_PER_RANK * per_gpu, "GPU": 1}] * num_gpus, {"num_cpus": CPUS_PER_RANK, "num_gpus": math.floor(100 / per_gpu) / 100}
-
-
-def _by_node(group: PlacementGroup) -> list[int]:
-    """The bundles' indices, those of a node together: Ray hands them out in an order of its own."""
-    from ray.util.placement_group import placement_group_table
-
-    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(node_of, key=lambda index: (node_of[index], index))
