@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -169,14 +170,52 @@ def test_every_socket_of_the_cluster_is_on_the_loopback_address(ray_ranks):
     assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
 
 
-def test_a_client_without_the_token_is_refused(ray_ranks):
+STRANGERS = {"without a token": (), "with another cluster's token": (("authorization", f"Bearer {secrets.token_hex(32)}"),)}
+
+
+@pytest.mark.parametrize("metadata", STRANGERS.values(), ids=STRANGERS)
+def test_a_stranger_on_this_machine_can_neither_ask_submit_nor_kill(ray_ranks, metadata):
+    """Ray's own services, called as its clients call them but for the token: the list of nodes, a worker to run a task in, and the process of a rank itself."""
     import grpc
     import ray
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.core.generated import core_worker_pb2, core_worker_pb2_grpc, gcs_service_pb2, gcs_service_pb2_grpc, node_manager_pb2, node_manager_pb2_grpc
 
-    with grpc.insecure_channel(ray.get_runtime_context().gcs_address) as channel, pytest.raises(grpc.RpcError) as refusal:
-        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo(gcs_service_pb2.GetAllNodeInfoRequest(), timeout=5)
-    assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    (rank,) = clerks(ray_ranks, f"a rank whom {len(metadata)} strangers call")
+    pid = Switchboard(ray_ranks).ask([Call(rank, "pid")], 60)[0]
+    (node,) = ray.nodes()
+    ports = {connection.laddr.port for connection in psutil.Process(pid).net_connections("inet") if connection.status == psutil.CONN_LISTEN}
+    gcs, raylet = ray.get_runtime_context().gcs_address, f"127.0.0.1:{node['NodeManagerPort']}"
+    calls = [
+        (gcs, lambda channel: gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).GetAllNodeInfo, gcs_service_pb2.GetAllNodeInfoRequest()),
+        (gcs, lambda channel: gcs_service_pb2_grpc.ActorInfoGcsServiceStub(channel).RegisterActor, gcs_service_pb2.RegisterActorRequest()),
+        (raylet, lambda channel: node_manager_pb2_grpc.NodeManagerServiceStub(channel).RequestWorkerLease, node_manager_pb2.RequestWorkerLeaseRequest()),
+    ]
+    for port in ports:
+        for verb in ("PushTask", "KillActor"):
+            request = getattr(core_worker_pb2, f"{verb}Request")()
+            calls.append((f"127.0.0.1:{port}", lambda channel, verb=verb: getattr(core_worker_pb2_grpc.CoreWorkerServiceStub(channel), verb), request))
+    assert ports
+    for address, method, request in calls:
+        with grpc.insecure_channel(address) as channel, pytest.raises(grpc.RpcError) as refusal:
+            method(channel)(request, timeout=5, metadata=metadata)
+        assert refusal.value.code() == grpc.StatusCode.UNAUTHENTICATED, (address, request)
+    assert Switchboard(ray_ranks).ask([Call(rank, "pid")], 60) == [pid]
+    with grpc.insecure_channel(gcs) as channel:  # the token alone makes the difference
+        own = (("authorization", f"Bearer {(ray_ranks.folder / 'token').read_text()}"),)
+        assert len(calls[0][1](channel)(calls[0][2], timeout=5, metadata=own).node_info_list) == 1
+
+
+@pytest.mark.journey
+def test_a_ray_client_with_a_wrong_token_does_not_get_in(ray_ranks, tmp_path):
+    import ray
+
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    script = f"import ray; ray.init(address={ray.get_runtime_context().gcs_address!r}); print(ray.get(ray.remote(lambda: 'got in').remote()))"
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    client = subprocess.run([sys.executable, "-c", script], env=environment, cwd=tmp_path, timeout=100, capture_output=True, text=True)
+    assert client.returncode != 0 and "got in" not in client.stdout
+    assert "uthentic" in client.stderr
 
 
 def test_the_clusters_folder_and_token_are_private(ray_ranks):
@@ -223,6 +262,33 @@ def test_ctrl_c_ends_a_busy_run_at_once_and_leaves_nothing_behind():
         assert "KeyboardInterrupt" in driver.stderr.read()
         assert cluster_processes(folder / "token") == []
         assert not folder.exists()
+
+
+LOCAL_RUN = """
+from megatron_ext.rl.hosts.local_host import local_host
+from megatron_ext.rl.hosts.switchboard import Call, Switchboard
+from tests.support.clerk import Clerk
+
+with local_host() as host:
+    ranks = host.start(Clerk, ["a", "b"])
+    board = Switchboard(host)
+    print(*board.ask([Call(rank, "pid") for rank in ranks], 200), flush=True)
+    board.ask([Call(rank, "compute", (60.0,)) for rank in ranks], 60)
+"""
+
+
+@pytest.mark.journey
+def test_local_ranks_end_with_a_driver_that_is_killed_whether_they_compute_or_are_stopped():
+    root = Path(__file__).resolve().parents[2]
+    driver = subprocess.Popen([sys.executable, "-c", LOCAL_RUN], stdout=subprocess.PIPE, text=True, cwd=root)
+    ranks = [psutil.Process(int(pid)) for pid in driver.stdout.readline().split()]
+    ranks[0].suspend()
+    driver.kill()
+    driver.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=15)
+    for rank in alive:
+        rank.kill()
+    assert len(ranks) == 2 and alive == []
 
 
 @pytest.mark.journey

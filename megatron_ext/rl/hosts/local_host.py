@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.errors import RankFailed
-from megatron_ext.parallel.forkserver import ForkedProcess
+from megatron_ext.parallel.forkserver import ForkedProcess, leave_server
 from megatron_ext.rl.hosts.line import Line, SignsOfLife
 from megatron_ext.rl.hosts.pulse import BEAT_EVERY_S, Pulse
 from megatron_ext.rl.hosts.ranks import CARRIED, LOOPBACK, Rank
@@ -113,6 +113,7 @@ def _line(rank: Rank) -> Line:
 def _serve(pipe: Connection, signs: Path, role: bytes) -> None:
     """The life of a rank. The role comes as bytes, because importing it may take longer than a sign of life may be away."""
     os.setpgid(0, 0)
+    leave_server()
     os.register_at_fork(after_in_child=pipe.close)  # what a rank forks must not keep the pipe of a dead one open
     threading.Thread(target=_live, args=(signs,), daemon=True).start()
     worker = pickle.loads(role)()
