@@ -28,12 +28,20 @@ def drive(addresses: tuple[str, ...], port: int, token: Path, second: psutil.Pro
             calls = [Call(rank, "world", (Place(number, 4, point, where[number]),)) for number, rank in enumerate(ranks)]
             sums = Switchboard(host).ask(calls, 60)
             refusal = answer_without_token()
+            away = next(rank for rank, address in zip(ranks, where, strict=True) if address == addresses[1])
+            stopped = psutil.Process(Switchboard(host).ask([Call(away, "pid")], 60)[0])
+            stopped.suspend()
+            host.end(away)
+            ended, (replacement,) = not stopped.is_running(), host.start(Clerk, [away.name])
+            Switchboard(host).ask([Call(replacement, "pid")], 60)
+            place = host.address(replacement)
             here, there = cluster_processes(host.folder / "token"), second.children(recursive=True)
         return {
             "addresses": where,
             "meeting point": point,
             "sums": sums,
             "without the token": refusal,
+            "a stopped rank there": [ended, place],
             "processes": [len(here), len(there)],
             "left here": cluster_processes(host.folder / "token"),
             "left there": [child.pid for child in there if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
