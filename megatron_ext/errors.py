@@ -57,6 +57,10 @@ class WeightSyncError(RuntimeError):
     """Weights arrived damaged or with the wrong version at a rollout worker."""
 
 
+class ProbeMismatch(RuntimeError):
+    """With the weights it was given, a rollout rank computes other log-probs than the learner: what it would generate is not this model's."""
+
+
 class RankFailed(RuntimeError):
     """A rank of a multi-process run died or raised: names the rank and carries its traceback."""
 

@@ -126,6 +126,10 @@ class RLConfig(Section):
     reward_timeout_s: float = Field(10.0, gt=0)
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
+    probe: bool = True
+    """After every publication the learner and all rollouts compute the log-probs of one prompt, fixed for the run, with their new weights. Where they differ by
+    more than `max_logprob_diff`, with `rollout.deterministic` by anything, the run stops before an answer is generated. Costs a forward pass of a few hundred
+    tokens on either side."""
     fleet: Literal["ray", "local"] = "ray"
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
     save_every: int = Field(0, ge=0)

@@ -20,6 +20,7 @@ import numpy as np
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 from megatron_ext.batch.bins import split_by_cost
 from megatron_ext.config.schema import RunConfig
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.observe.metrics_file import MFU, STEP_S
 from megatron_ext.observe.profiler import profiled_ranks
@@ -29,6 +30,7 @@ from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
+from megatron_ext.rl.probe import Probe, check_probes, draw_probe
 from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
 from megatron_ext.rl.refit.weight_sync import Meeting
 from megatron_ext.rl.roles import Metrics
@@ -165,6 +167,7 @@ class MegatronFleet:
         self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes
         self._generation = 0
         self._buckets: list[Bucket] | None = None
+        self._probe: Probe | None = None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Rollout | FailedRollout]:
         dp_size = self._lanes[0].dp_size
@@ -179,7 +182,8 @@ class MegatronFleet:
         return sorted((rollout for answer in answers for rollout in answer), key=lambda rollout: (order[rollout.prompt.key], rollout.sample))
 
     def publish(self, weights: Weights) -> Metrics:
-        """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them."""
+        """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them. Raises ProbeMismatch when one
+        of them computes something else with its new weights than the learner."""
         if self._buckets is None:
             self._buckets = self._plan(weights)
         num_senders = len(weights.senders)
@@ -198,7 +202,20 @@ class MegatronFleet:
             if attempt == SYNC_ATTEMPTS:
                 raise errors[0]
         self._board.ask([Call(rank, "load_weights", (weights.version,)) for rank in self._ranks], self._deadlines.sync_s)
-        return {"sync/bytes": float(sum(answers[:num_senders])), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
+        published = {"sync/bytes": float(sum(answers[:num_senders])), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
+        return published | (self._probed(weights) if self._config.rl.probe else {})
+
+    def _probed(self, weights: Weights) -> Metrics:
+        """Raises ProbeMismatch where the weights do not compute what they compute at the learner."""
+        exact = self._config.rollout.deterministic
+        if self._probe is None:
+            self._probe = draw_probe(self._config, load_tokenizer(self._config.tokenizer_dir))
+        answers = self._board.ask([Call(rank, "probe", (self._probe,)) for rank in weights.senders], self._deadlines.sync_s)
+        (learner,) = (answer for answer in answers if answer is not None)
+        routes = None if exact else learner.experts_SLK
+        answers = self._board.ask([Call(rank, "probe", (self._probe, routes)) for rank in self._ranks], self._deadlines.sync_s)
+        rollouts = {rank.name: answer for rank, answer in zip(self._ranks, answers, strict=True) if answer is not None}
+        return {"sync/probe_diff": check_probes(learner, rollouts, self._config.rl.max_logprob_diff, exact)}
 
     def _plan(self, weights: Weights) -> list[Bucket]:
         """Layouts do not change during a run: worked out at the first publication."""

@@ -32,6 +32,8 @@ from megatron_ext.parallel.store import open_store
 from megatron_ext.rl.batching import Shard, microbatches
 from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
+from megatron_ext.rl.probe import Probe, Probed
+from megatron_ext.rl.probe_pass import ProbePass
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import own_parts, own_tensors
 from megatron_ext.rl.refit.weight_sync import Meeting, send
@@ -130,6 +132,14 @@ class LearnerRank:
             return send(meeting, self._context.rank, buckets, own_tensors(self._engine.chunks, self._context), self._finished, store)
         finally:
             self._profiler.end()
+
+    def probe(self, probe: Probe) -> Probed | None:
+        """What the present weights make of the probe, and by which experts; None but from the rank that speaks for all."""
+        context, tokenizer = self._context, self._tokenizer
+        self._engine.settle()
+        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, context).of_learner(self._engine.wrapped, self._finished)
+        speaks = context.is_last_stage and context.tp_rank == context.cp_rank == context.dp_rank == 0
+        return probed if speaks else None
 
     def save(self, step: int) -> None:
         """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""

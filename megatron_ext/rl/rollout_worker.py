@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
@@ -23,6 +25,8 @@ from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
+from megatron_ext.rl.probe import Probe, Probed
+from megatron_ext.rl.probe_pass import ProbePass
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import Staging, own_parts, own_tensors
 from megatron_ext.rl.refit.weight_sync import Meeting, receive
@@ -48,7 +52,7 @@ class RolloutRank:
         parallel = config.rollout.parallel
         self._world = ExitStack()  # stays open as long as the process
         self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S))
-        tokenizer = load_tokenizer(config.tokenizer_dir)
+        self._tokenizer = tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
         self._model = build_model(config.model, tokenizer.image_id, self._context)
         store_for_generation(self._model)
@@ -83,6 +87,12 @@ class RolloutRank:
             raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
         self._staging.load(own_tensors(self._model, self._context))
         self._version, self._received = version, -1
+
+    def probe(self, probe: Probe, experts_SLK: np.ndarray | None) -> Probed | None:
+        """What the loaded weights make of the probe, by the experts given; None from ranks that only take part."""
+        tokenizer = self._tokenizer
+        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, self._context).of_rollout(self._model, self._version, experts_SLK)
+        return probed if self._context.tp_rank == 0 else None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
         """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""

@@ -14,11 +14,12 @@ import pytest
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.schema import EarlConfig, EvaluateConfig, ParallelConfig
-from megatron_ext.errors import RankFailed, StoppedForRequeue, UserError
+from megatron_ext.errors import ProbeMismatch, RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.rl import fleet as fleets
 from megatron_ext.rl import run as rl
 from tests.support.rl_run import prepare, rl_config, save_clusters
+from tests.support.roles import NoisyRollout
 from tests.support.timelines import as_perfetto_reads, slices
 
 EXPECTED = {
@@ -33,7 +34,7 @@ EXPECTED = {
     "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_bytes", "peak_memory_rank", "slowest_rank", "slowest_over_mean"),
     "moe": ("max_vio", "load_entropy"),
     "route": ("coverage", "digest_ok"),
-    "sync": ("bytes", "digest_ok"),
+    "sync": ("bytes", "digest_ok", "probe_diff"),
 }
 
 
@@ -91,7 +92,7 @@ def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_roundin
     for record in read_metrics(finished[0]):
         assert record["route/digest_ok"] == 1 and record["route/coverage"] == 1
         assert record["mismatch/logprob_abs_diff_max"] < 1e-5
-        assert record["actor/ratio_max"] == 1
+        assert record["actor/ratio_max"] == 1 and record["sync/probe_diff"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_the_deterministic_mode_agrees_in_every_bit_over_real_learners_and_rollo
     rl.run_rl(config.model_copy(update={"parallel": learner, "rollout": settings}), tmp_path, checkpoint, None)
     for exact, fast in zip(numbers(tmp_path), numbers(finished[0]), strict=True):
         assert exact["mismatch/logprob_abs_diff_max"] == exact["mismatch/logprob_abs_diff_mean"] == 0 < fast["mismatch/logprob_abs_diff_max"]
-        assert exact["actor/ratio_max"] == 1
+        assert exact["actor/ratio_max"] == 1 and exact["sync/probe_diff"] == 0
 
 
 def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
@@ -249,6 +250,14 @@ def test_a_replica_that_dies_is_named_and_the_run_resumes_from_its_checkpoint(st
             rl.run_rl(config, tmp_path, checkpoint, None)
     rl.run_rl(config, tmp_path, checkpoint, None)
     assert numbers(tmp_path) == numbers(finished[0])
+
+
+def test_weights_that_compute_something_else_at_a_rollout_stop_the_run_before_it_answers(start, tmp_path, monkeypatch):
+    config, checkpoint = start
+    monkeypatch.setattr(fleets, "RolloutRank", NoisyRollout)
+    with pytest.raises(ProbeMismatch, match=r"rollout replica 0 rank 0 gives .*; rl.max_logprob_diff allows 0.01"):
+        rl.run_rl(laid_out(config, ParallelConfig()), tmp_path, checkpoint, None)
+    assert not list((tmp_path / "rollouts").glob("*"))
 
 
 def test_a_bonus_without_expert_clusters_is_refused_before_anything_starts(start, tmp_path):

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from megatron_ext.config.schema import ParallelConfig, RunConfig
-from megatron_ext.errors import RankFailed, WeightSyncError
+from megatron_ext.errors import ProbeMismatch, RankFailed, WeightSyncError
 from megatron_ext.rl import fleet
 from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
 from megatron_ext.rl.hosts.local_host import local_host
@@ -102,6 +102,29 @@ def test_weights_of_another_version_than_announced_are_refused(party):
         party.publish(version=7)
 
 
+DAMAGED = (
+    "vision.embeddings.patch_embedding.weight",
+    "projector.linear_1.weight",
+    "embedding.word_embeddings.weight",
+    "decoder.layers.0.self_attention.k_layernorm.weight",
+    "decoder.layers.0.mlp.router.weight",
+    "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight",
+    "output_layer.weight",
+)
+
+
+def test_weights_damaged_after_they_were_checked_are_noticed_by_the_probe_in_whatever_tensor_it_reads(party):
+    def damage(name: str) -> None:
+        party.board.ask([Call(party.rollouts[1], "damage", (name,))], 60)
+
+    for name in DAMAGED:
+        damage(name)
+        with pytest.raises(ProbeMismatch, match=r"version 0, which arrived whole, rollout replica 1 rank 0 gives token \d+ of the probe"):
+            party.publish()
+    damage("decoder.taps.0.linear_q.weight")  # behind a gate that is closed: no log-prob depends on it
+    assert party.publish()["sync/probe_diff"] < 1e-5
+
+
 def test_a_rollout_that_dies_is_named_at_once(party):
     os.kill(party.rollouts[1].process[0].pid, signal.SIGKILL)
     with pytest.raises(RankFailed, match="rollout replica 1 rank 0"):
@@ -147,4 +170,4 @@ def test_rollouts_hold_the_learners_very_weights_whatever_the_two_layouts(run, n
         party = start(host, config.model_copy(update=update), checkpoint)
         metrics = party.publish()
         assert party.rollout_weights() == [party.learner_weights()] * rollout.num_ranks
-    assert metrics["sync/attempts"] == 1
+    assert metrics["sync/attempts"] == 1 and metrics["sync/probe_diff"] < 1e-5
