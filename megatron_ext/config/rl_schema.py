@@ -130,6 +130,10 @@ class RLConfig(Section):
     """After every publication the learner and all rollouts compute the log-probs of one prompt, fixed for the run, with their new weights. Where they differ by
     more than `max_logprob_diff`, with `rollout.deterministic` by anything, the run stops before an answer is generated. Costs a forward pass of a few hundred
     tokens on either side."""
+    offload: bool = False
+    """Learner and rollouts leave the device to each other in turn, for ranks that share one. While answers are generated the learner has no gradient
+    buffers, and on a GPU its weights and its optimizer's state wait in pinned host memory; while it learns the rollouts have no weights on the device, and no
+    keys and values. Costs the copies out and back in every step, and as much host memory, of which torch pins powers of two."""
     fleet: Literal["ray", "local"] = "ray"
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
     save_every: int = Field(0, ge=0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,12 @@ from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
-from megatron_ext.rl.probe import Probe, check_probes, draw_probe
+from megatron_ext.rl.probe import Probe, Probed, check_probes, draw_probe
 from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
 from megatron_ext.rl.refit.weight_sync import Meeting
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
+from megatron_ext.rl.turns import Turns
 from megatron_ext.training.rank_work import rank_metrics
 
 SYNC_ATTEMPTS = 3
@@ -81,8 +83,9 @@ def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Pat
         board.ask([Call(rank, "profile", (stage_dir, rank.name, left)) for rank in profiled], deadlines.open_s)
     host = board.host.address(learners[0])
     port = board.ask([Call(learners[0], "open_store", (host,))], deadlines.open_s)[0]
-    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, host, port)
-    return MegatronFleet(board, config, deadlines, workers, opened[len(learners) :]), learner
+    turns = Turns(board, learners, workers, deadlines.sync_s, config.rl.offload)
+    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, host, port, turns)
+    return MegatronFleet(board, config, deadlines, workers, opened[len(learners) :], turns), learner
 
 
 @dataclass(frozen=True)
@@ -108,14 +111,16 @@ class MegatronLearner:
         pad_id: int,
         host: str,
         port: int,
+        turns: Turns,
     ) -> None:
         self._board, self._config, self._deadlines, self._ranks, self._places = board, config, deadlines, tuple(ranks), places
-        self._pad_id, self._host, self._port = pad_id, host, port
+        self._pad_id, self._host, self._port, self._turns = pad_id, host, port, turns
         self.finished_steps = places[0].finished_steps
         self._yardstick = yardstick_of(config.model, config.rl.train_vision, places[0].device_name, config.parallel.threads_per_rank)
         self._save_s = 0.0
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
+        self._turns.learner()
         shards = self._shards(scored, advantages_R, self._config.rl.minibatches)
         calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         answers = self._board.ask(calls, self._deadlines.update_s)
@@ -126,6 +131,7 @@ class MegatronLearner:
 
     def reference_kl(self, scored: Sequence[ScoredRollout]) -> np.ndarray:
         """float64 [R]: how far each answer is from the reference, the estimate of the KL summed over its tokens."""
+        self._turns.learner()
         shards = self._shards(scored, np.zeros(len(scored)), 1)
         calls = [Call(rank, "reference_kl", (shards[place.dp_rank][0],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         found = {key: kl for answer in self._board.ask(calls, self._deadlines.update_s) for key, kl in answer.items()}
@@ -151,6 +157,7 @@ class MegatronLearner:
     def save(self, step: int) -> None:
         """`timing_s/save` of the next update is how long this takes."""
         clock = Stopwatch()
+        self._turns.learner()
         self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
         clock.lap("save")
         self._save_s += clock.seconds()[STEP_S]
@@ -163,13 +170,13 @@ class MegatronLearner:
 class MegatronFleet:
     """See `roles.Fleet`."""
 
-    def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
-        self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes
+    def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane], turns: Turns) -> None:
+        self._board, self._config, self._deadlines, self._ranks, self._lanes, self._turns = board, config, deadlines, tuple(ranks), lanes, turns
         self._generation = 0
         self._buckets: list[Bucket] | None = None
-        self._probe: Probe | None = None
 
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Rollout | FailedRollout]:
+        self._turns.rollouts()
         dp_size = self._lanes[0].dp_size
         costs = [len(prompt.tokens_S) + samples * self._config.rollout.max_new_tokens for prompt in prompts]
         shares = split_by_cost(costs, self._config.rollout.replicas * dp_size)
@@ -184,6 +191,7 @@ class MegatronFleet:
     def publish(self, weights: Weights) -> Metrics:
         """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them. Raises ProbeMismatch when one
         of them computes something else with its new weights than the learner."""
+        self._turns.learner()
         if self._buckets is None:
             self._buckets = self._plan(weights)
         num_senders = len(weights.senders)
@@ -201,21 +209,29 @@ class MegatronFleet:
                 break
             if attempt == SYNC_ATTEMPTS:
                 raise errors[0]
+        learner = self._learner_probed(weights) if self._config.rl.probe else None
+        self._turns.nobody()
         self._board.ask([Call(rank, "load_weights", (weights.version,)) for rank in self._ranks], self._deadlines.sync_s)
+        self._turns.loaded()
         published = {"sync/bytes": float(sum(answers[:num_senders])), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
-        return published | (self._probed(weights) if self._config.rl.probe else {})
+        return published | ({} if learner is None else self._compared(learner))
 
-    def _probed(self, weights: Weights) -> Metrics:
+    def _learner_probed(self, weights: Weights) -> Probed:
+        """What the learner computes with the weights that it publishes."""
+        answers = self._board.ask([Call(rank, "probe", (self._probe,)) for rank in weights.senders], self._deadlines.sync_s)
+        return next(answer for answer in answers if answer is not None)
+
+    def _compared(self, learner: Probed) -> Metrics:
         """Raises ProbeMismatch where the weights do not compute what they compute at the learner."""
         exact = self._config.rollout.deterministic
-        if self._probe is None:
-            self._probe = draw_probe(self._config, load_tokenizer(self._config.tokenizer_dir))
-        answers = self._board.ask([Call(rank, "probe", (self._probe,)) for rank in weights.senders], self._deadlines.sync_s)
-        (learner,) = (answer for answer in answers if answer is not None)
         routes = None if exact else learner.experts_SLK
         answers = self._board.ask([Call(rank, "probe", (self._probe, routes)) for rank in self._ranks], self._deadlines.sync_s)
         rollouts = {rank.name: answer for rank, answer in zip(self._ranks, answers, strict=True) if answer is not None}
         return {"sync/probe_diff": check_probes(learner, rollouts, self._config.rl.max_logprob_diff, exact)}
+
+    @cached_property
+    def _probe(self) -> Probe:
+        return draw_probe(self._config, load_tokenizer(self._config.tokenizer_dir))
 
     def _plan(self, weights: Weights) -> list[Bucket]:
         """Layouts do not change during a run: worked out at the first publication."""

@@ -37,6 +37,7 @@ from megatron_ext.rl.probe_pass import ProbePass
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import own_parts, own_tensors
 from megatron_ext.rl.refit.weight_sync import Meeting, send
+from megatron_ext.rl.turns import LearnerMemory
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.rank_work import RankWork, WorkMeter
@@ -76,8 +77,9 @@ class LearnerRank:
         self._context = self._world.enter_context(world)
         self._tokenizer = load_tokenizer(config.tokenizer_dir)
         self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
-        reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
-        self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
+        self._reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
+        self._memory: LearnerMemory | None = None
+        self._policy = Policy(self._engine.wrapped, self._reference, config, self._tokenizer.vocab_size, self._context)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
         self._meter = WorkMeter(self._context.device)
         self._profiler = UNPROFILED
@@ -92,9 +94,11 @@ class LearnerRank:
     def update(self, shards: Sequence[Shard]) -> Updated:
         """One optimizer step for each shard (one a minibatch).
 
-        Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
+        Raises WeightSyncError for rollouts of other weights than these (the checks and the loss take them to be on-policy), and after `offload`.
         """
         self._saver.poll()
+        if self._memory is not None and self._memory.given:
+            raise WeightSyncError("an update was asked for while gradients and optimizer have left the device")
         if shards[0].batch.version != self._finished:
             raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
         self._profiler.begin()
@@ -123,6 +127,18 @@ class LearnerRank:
         """What this rank holds of the weights."""
         self._engine.settle()
         return own_parts(self._engine.chunks, self._context)
+
+    def offload(self) -> None:
+        """Leaves the device to the rollouts: until `onload` no other verb may be asked."""
+        self._engine.settle()
+        if self._memory is None:
+            self._memory = LearnerMemory(self._engine, self._reference, moves=self._context.device.type == "cuda")
+        self._memory.give()
+
+    def onload(self) -> None:
+        """Undoes `offload`: everything is as it was, bit for bit."""
+        if self._memory is not None:
+            self._memory.take_back()
 
     def send_weights(self, meeting: Meeting, buckets: Sequence[Bucket]) -> int:
         """Sends this rank's share of the weights to the meeting. Returns the bytes sent."""

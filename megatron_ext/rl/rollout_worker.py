@@ -17,6 +17,7 @@ import numpy as np
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
+from megatron_ext.device.lending import Lent, return_free_memory
 from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
@@ -60,6 +61,9 @@ class RolloutRank:
         self._staging: Staging | None = None
         self._received = -1
         self._profiler = UNPROFILED
+        self._memory: Lent | None = None
+        if config.rl.offload:
+            self.rest()
         return Lane(self._context.dp_rank, self._context.layout.dp, self._context.tp_rank == 0)
 
     def profile(self, stage_dir: Path, name: str, left: int) -> None:
@@ -85,6 +89,8 @@ class RolloutRank:
         """Loads what was staged; from now on rollouts carry this version."""
         if self._staging is None or self._received != version:
             raise WeightSyncError(f"weights of version {version} were to be loaded, but were not received")
+        if self._memory is not None:
+            self._memory.take_back()
         self._staging.load(own_tensors(self._model, self._context))
         self._version, self._received = version, -1
 
@@ -94,8 +100,28 @@ class RolloutRank:
         probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, self._context).of_rollout(self._model, self._version, experts_SLK)
         return probed if self._context.tp_rank == 0 else None
 
+    def rest(self) -> None:
+        """Leaves the device to the learner: until `load_weights` or `wake` there are no weights. Keys and values are there during `generate` only."""
+        if self._memory is None:
+            self._memory = Lent(own_tensors(self._model, self._context).values(), keep=False)
+        self._memory.give()
+        return_free_memory()  # keys and values are let go of after every answer
+
+    def wake(self) -> None:
+        """Undoes `rest`: the weights are those of the latest publication, whose copy in host memory is kept. Raises WeightSyncError where there is none."""
+        if self._memory is None or not self._memory.given:
+            return
+        if self._staging is None or self._staging.version != self._version:
+            raise WeightSyncError(f"weights of version {self._version} were to be used again, but their copy is gone")
+        self._memory.take_back()
+        self._staging.load(own_tensors(self._model, self._context))
+
     def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
-        """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""
+        """`samples` answers of each prompt; none from ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample).
+
+        Raises WeightSyncError where `rest` took the weights."""
+        if self._memory is not None and self._memory.given:
+            raise WeightSyncError("answers were asked for while the weights have left the device")
         limit = self._config.model.max_positions - self._config.rollout.max_new_tokens
         fitting = [prompt for prompt in prompts if len(prompt.tokens_S) <= limit]
 

@@ -123,6 +123,16 @@ def test_the_deterministic_mode_agrees_in_every_bit_over_real_learners_and_rollo
         assert exact["actor/ratio_max"] == 1 and exact["sync/probe_diff"] == 0
 
 
+def test_ranks_that_leave_the_device_to_each_other_in_turn_compute_the_very_numbers(start, finished, tmp_path):
+    """A checkpoint after a validation gives the device back to the learner, and then to rollouts without new weights: theirs come from host memory."""
+    config, checkpoint = start
+    config = change(config, offload=True, save_every=1, eval_every=1)
+    config = config.model_copy(update={"evaluate": EvaluateConfig(prompts_per_skill=1, sampled_prompts_per_skill=1)})
+    rl.run_rl(config, tmp_path, checkpoint, None)
+    found = [{name: value for name, value in record.items() if not name.startswith("val/")} for record in numbers(tmp_path)]
+    assert found == numbers(finished[0])
+
+
 def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
     config, checkpoint = start
     monkeypatch.setattr(rl, "open_host", None)

@@ -16,6 +16,7 @@ from megatron_ext.rl.fleet import Deadlines, MegatronFleet, Weights
 from megatron_ext.rl.hosts.local_host import local_host
 from megatron_ext.rl.hosts.ranks import LOOPBACK, Call, Place, Rank, Switchboard
 from megatron_ext.rl.refit.plan import plan_refit
+from megatron_ext.rl.turns import Turns
 from tests.support.rl_run import prepare, rl_config
 from tests.support.roles import OpenLearner, OpenRollout
 
@@ -58,7 +59,8 @@ def start(host: object, config: RunConfig, checkpoint: object) -> Party:
     calls += [Call(rank, "open", (config, place(f"replica-{n // size}", n % size, size))) for n, rank in enumerate(rollouts)]
     opened = board.ask(calls, 120)
     (port,) = board.ask([Call(learners[0], "open_store", (LOOPBACK,))], 60)
-    return Party(board, learners, rollouts, MegatronFleet(board, config, DEADLINES, rollouts, opened[len(learners) :]), port)
+    turns = Turns(board, learners, rollouts, 60, config.rl.offload)
+    return Party(board, learners, rollouts, MegatronFleet(board, config, DEADLINES, rollouts, opened[len(learners) :], turns), port)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,27 @@ def test_rollouts_hold_the_learners_very_weights_whatever_the_two_layouts(run, n
         metrics = party.publish()
         assert party.rollout_weights() == [party.learner_weights()] * rollout.num_ranks
     assert metrics["sync/attempts"] == 1 and metrics["sync/probe_diff"] < 1e-5
+
+
+def test_in_each_turn_the_others_hold_no_memory_that_can_be_made_again_and_get_back_what_they_had(run, tmp_path):
+    config, checkpoint = run
+    rl = config.rl.model_copy(update={"offload": True})
+    with local_host() as host:
+        party = start(host, config.model_copy(update={"rl": rl, "parallel": ONE, "rollout": config.rollout.model_copy(update={"replicas": 1})}), checkpoint)
+        turns = party.fleet._turns
+
+        def held() -> list[int]:
+            return party.board.ask([Call(rank, "held_bytes") for rank in (*party.learners, *party.rollouts)], 60)
+
+        assert held() == [-1, 0]  # the learner begins
+        assert party.publish()["sync/probe_diff"] < 1e-5
+        gradients, weights = held()
+        assert gradients == 0 and weights > 90_000
+        turns.learner()
+        gradients, none = held()
+        assert gradients > 90_000 and none == 0
+        learner_weights = party.learner_weights()
+        with pytest.raises(WeightSyncError, match="while the weights have left the device"):
+            party.board.ask([Call(party.rollouts[0], "generate", ([], 1, 0, True))], 60)
+        turns.rollouts()
+        assert held() == [0, weights] and party.rollout_weights() == [learner_weights]

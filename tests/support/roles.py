@@ -28,6 +28,10 @@ class OpenLearner(LearnerRank):
     def weights(self) -> dict[str, str]:
         return digest(full_tensors(self._engine.chunks, self._context))
 
+    def held_bytes(self) -> int:
+        """Gradients that are in memory."""
+        return sum(storage.nbytes() for storage in self._memory._gradients._storages) if self._memory else -1
+
     def damage(self, *generations: int) -> None:
         self.damaged = generations
 
@@ -43,6 +47,10 @@ class OpenRollout(RolloutRank):
 
     dies = False
     damaged = ""
+
+    def held_bytes(self) -> int:
+        """Weights that are in memory, those of experts that share a piece once each."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in own_tensors(self._model, self._context).values())
 
     def damage(self, name: str) -> None:
         self.damaged = name

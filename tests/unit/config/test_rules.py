@@ -138,6 +138,11 @@ BROKEN = [
         "rollout.parallel.threads_per_rank",
         "4 with rollout.deterministic = true: threads",
     ),
+    (
+        ["rl.offload=true", "parallel.engine=deepspeed"],
+        "rl.offload",
+        "true with parallel.engine = deepspeed",
+    ),
     (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
     (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
 ]
