@@ -68,14 +68,25 @@ def read_split(path: Path | None, split: Split, skill: str = "") -> tuple[Line, 
 def _record(line: bytes, where: str, folder: Path, skill: str) -> Line:
     entry = read_object(line, where, "write one JSON object a line")
     turns = turns_of(entry, where)
+    names = image_names(entry, where)
+    check_placeholders(turns, len(names), where)
+    images = found_images(names, folder, where)
+    split = split_of_text(json.dumps([names, turns]))
+    return Line(where, skill_of(entry, where, skill), images, sizes_of(entry, len(images), where), turns, split)
+
+
+def image_names(entry: dict[str, object], where: str) -> list[str]:
+    """What the field `image` names."""
     names = entry.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise DataError(where, f'"image" is {names!r}', "write a path or a list of paths")
-    check_placeholders(turns, len(names), where)
+    return names
+
+
+def found_images(names: list[str], folder: Path, where: str) -> tuple[Path, ...]:
     images = tuple(folder / name for name in names)
     for image in images:
         if not image.is_file():
             raise DataError(where, f"there is no image {image}", "images are relative to the folder of the JSONL file")
-    split = split_of_text(json.dumps([names, turns]))
-    return Line(where, skill_of(entry, where, skill), images, sizes_of(entry, len(images), where), turns, split)
+    return images
