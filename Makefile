@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/megatron-ext
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft discover rl test bench check format journeys slurm clean
+.PHONY: help setup pretrain sft mpo discover rl test bench check format journeys slurm clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=examples/tiny.yaml] [ARGS=\"section.field=value ...\"] [PYTHON=python3]"
@@ -34,6 +34,9 @@ pretrain: $(STAMP)  ## the recipe up to pretraining
 
 sft: $(STAMP)  ## the recipe up to fine-tuning
 	$(RUN) run "$(CONFIG)" --until sft $(ARGS)
+
+mpo: $(STAMP)  ## the recipe up to preferences, which tiny.yaml leaves out: ARGS="mpo.steps=200 mpo.optimizer.lr=1e-5"
+	$(RUN) run "$(CONFIG)" --until mpo $(ARGS)
 
 discover: $(STAMP)  ## the recipe up to the expert clusters
 	$(RUN) run "$(CONFIG)" --until discover $(ARGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_ext.cli.options import add_config_arguments, add_force_argument, add_profile_argument, resolve
-from megatron_ext.cli.stages import STAGES
+from megatron_ext.cli.stages import STAGES, require
 from megatron_ext.cli.work import work
 from megatron_ext.errors import EXIT_OK
 
@@ -29,5 +29,6 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(args)
     if resolved is None:
         return EXIT_OK
+    require(STAGES[args.verb], resolved.config)
     work(resolved, [STAGES[args.verb]], args.force)
     return EXIT_OK

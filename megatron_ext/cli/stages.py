@@ -62,8 +62,6 @@ def _sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
 def _mpo(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.training.stage import run_supervised
 
-    if not config.mpo.steps:
-        raise UserError("mpo.steps", "is 0: the recipe has no such stage", "set it, for example mpo.steps=200")
     init_from = config.mpo.init_from or run.checkpoints("sft")
     return run_supervised(config, "mpo", run.root / "mpo", init_from, launch.ranks, launch.stop_file)
 
@@ -149,6 +147,12 @@ def needs(stage: Stage, config: RunConfig) -> tuple[str, ...]:
     return tuple(tuned if name == "sft" else name for name in names)
 
 
+def require(stage: Stage, config: RunConfig) -> None:
+    """Raises UserError for a stage that the recipe does not have."""
+    if stage.name == "mpo" and not config.mpo.steps:
+        raise UserError("mpo.steps", "is 0: the recipe has no such stage", "set it, for example mpo.steps=200")
+
+
 def sections(stage: Stage, config: RunConfig) -> tuple[str, ...]:
     """The parts of the configuration that decide the result of a stage: its own and those of everything before it."""
     before = {section for name in needs(stage, config) for section in sections(STAGES[name], config)}
@@ -160,6 +164,8 @@ def recipe(until: str | None, config: RunConfig) -> list[Stage]:
     if until is not None and until not in STAGES:
         close = get_close_matches(until, list(STAGES), n=1)
         raise UserError("--until", f"there is no stage {until!r}", f"did you mean {close[0]}?" if close else f"use {', '.join(STAGES)}")
+    if until is not None:
+        require(STAGES[until], config)
     wanted = {until} if until is not None else {"evaluate-sft", "evaluate-rl"}
     for stage in reversed(STAGES.values()):
         if stage.name in wanted:

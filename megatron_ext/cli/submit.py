@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(args).config
-    chain = [stage for stage in STAGES if stage != "mpo" or config.mpo.steps]
+    chain = [stage for stage in STAGES if stage in ("pretrain", "sft", args.until) or (stage == "mpo" and config.mpo.steps)]
     stages = [stage for stage in chain if STAGES.index(stage) <= STAGES.index(args.until)] if args.chain else [args.until]
     problems = [*missing_files(config), *(problem for stage in stages for problem in _problems(config, stage, args))]
     if problems:
@@ -109,6 +109,8 @@ def _problems(config: RunConfig, stage: str, args: argparse.Namespace) -> Iterat
     ranks, nodes, gpus = config.parallel.num_ranks, args.nodes, args.gpus_per_node
     if nodes < 1:
         yield UserError("--nodes", f"{nodes} is no number of machines", "use 1 or more")
+    elif stage == "mpo" and not config.mpo.steps:
+        yield UserError("mpo.steps", "is 0: the recipe has no such stage", "set it, for example mpo.steps=200")
     elif stage == "rl":
         if nodes > 1 and config.rl.fleet == "local":
             yield UserError("rl.fleet", f"local cannot reach {nodes} nodes", "use ray, or --nodes 1")
