@@ -35,7 +35,7 @@ pretrain: $(STAMP)  ## the recipe up to pretraining
 sft: $(STAMP)  ## the recipe up to fine-tuning
 	$(RUN) run "$(CONFIG)" --until sft $(ARGS)
 
-mpo: $(STAMP)  ## the recipe up to preferences, which tiny.yaml leaves out: ARGS="mpo.steps=200 mpo.optimizer.lr=1e-5"
+mpo: $(STAMP)  ## the recipe up to preferences, which tiny.yaml leaves out: ARGS="mpo.steps=200 mpo.optimizer.lr=1e-4"
 	$(RUN) run "$(CONFIG)" --until mpo $(ARGS)
 
 discover: $(STAMP)  ## the recipe up to the expert clusters

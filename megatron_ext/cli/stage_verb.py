@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     add_force_argument(parser)
     verb = parser.get_default("verb")
-    call = f"megatron-ext {verb} examples/tiny.yaml{' mpo.steps=200 mpo.optimizer.lr=1e-5' if verb == 'mpo' else ''}"
+    call = f"megatron-ext {verb} examples/tiny.yaml{' mpo.steps=200 mpo.optimizer.lr=1e-4' if verb == 'mpo' else ''}"
     examples = [call]
     if verb == "mpo":
         examples.append("megatron-ext mpo mine.yaml mpo.steps=1000 mpo.pairs=pairs.jsonl mpo.init_from=runs/mine/sft/checkpoints")
