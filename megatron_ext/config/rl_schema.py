@@ -123,7 +123,13 @@ class RLConfig(Section):
     reward: str = "megatron_ext.rl.rewards:skill_reward"
     """Dotted path `module:function` of the task reward. Evaluation and discovery ask it, too, which answers are right: those whose part "correct" is 1, or,
     without such a part, whose reward reaches `earl.correct_threshold`."""
+    reward_workers: int = Field(2, gt=0)
+    """Processes that reward answers, side by side."""
     reward_timeout_s: float = Field(10.0, gt=0)
+    """The longest that one answer may take. What takes longer, or dies, is tried once more in a new process; then it has failed, which is no reward of 0."""
+    reward_memory_gib: float | None = Field(8.0, gt=0)
+    """Addresses that a reward's process may take: beyond, it sees a MemoryError, which costs that answer alone. Processes that it starts count for themselves.
+    Null: no limit."""
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
     fleet: Literal["ray", "local"] = "ray"

@@ -1,7 +1,7 @@
 """How a reward is found and read, and when it says that an answer is right.
 
 A reward is a function `reward(prompt: Prompt, response: str)` that returns a number, or a dict of numbers with "reward" as the total. The configuration
-names it by its dotted path `module:function` (`rl.reward`); `rl/rewards.py` holds two. In reinforcement learning it runs in processes of its own, which never
+names it by its dotted path `module:function` (`rl.reward`); `rl/rewards` holds several. In reinforcement learning it runs in processes of its own, which never
 import torch; evaluation and discovery ask it whether an answer is right.
 """
 

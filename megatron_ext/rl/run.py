@@ -10,7 +10,6 @@ then be run again. Ctrl-C and SIGTERM end it after the step, with a checkpoint; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,7 +44,6 @@ from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.sampling import keep_all, keep_differing
 from megatron_ext.rl.scoring.pool import RewardPool
 
-REWARD_WORKERS = 2
 VALIDATION_SEED = 1
 LAST_SAVE_S = 60.0
 """How long an error waits for the checkpoint that is being saved: a learner that is lost will not finish it."""
@@ -71,10 +69,9 @@ def run_rl(
     tokenizer = load_tokenizer(config.tokenizer_dir)
     stage_dir.mkdir(parents=True, exist_ok=True)
     pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
-    workers = min(REWARD_WORKERS, os.cpu_count() or 1)
     with (
         observe_stage(config.observe, config.name, "rl", config.rl.steps, stage_dir) as observer,
-        RewardPool(config.rl.reward, workers, config.rl.reward_timeout_s) as scorer,
+        open_scorer(config) as scorer,
         open_host(config, nodes) as host,
         stop_on_signals(stop_file) as stop,
     ):
@@ -106,6 +103,12 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
     if path is None:
         raise UserError("earl.enabled", "is true, but there are no expert clusters", "run `discover` first, or set earl.enabled=false")
     return read_clusters(path, config.model)
+
+
+def open_scorer(config: RunConfig) -> RewardPool:
+    """The processes that reward."""
+    rl = config.rl
+    return RewardPool(rl.reward, rl.reward_workers, rl.reward_timeout_s, 0 if rl.reward_memory_gib is None else int(rl.reward_memory_gib * 2**30))
 
 
 @contextmanager

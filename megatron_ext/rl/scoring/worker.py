@@ -4,7 +4,8 @@
     pool   -> (prompt, texts)
     worker -> ("scored", reward, parts) or ("failed", reason, detail), one message a text, in order
 
-It imports no torch. A reward that hangs is killed by the pool; should the pool be gone, the kernel ends this process at the alarm.
+It imports no torch. A reward that hangs is killed by the pool; should the pool be gone, the kernel ends this process at the alarm. A child that a reward forked
+and that comes back from it ends here: it would answer a second time.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ DETAIL_CHARACTERS = 2000
 def main() -> None:
     descriptor, alarm_s, memory_bytes, path = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     os.set_inheritable(descriptor, False)
-    connection = Connection(descriptor)
+    connection, ourselves = Connection(descriptor), os.getpid()
+    if memory_bytes:
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     try:
         reward = load_reward(path)
     except UserError as error:
         connection.send(("unusable", error.where, error.problem, error.remedy))
         return
-    if memory_bytes:
-        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     connection.send(("ready",))
     while True:
         try:
@@ -43,6 +44,8 @@ def main() -> None:
         for text in texts:
             signal.setitimer(signal.ITIMER_REAL, alarm_s)
             reply = score(reward, prompt, text)
+            if os.getpid() != ourselves:
+                os._exit(0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(reply)
 
