@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from megatron_ext.config.data_rules import budget_rules
+from megatron_ext.config.data_rules import budget_rules, image_rules
 from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
@@ -183,6 +183,7 @@ def _data(config: RunConfig) -> Problems:
         yield UserError("data.path", f"is missing, but data.kind = {data.kind} reads files", f"give the path of {what}")
     if data.kind in ("suite", "jsonl") and data.index is not None:
         yield UserError("data.index", f"{str(data.index)!r} would be ignored: data.kind = {data.kind} has no shards", "remove it")
+    yield from image_rules(data)
     if data.kind == "suite" and data.path is not None:
         yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
     if data.tokenizer is not None and config.earl.enabled and config.earl.subtask == "tags":
