@@ -49,6 +49,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, damaged, or of another model."""
 
 
+class StorageError(UserError):
+    """Rollouts or images of a run that cannot be written (a full disk), or are not as they were stored."""
+
+
 class RouteMismatch(RuntimeError):
     """The learner replayed other routes than the rollout recorded: training on them would be wrong, so the run stops."""
 

@@ -82,7 +82,7 @@ class RLConfig(Section):
     mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
     """Weights of the suite's kinds of question. A JSONL file is asked from as it is."""
     algorithm: Algorithm = "grpo"
-    """A name for parts of the objective, the fields from here to `icepop_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
+    """A name for parts of the objective, the fields from here to `sequence_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
     part that is set by itself wins."""
     advantage: Advantage = "grpo"
     """How rewards become advantages: within the group (`grpo`: over its spread; `dr_grpo`; `rloo`: against the mean of the others), over the whole batch
@@ -113,9 +113,12 @@ class RLConfig(Section):
     kl_placement: KlPlacement = "loss"
     """A term of the loss, or a penalty on the reward of each answer."""
     mismatch_correction: Correction = "none"
-    """Weight of a token by its probability in the learner over that at rollout: cut at `tis_cap`, or 0 outside `icepop_band`."""
+    """Weight of a token by its probability in the learner over that at rollout, which another engine or older weights have changed: cut at `tis_cap`; or 0
+    outside `icepop_band`; or (`sequence_mask`) cut at `tis_cap`, and 0 for whole answers whose geometric mean of it is outside `sequence_band`."""
     tis_cap: float = Field(2.0, ge=1)
     icepop_band: tuple[float, float] = (0.5, 5.0)
+    sequence_band: tuple[float, float] = (0.9, 1.1)
+    """For engines that differ by rounding alone 0.999 to 1.001 is usual; how far a step moves the weights is in `staleness/*`."""
     router_lr_scale: float = Field(0.1, ge=0)
     """The router learns this many times slower; 0 freezes it."""
     replay_routes: bool = True
@@ -140,4 +143,10 @@ class RLConfig(Section):
     """As in the supervised stages: the learner's checkpoints are written beside the next steps."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on the validation split; 0 evaluates only before and after."""
+    max_staleness: int = Field(0, ge=0)
+    """How many steps older than the learner's the weights may be that a step's answers were begun with. 0: each step waits for its answers; 1: the next answers
+    are written while the learner learns from these; more: slow answers have so many steps' time. Above 0 tokens are weighed by `mismatch_correction`, and
+    the bounds of `max_logprob_diff` and `rollout.deterministic` hold for answers of the present weights alone."""
+    partial_rollouts: bool = False
+    """New weights are loaded in the middle of answers, which go on under them; each token knows its weights' version. False: answers are ended first."""
     init_from: Path | None = None

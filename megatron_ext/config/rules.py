@@ -13,6 +13,7 @@ from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
+from megatron_ext.config.staleness_rules import staleness_rules
 from megatron_ext.errors import UserError
 from megatron_ext.shapes import round_up
 
@@ -337,6 +338,7 @@ def _rl(config: RunConfig) -> Problems:
     yield from _mix("rl.mix", rl.mix, ("qa", "composite"))
     yield from _optimizer("rl.optimizer", rl.optimizer)
     yield from objective_rules(config)
+    yield from staleness_rules(config)
 
 
 def _evaluate(config: RunConfig) -> Problems:

@@ -1,7 +1,7 @@
 """The loop's Fleet and Learner, made of ranks: who is asked what, which prompts go where, and how weights get from one to the other.
 
     MegatronFleet    replicas of rollout ranks      generate: prompts to lanes by cost, answers back in the order of the prompts
-    MegatronLearner  ranks of one grid              update: a shard to each data-parallel rank
+    MegatronLearner  ranks of one grid              update: a parcel to each data-parallel rank
     publish          learner's -> rollouts' ranks   all stage and verify, then all load; repeated in a new group when one of them fails
 
 The driver moves prompts, rollouts and verdicts; weights go from rank to rank. A rank that dies ends the run with an error that names it; the latest
@@ -26,9 +26,9 @@ from megatron_ext.observe.profiler import profiled_ranks
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
-from megatron_ext.rl.batching import Shard, plan_shards, row_key
 from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
+from megatron_ext.rl.parcels import Parcel, plan_parcels, row_key
 from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
 from megatron_ext.rl.refit.weight_sync import Meeting
 from megatron_ext.rl.roles import Metrics
@@ -114,8 +114,8 @@ class MegatronLearner:
         self._save_s = 0.0
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
-        shards = self._shards(scored, advantages_R, self._config.rl.minibatches)
-        calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
+        parcels = self._parcels(scored, advantages_R, self._config.rl.minibatches)
+        calls = [Call(rank, "update", (parcels[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         answers = self._board.ask(calls, self._deadlines.update_s)
         self.finished_steps = step + 1
         save_s, self._save_s = self._save_s, 0.0
@@ -124,15 +124,15 @@ class MegatronLearner:
 
     def reference_kl(self, scored: Sequence[ScoredRollout]) -> np.ndarray:
         """float64 [R]: how far each answer is from the reference, the estimate of the KL summed over its tokens."""
-        shards = self._shards(scored, np.zeros(len(scored)), 1)
-        calls = [Call(rank, "reference_kl", (shards[place.dp_rank][0],)) for rank, place in zip(self._ranks, self._places, strict=True)]
+        parcels = self._parcels(scored, np.zeros(len(scored)), 1)
+        calls = [Call(rank, "reference_kl", (parcels[place.dp_rank][0],)) for rank, place in zip(self._ranks, self._places, strict=True)]
         found = {key: kl for answer in self._board.ask(calls, self._deadlines.update_s) for key, kl in answer.items()}
         return np.array([found[row_key(answer.rollout)] for answer in scored])
 
-    def _shards(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int) -> list[list[Shard]]:
+    def _parcels(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int) -> list[list[Parcel]]:
         multiple = Layout.of(self._config.parallel).length_multiple
         dp_size = self._places[0].dp_size
-        return plan_shards(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
+        return plan_parcels(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
 
     def _mfu(self, scored: Sequence[ScoredRollout], metrics: Metrics) -> Metrics:
         """Of the learner's ranks while they learn: passes before the first update, and waiting for rollouts, are no part of the seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,17 @@ import numpy as np
 from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
 
 Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Answers that are wanted of a prompt: their sample numbers, and the step that drew the prompt, of which their seeds are made. `greedy`: the most likely
+    token each time."""
+
+    prompt: Prompt
+    samples: tuple[int, ...]
+    step: int
+    greedy: bool = False
 
 
 class Fleet(Protocol):

@@ -25,7 +25,7 @@ EXPECTED = {
     "reward": ("mean", "std", "min", "max", "frac_zero_std_groups"),
     "advantage": ("mean", "min", "max"),
     "actor": ("pg_loss", "loss", "grad_norm", "lr", "entropy", "ppo_kl", "clipfrac_low", "clipfrac_high", "ratio_max"),
-    "mismatch": ("logprob_abs_diff_mean", "logprob_abs_diff_max"),
+    "mismatch": ("logprob_abs_diff_mean", "logprob_abs_diff_max", "kl", "ess"),
     "response_length": ("mean", "max", "clip_ratio"),
     "prompt_length": ("mean", "max"),
     "rollout": ("failed_count", "failed_ratio"),

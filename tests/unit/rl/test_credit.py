@@ -28,7 +28,8 @@ def scored(key, sample, reward, skill="ocr", mass=0.5, response=(1, 2)):
     gates = np.broadcast_to(np.array([mass, 1 - mass], np.float16), (length, 1, 2))
     prompt = Prompt(key, skill, np.array([5, 6], np.int32), NO_TILES, "")
     tokens = np.array(response)
-    return ScoredRollout(Rollout(prompt, sample, 0, 0, tokens, np.zeros(len(tokens), np.float32), "stop", "", RouteTrace(experts, gates)), reward, {})
+    logprobs, versions = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int32)
+    return ScoredRollout(Rollout(prompt, sample, 0, tokens, logprobs, versions, "stop", "", RouteTrace(experts, gates)), reward, {})
 
 
 def clusters(*skills, sigma=0.1):

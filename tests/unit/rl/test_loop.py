@@ -66,7 +66,7 @@ class FakeLearner:
 
 def answer(prompt, sample, version):
     routes = RouteTrace(np.zeros((2, 1, 1), np.uint8), np.ones((2, 1, 1), np.float16))
-    return Rollout(prompt, sample, 0, version, np.array([5, 6]), np.zeros(2, np.float32), "stop", str(version), routes)
+    return Rollout(prompt, sample, 0, np.array([5, 6]), np.zeros(2, np.float32), np.full(2, version, np.int32), "stop", str(version), routes)
 
 
 def prompt(key):

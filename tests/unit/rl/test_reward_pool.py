@@ -92,7 +92,10 @@ def rollouts_of(texts_by_prompt: dict[str, list[str]]) -> list[Rollout]:
     rollouts = []
     for key, texts in texts_by_prompt.items():
         prompt = Prompt(key, "count", np.zeros(1, np.int32), Tiles.whole(np.zeros((1, 2, 2, 3), np.uint8)), "3")
-        rollouts += [Rollout(prompt, sample, 0, 0, np.zeros(1, np.int32), np.zeros(1, np.float32), "stop", text, routes) for sample, text in enumerate(texts)]
+        rollouts += [
+            Rollout(prompt, sample, 0, np.zeros(1, np.int32), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop", text, routes)
+            for sample, text in enumerate(texts)
+        ]
     return rollouts
 
 

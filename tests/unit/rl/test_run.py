@@ -55,7 +55,7 @@ def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
 def answer(sample, reward, tokens, finish="stop", key="p/0", **parts):
     routes = RouteTrace(np.zeros((tokens + 1, 1, 1), np.uint8), np.ones((tokens + 1, 1, 1), np.float16))
     prompt = Prompt(key, "ocr", np.array([1, 2], np.int32), NO_TILES, "42")
-    rollout = Rollout(prompt, sample, 9 + sample, 3, np.arange(tokens), np.zeros(tokens, np.float32), finish, "41", routes)
+    rollout = Rollout(prompt, sample, 9 + sample, np.arange(tokens), np.zeros(tokens, np.float32), np.full(tokens, 3, np.int32), finish, "41", routes)
     return ScoredRollout(rollout, reward, parts)
 
 
