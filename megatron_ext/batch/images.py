@@ -50,7 +50,7 @@ class StoredTiles(Tiles):
 
     def loaded(self) -> Tiles:
         try:
-            pixels_IHWC = np.load(self.path, mmap_mode="r")
+            pixels_IHWC = np.load(self.path, mmap_mode="r", allow_pickle=False)
             with self.path.open("rb") as file:
                 file.seek(pixels_IHWC.offset + pixels_IHWC.nbytes)
                 tiles = Tiles(np.asarray(pixels_IHWC), np.load(file))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_ext.batch.routing import RouteTrace
-from megatron_ext.batch.tiles import Tiles
+from megatron_ext.batch.tiles import NO_TILES, Tiles
 from megatron_ext.shapes import check_shape
 
 
@@ -37,9 +37,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. `logprobs_T` float32 are log-probabilities under the distribution that was sampled from (temperature applied, before
+    """One sampled response, or a conversation: then `response_T` holds all that followed the prompt, observations included (`rl/conversations.py`), and
+    `further` the tiles that they showed. `logprobs_T` float32 are log-probabilities under the distribution that was sampled from (temperature applied, before
     top-k/top-p truncation); `versions_T` int32 says which version of the weights sampled each token: several where new ones came in the middle of
-    the answer; `routes` covers every position but the last: `len(prompt) + len(response) - 1` rows."""
+    the answer, and -1 of a token that was not sampled but observed; `routes` covers every position but the last: `len(prompt) + len(response) - 1` rows."""
 
     prompt: Prompt
     sample: int
@@ -50,6 +51,7 @@ class Rollout:
     finish: str  # "stop": ended by itself; "length": cut at the limit
     text: str
     routes: RouteTrace
+    further: Tiles = NO_TILES
 
     def __post_init__(self) -> None:
         num_tokens = len(self.response_T)
@@ -63,7 +65,16 @@ class Rollout:
     @property
     def version(self) -> int:
         """The oldest weights that took part."""
-        return int(self.versions_T.min())
+        return int(self.versions_T[self.sampled_T].min())
+
+    @property
+    def sampled_T(self) -> np.ndarray:
+        """Whether each token was sampled: those that were not are no part of any loss."""
+        return self.versions_T >= 0
+
+    @property
+    def num_sampled(self) -> int:
+        return int(self.sampled_T.sum())
 
     @property
     def newest(self) -> int:
@@ -73,6 +84,13 @@ class Rollout:
     def on_policy(self, version: int) -> bool:
         """Whether every token was sampled by the weights of this version."""
         return self.version == self.newest == version
+
+    @property
+    def sampled_rows(self) -> list[tuple[int, int]]:
+        """`response_rows`, without those that chose observed tokens: one for each turn of the model."""
+        edges = np.flatnonzero(np.diff(self.sampled_T.astype(np.int8), prepend=0, append=0))
+        start = len(self.prompt.tokens_S) - 1
+        return [(start + int(first), start + int(last)) for first, last in edges.reshape(-1, 2)]
 
     @property
     def response_rows(self) -> tuple[int, int]:

@@ -133,6 +133,11 @@ class RLConfig(Section):
     reward_memory_gib: float | None = Field(8.0, gt=0)
     """Addresses that a reward's process may take: beyond, it sees a MemoryError, which costs that answer alone. Processes that it starts count for themselves.
     Null: no limit."""
+    environment: str = ""
+    """Dotted path `module:function` of what goes on with a conversation after each turn of the model, under the limits of rewards (docs/environments.md), such
+    as megatron_ext.rl.environments:zoom. Empty: an answer has one turn."""
+    max_turns: int = Field(4, gt=1)
+    """With an environment: turns of the model in one conversation. Each may have `rollout.max_new_tokens`, and all together fit `model.max_positions`."""
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
     fleet: Literal["ray", "local"] = "ray"

@@ -332,9 +332,10 @@ def _rl(config: RunConfig) -> Problems:
             f"a rank gets {rows} rollouts a minibatch, which parallel.vpp = {config.parallel.vpp} needs in at least parallel.pp = {config.parallel.pp} parts",
             "ask for more prompts, or fewer minibatches",
         )
-    module, colon, function = rl.reward.partition(":")
-    if not (colon and module and function.isidentifier()):
-        yield UserError("rl.reward", f"{rl.reward!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
+    for field, path, example in (("reward", rl.reward, "rewards:skill_reward"), ("environment", rl.environment or "none:none", "environments:zoom")):
+        module, colon, function = path.partition(":")
+        if not (colon and module and function.isidentifier()):
+            yield UserError(f"rl.{field}", f"{path!r} is not of the form module:function", f"for example megatron_ext.rl.{example}")
     yield from _mix("rl.mix", rl.mix, ("qa", "composite"))
     yield from _optimizer("rl.optimizer", rl.optimizer)
     yield from objective_rules(config)

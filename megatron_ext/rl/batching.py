@@ -64,7 +64,7 @@ def unpack(parcel: Parcel) -> Shard:
     rows, form, filler = parcel.rows, parcel.form, parcel.num_rows - len(parcel.rows)
     lengths_B = np.array([*(row.length for row in rows), *[1] * filler], dtype=np.int64)
     shape = parcel.num_rows, round_up(int(lengths_B.max()), form.multiple)
-    tiles, row_tiles = _tiles([row.tiles for row in rows], parcel.num_rows)
+    tiles, row_tiles = _tiles([(row.tiles, row.further) for row in rows], parcel.num_rows)
     batch = LearnerBatch(
         tokens_BS=np.full(shape, form.pad_id, dtype=np.int32),
         response_mask_BS=np.zeros(shape, dtype=np.uint8),
@@ -94,21 +94,24 @@ def _write_row(batch: LearnerBatch, place: int, row: Row) -> None:
     start, stop = len(row.tokens_S), row.length
     batch.tokens_BS[place, :start] = row.tokens_S
     batch.tokens_BS[place, start:stop] = row.response_T
-    batch.response_mask_BS[place, start:stop] = 1
+    batch.response_mask_BS[place, start:stop] = row.versions_T >= 0
     batch.logprobs_BS[place, start:stop] = row.logprobs_T
     batch.versions_BS[place, start:stop] = row.versions_T
     batch.experts_BSLK[place, :start] = row.experts_SLK
     batch.experts_BSLK[place, start : stop - 1] = row.experts_TLK
 
 
-def _tiles(tiles: Sequence[Tiles], rows: int) -> tuple[Tiles, np.ndarray]:
-    """The distinct tiles, once for each prompt, and which of them every row shows."""
+def _tiles(tiles: Sequence[Sequence[Tiles]], rows: int) -> tuple[Tiles, np.ndarray]:
+    """The distinct tiles, those of a prompt once, and which of them every row shows: its parts one after the other."""
     first: dict[int, int] = {}
     shown: list[Tiles] = []
-    row_tiles_BM = np.full((rows, max([1, *map(len, tiles)])), -1, dtype=np.int32)
-    for row, own in enumerate(tiles):
-        if id(own) not in first:  # the rows of a prompt hold one object
-            first[id(own)] = sum(map(len, shown))
-            shown.append(own)
-        row_tiles_BM[row, : len(own)] = first[id(own)] + np.arange(len(own))
+    row_tiles_BM = np.full((rows, max([1, *(sum(map(len, parts)) for parts in tiles)])), -1, dtype=np.int32)
+    for row, parts in enumerate(tiles):
+        place = 0
+        for part in parts:
+            if id(part) not in first:  # the rows of a prompt hold one object
+                first[id(part)] = sum(map(len, shown))
+                shown.append(part)
+            row_tiles_BM[row, place : place + len(part)] = first[id(part)] + np.arange(len(part))
+            place += len(part)
     return Tiles.join(shown), row_tiles_BM

@@ -89,7 +89,7 @@ class Credit:
     def _shaping(self, scored: Sequence[ScoredRollout]) -> tuple[np.ndarray, dict[str, float]]:
         """What is added to each task reward."""
         rl, metrics = self._config.rl, {}
-        lengths_R = np.array([len(answer.rollout.response_T) for answer in scored])
+        lengths_R = np.array([answer.rollout.num_sampled for answer in scored])
         shaping_R = overlong(lengths_R, self._config.rollout.max_new_tokens, rl.overlong_share, rl.overlong_penalty)
         if rl.overlong_share > 0:
             metrics["reward/overlong/mean"] = float(shaping_R.mean())
@@ -105,7 +105,7 @@ class Credit:
             named_KPG = np.stack([table.spread(np.array([_part(answer, name) for answer in scored])) for name in rl.reward_weights])
             return multi_reward_advantages(named_KPG, np.array(list(rl.reward_weights.values())), table.valid_PG)
         if rl.advantage == "reinforce_pp" or rl.advantage == "reinforce_pp_baseline":
-            tokens_PG = table.spread(np.array([len(answer.rollout.response_T) for answer in scored]))
+            tokens_PG = table.spread(np.array([answer.rollout.num_sampled for answer in scored]))
             return batch_advantages(rewards_PG, table.valid_PG, tokens_PG, baseline=rl.advantage == "reinforce_pp_baseline")
         return group_advantages(rewards_PG, table.valid_PG, rl.advantage)
 
@@ -137,8 +137,10 @@ class Credit:
 
     def _mass(self, bonus: EarlBonus, answer: ScoredRollout) -> float:
         rollout = answer.rollout
-        spans = tag_spans(rollout.response_T, rollout.response_rows[0], self._tags) if self._config.earl.subtask == "tags" else []
-        return bonus.mass_of_spans(rollout.routes, spans or [Span(rollout.prompt.skill, *rollout.response_rows)])
+        turns, first = rollout.sampled_rows, rollout.response_rows[0]
+        tagged = turns if self._config.earl.subtask == "tags" else []
+        spans = [span for start, stop in tagged for span in tag_spans(rollout.response_T[start - first : stop - first], start, self._tags)]
+        return bonus.mass_of_spans(rollout.routes, spans or [Span(rollout.prompt.skill, *rows) for rows in turns])
 
     def _learn_sigma(self, scored: Sequence[ScoredRollout], mass_R: np.ndarray) -> bool:
         """Whether a skill got its sigma now."""

@@ -139,7 +139,7 @@ class MegatronLearner:
         if self._yardstick is None:
             return {}
         tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in scored)
-        tiles = sum(len(answer.rollout.prompt.tiles) for answer in scored)
+        tiles = sum(len(answer.rollout.prompt.tiles) + len(answer.rollout.further) for answer in scored)
         seconds = metrics[TIMING + "forward_backward"] + metrics[TIMING + "optimizer"]
         return {MFU: self._yardstick.mfu(len(scored), tokens / len(scored), tiles / len(scored), seconds * len(self._ranks))}
 

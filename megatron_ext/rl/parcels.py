@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from megatron_ext.batch import Rollout, ScoredRollout, Tiles, route_digest
+from megatron_ext.batch import NO_TILES, Rollout, ScoredRollout, Tiles, route_digest
 from megatron_ext.shapes import check_shape
 
 
@@ -26,7 +26,7 @@ from megatron_ext.shapes import check_shape
 class Row:
     """One answer. `tokens_S`, `tiles` and `experts_SLK` are of the prompt, and the same objects in all rows of a prompt; `response_T`, `logprobs_T`,
     `versions_T` and `experts_TLK`, the routes of its positions but the last, are the answer's own. `key`: "<prompt key>#<sample>"; `digest`: of all routes that
-    its rollout recorded."""
+    its rollout recorded; `further`: tiles that it shows besides those of the prompt, which follow them."""
 
     tokens_S: np.ndarray
     tiles: Tiles
@@ -38,6 +38,7 @@ class Row:
     advantage: float
     key: str
     digest: str
+    further: Tiles = NO_TILES
 
     @property
     def length(self) -> int:
@@ -107,6 +108,7 @@ def rows_of(scored: Sequence[ScoredRollout], advantages_R: np.ndarray) -> list[R
                 advantage=float(advantage),
                 key=row_key(rollout),
                 digest=route_digest(experts_SLK),
+                further=rollout.further,
             )
         )
     return rows

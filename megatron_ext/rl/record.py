@@ -54,7 +54,7 @@ def rollout_metrics(kept: Sequence[ScoredRollout], failed: Sequence[FailedRollou
         metrics |= _describe(f"reward/{name}", [answer.rewards[name] for answer in scored if name in answer.rewards], "mean", "std")
     for skill in sorted({answer.rollout.prompt.skill for answer in scored}):
         metrics |= _describe(f"reward/skill/{skill}", [answer.reward for answer in scored if answer.rollout.prompt.skill == skill], "mean")
-    metrics |= _describe("response_length", [len(answer.rollout.response_T) for answer in scored], "mean", "max")
+    metrics |= _describe("response_length", [answer.rollout.num_sampled for answer in scored], "mean", "max")
     metrics |= _describe("prompt_length", [len(answer.rollout.prompt.tokens_S) for answer in scored], "mean", "max")
     metrics["image/bytes"] = float(sum(prompt.tiles.pixels_IHWC.nbytes for prompt in {id(a.rollout.prompt): a.rollout.prompt for a in scored}.values()))
     metrics["response_length/clip_ratio"] = float(np.mean([answer.rollout.finish == "length" for answer in scored]))

@@ -71,7 +71,7 @@ def run_rl(
     pays_for_kl = config.rl.kl_coeff > 0 and config.rl.kl_placement == "reward"
     with (
         observe_stage(config.observe, config.name, "rl", config.rl.steps, stage_dir) as observer,
-        open_scorer(config) as scorer,
+        RewardPool.under(config.rl.reward, config.rl) as scorer,
         open_host(config, nodes) as host,
         stop_on_signals(stop_file) as stop,
     ):
@@ -103,12 +103,6 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
     if path is None:
         raise UserError("earl.enabled", "is true, but there are no expert clusters", "run `discover` first, or set earl.enabled=false")
     return read_clusters(path, config.model)
-
-
-def open_scorer(config: RunConfig) -> RewardPool:
-    """The processes that reward."""
-    rl = config.rl
-    return RewardPool(rl.reward, rl.reward_workers, rl.reward_timeout_s, 0 if rl.reward_memory_gib is None else int(rl.reward_memory_gib * 2**30))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from megatron_ext.rl.parcels import Row
 def require_versions(rows: Iterable[Row], present: int, rl: RLConfig) -> None:
     """`present`: the version of the learner's weights. Raises WeightSyncError naming the first rollout that is not of weights it may be of."""
     for row in rows:
-        oldest, newest = int(row.versions_T.min()), int(row.versions_T.max())
+        oldest, newest = int(row.versions_T[row.versions_T >= 0].min()), int(row.versions_T.max())
         if newest > present:
             raise WeightSyncError(f"rollout {row.key} of version {newest} reached a learner of version {present}, which never had these weights")
         if oldest < present - rl.max_staleness:

@@ -16,22 +16,26 @@ def prompt(key="p", length=3, images=0, seed=0, pixels=4, skill="count", answer=
     return Prompt(key, skill, rng.integers(1, 99, length).astype(np.int32), tiles, answer, meta or {})
 
 
-def scored(of, sample, length=2, reward=1.0, version=4, layers_topk=(2, 3), experts=8, seed=0, text="3", finish="stop", parts=None):
-    """An answer to the prompt `of`; the routes of the prompt's positions are the same for all of its answers."""
+def scored(of, sample, length=2, reward=1.0, version=4, layers_topk=(2, 3), experts=8, seed=0, text="3", finish="stop", parts=None, observed=0):
+    """An answer to the prompt `of`; the routes of the prompt's positions are the same for all of its answers. `observed`: tokens
+    in its midst that were not sampled but shown with a tile."""
     shared, own = (np.random.default_rng([*of.key.encode(), seed, number]) for number in (0, sample + 1))
     ids = np.uint8 if experts <= 256 else np.uint16
     drawn = [rng.integers(0, experts, (rows, *layers_topk)).astype(ids) for rng, rows in ((shared, len(of.tokens_S)), (own, length - 1))]
     gates = [rng.random((rows, *layers_topk)).astype(np.float16) for rng, rows in ((shared, len(of.tokens_S)), (own, length - 1))]
+    versions_T = np.full(length, version, np.int32)
+    versions_T[1 : 1 + observed] = -1
     rollout = Rollout(
         prompt=of,
         sample=sample,
         seed=int(own.integers(2**63 - 1)),
-        versions_T=np.full(length, version, np.int32),
+        versions_T=versions_T,
         response_T=own.integers(1, 99, length).astype(np.int32),
         logprobs_T=own.normal(size=length).astype(np.float32),
         finish=finish,
         text=text,
         routes=RouteTrace(np.concatenate(drawn), np.concatenate(gates)),
+        further=prompt(of.key, images=1, seed=sample + 1).tiles if observed else NO_TILES,
     )
     return ScoredRollout(rollout, reward, parts or {})
 
@@ -64,7 +68,20 @@ def draws(draw):
             parts = draw(st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False, allow_infinity=False), max_size=3))
             length, finish = draw(st.integers(1, 6)), draw(st.sampled_from(["stop", "length"]))
             reward, text = draw(st.floats(allow_nan=False, allow_infinity=False)), draw(st.text(max_size=9))
-            answers.append(scored(of, sample, length, reward, layers_topk=layers_topk, experts=experts, text=text, finish=finish, parts=parts))
+            answers.append(
+                scored(
+                    of,
+                    sample,
+                    length,
+                    reward,
+                    layers_topk=layers_topk,
+                    experts=experts,
+                    text=text,
+                    finish=finish,
+                    parts=parts,
+                    observed=draw(st.integers(0, max(0, length - 2))),
+                )
+            )
     return draw(st.permutations(answers)), draw(st.permutations(failures))
 
 

@@ -86,7 +86,7 @@ class Bank:
             return
         with self._lock:
             self._require_new(draw, scored)
-            rows = [scored_row(draw, answer, self._digest(answer.rollout.prompt.tiles)) for answer in scored]
+            rows = [scored_row(draw, answer, self._digest(answer.rollout.prompt.tiles), self._digest(answer.rollout.further)) for answer in scored]
             rows += [failed_row(draw, failure, self._digest(failure.prompt.tiles)) for failure in failed]
             name = f"draw_{draw:06d}_{self._journal.num_lines:06d}.parquet"
             size, digest = write_segment(self._answers / name, rows)

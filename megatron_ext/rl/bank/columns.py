@@ -37,6 +37,8 @@ SCHEMA = pa.schema(
         "meta": pa.string(),
         "images": pa.string(),
         "images_shape": pa.list_(pa.int32()),
+        "further": pa.string(),
+        "further_shape": pa.list_(pa.int32()),
         "route_shape": pa.list_(pa.int32()),
         "prompt_experts": pa.binary(),
         "prompt_gates": pa.binary(),
@@ -52,8 +54,8 @@ Row = dict[str, Any]
 FindTiles = Callable[[str, Sequence[int]], Tiles]
 
 
-def scored_row(draw: int, answer: ScoredRollout, images: str) -> Row:
-    """`images`: the digest of the prompt's tiles, empty where it has none."""
+def scored_row(draw: int, answer: ScoredRollout, images: str, further: str = "") -> Row:
+    """`images`, `further`: the digests of the prompt's tiles and of those that came later; empty where there are none."""
     rollout, routes = answer.rollout, answer.rollout.routes
     split = len(rollout.prompt.tokens_S)
     return _prompt_row(draw, rollout.prompt, images) | {
@@ -66,6 +68,8 @@ def scored_row(draw: int, answer: ScoredRollout, images: str) -> Row:
         "versions": rollout.versions_T,
         "tokens": np.asarray(rollout.response_T, np.int32),
         "logprobs": np.asarray(rollout.logprobs_T, np.float32),
+        "further": further,
+        "further_shape": rollout.further.shape if len(rollout.further) else None,
         "route_shape": [*routes.experts_SLK.shape[1:], routes.experts_SLK.itemsize],
         "prompt_experts": routes.experts_SLK[:split].tobytes(),
         "prompt_gates": routes.gates_SLK[:split].tobytes(),
@@ -130,6 +134,7 @@ class Restorer:
             finish=row["finish"].as_py(),
             text=row["text"].as_py(),
             routes=_routes(row, len(prompt.tokens_S) + len(tokens_T) - 1),
+            further=self._find_tiles(row["further"].as_py(), row["further_shape"].as_py() or (0, 1, 1, 3)),
         )
         return ScoredRollout(rollout, row["reward"].as_py(), dict(row["rewards"].as_py()))
 

@@ -1,4 +1,4 @@
-"""A reward's process as the pool sees it: started, given work, read, and ended with everything it started.
+"""The process of a reward or an environment as the pool sees it: started, given work, read, and ended with everything it started.
 
 Workers are plain `python -m` processes rather than forks, so they start without torch, without the main module and without anything that this process has open.
 What a reward prints goes to our own stderr, a part of it: a reward that prints without end neither floods it nor waits for a reader.
@@ -28,23 +28,23 @@ _LAST_BYTES = 2000
 
 @dataclass
 class Task:
-    """The texts of one prompt that are still to be scored, by their row in the batch."""
+    """What is still to be done about one prompt, by its row in the batch: texts to reward, or conversations to go on with."""
 
     prompt: Prompt
-    texts: dict[int, str]
+    subjects: dict[int, object]
     rows: deque[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = deque(self.texts)
+        self.rows = deque(self.subjects)
 
 
 class Worker:
     """`ended` is a descriptor that is readable once the process is gone, whoever still holds its connection."""
 
-    def __init__(self, path: str, timeout_s: float, memory_bytes: int) -> None:
+    def __init__(self, kind: str, path: str, timeout_s: float, memory_bytes: int) -> None:
         self.connection, theirs = Pipe(duplex=True)
         alarm_s = timeout_s + _ALARM_MARGIN_S
-        command = [sys.executable, "-u", "-m", "megatron_ext.rl.scoring.worker", str(theirs.fileno()), str(alarm_s), str(memory_bytes), path]
+        command = [sys.executable, "-u", "-m", "megatron_ext.rl.scoring.worker", str(theirs.fileno()), str(alarm_s), str(memory_bytes), kind, path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
         with theirs:
             self.process = subprocess.Popen(
@@ -65,11 +65,11 @@ class Worker:
     def await_ready(self) -> None:
         """Raises UserError where it cannot use the reward."""
         if not wait([self.connection, self.ended], timeout=START_TIMEOUT_S):
-            raise RuntimeError(f"a reward worker said nothing for {START_TIMEOUT_S:g} s while importing the reward")
+            raise RuntimeError(f"a reward worker said nothing for {START_TIMEOUT_S:g} s while importing the function")
         try:
             kind, *content = self.connection.recv()
         except (EOFError, OSError):
-            raise RuntimeError(f"a reward worker died while importing the reward: {self.epitaph()}") from None
+            raise RuntimeError(f"a reward worker died while importing the function: {self.epitaph()}") from None
         if kind == "unusable":
             raise UserError(*content)
 
@@ -78,7 +78,7 @@ class Worker:
         if wait([self.ended], timeout=0):
             return False
         try:
-            self.connection.send((task.prompt, list(task.texts.values())))
+            self.connection.send((task.prompt, list(task.subjects.values())))
         except OSError:
             return False
         self.task, self.deadline = task, time.monotonic() + timeout_s
@@ -132,4 +132,4 @@ class _Echo:
                     print(some[:left].decode(errors="replace"), end="", file=sys.stderr, flush=True)
                     left -= len(some)
                     if left <= 0:
-                        print("\n(what else this reward worker prints is dropped)", file=sys.stderr, flush=True)
+                        print("\n(what else this process prints is dropped)", file=sys.stderr, flush=True)

@@ -143,6 +143,7 @@ BROKEN = [
         "4 with rollout.deterministic = true: threads",
     ),
     (["data.image_root=pictures"], "data.image_root", "would be ignored with data.kind = suite: pictures are drawn"),
+    (["rl.environment=mine"], "rl.environment", "'mine' is not of the form module:function"),
     (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
     (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
 ]

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace, ScoredRollout, Tiles, route_digest
+from megatron_ext.batch import NO_TILES, Prompt, Rollout, RouteTrace, ScoredRollout, Tiles, route_digest
 from megatron_ext.rl.batching import FILLER_KEY, microbatches, unpack
 from megatron_ext.rl.parcels import BatchForm, Parcel, plan_parcels, rows_of
 
@@ -14,7 +14,7 @@ PAD = 0
 LAYERS_TOPK = (2, 3)
 
 
-def scored(key, sample, prompt_length, response_length, num_images=1):
+def scored(key, sample, prompt_length, response_length, num_images=1, observed=0):
     """Tokens, log-probs, versions and routes are drawn from the row's name, so that every row differs from every other."""
     rng = np.random.default_rng([*key.encode(), sample])
     pixels = [np.full((1, 2, 2, 3), sum(key.encode()) + index, np.uint8) for index in range(num_images)]
@@ -24,7 +24,9 @@ def scored(key, sample, prompt_length, response_length, num_images=1):
     routes = RouteTrace(experts, np.full(experts.shape, 1 / 3, np.float16))
     response = rng.integers(1, 99, response_length)
     logprobs, versions = rng.normal(size=response_length).astype(np.float32), np.sort(rng.integers(3, 6, response_length)).astype(np.int32)
-    return ScoredRollout(Rollout(prompt, sample, 0, response, logprobs, versions, "stop", "", routes), 1.0, {})
+    versions[1 : 1 + observed] = -1
+    further = Tiles(np.full((1, 2, 2, 3), 200 + sample, np.uint8), np.full((1, 5), 0.5, np.float32)) if observed else NO_TILES
+    return ScoredRollout(Rollout(prompt, sample, 0, response, logprobs, versions, "stop", "", routes, further), 1.0, {})
 
 
 @st.composite
@@ -34,7 +36,8 @@ def steps(draw):
     for index in range(draw(st.integers(1, 6))):
         prompt_length, num_images = draw(st.integers(1, 5)), draw(st.integers(0, 2))
         for sample in range(draw(st.integers(1, 4))):
-            answers.append(scored(f"p{index}", sample, prompt_length, draw(st.integers(1, 6)), num_images))
+            length = draw(st.integers(1, 6))
+            answers.append(scored(f"p{index}", sample, prompt_length, length, num_images, draw(st.integers(0, max(0, length - 2)))))
     return answers
 
 
@@ -71,6 +74,15 @@ def test_a_row_holds_the_prompt_then_the_response_and_only_the_response_is_train
     assert batch.logprobs_BS[0, 3:5].tolist() == answer.rollout.logprobs_T.tolist()
     assert (batch.experts_BSLK[0, :4] == answer.rollout.routes.experts_SLK).all() and (batch.experts_BSLK[0, 4:] == -1).all()
     assert batch.versions_BS.tolist() == [[-1, -1, -1, *answer.rollout.versions_T, -1, -1, -1]]
+
+
+def test_what_was_observed_is_read_and_not_trained_on_and_its_tiles_follow_those_of_the_prompt():
+    answers = [scored("p", sample, 3, 4, observed=2) for sample in range(2)]
+    batch = join(answers, np.array([0.5, -0.5]), 2, 4).batch
+    assert batch.response_mask_BS.tolist() == [[0, 0, 0, 1, 0, 0, 1, 0]] * 2
+    assert batch.tokens_BS[0, 3:7].tolist() == answers[0].rollout.response_T.tolist()
+    assert batch.row_tiles_BM.tolist() == [[0, 1], [0, 2]]
+    assert batch.tiles.pixels_IHWC[:, 0, 0, 0].tolist() == [112, 200, 201]
 
 
 def test_the_rollouts_of_a_prompt_share_its_image():

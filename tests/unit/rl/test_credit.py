@@ -98,6 +98,26 @@ def test_a_correct_answer_that_used_its_experts_more_gains_and_one_that_used_the
     assert metrics["earl/cluster_usage/ocr"] == pytest.approx((0.55 + 0.45 + 0.9) / 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("subtask", ["prompt", "tags"])
+def test_the_mass_of_a_conversation_is_that_of_its_own_turns(tmp_path, subtask):
+    """Of five tokens three were observed, with all their mass on the cluster; where tags count, one that opens in a turn does not close in the next."""
+    plain = scored("a", 0, 1.0, mass=0.5, response=(90, 1, 1, 1, 91))
+    gates = plain.rollout.routes.gates_SLK.copy()
+    gates[2:5] = (1.0, 0.0)  # the rows that chose the observed tokens
+    versions_T = np.array([0, -1, -1, -1, 0], np.int32)
+    talk = ScoredRollout(replace(plain.rollout, versions_T=versions_T, routes=replace(plain.rollout.routes, gates_SLK=gates)), 1.0, {})
+    _, metrics = Credit(config(subtask=subtask), clusters("ocr"), TAGS, tmp_path)([talk, scored("a", 1, 0.0)], 0)
+    assert metrics["earl/cluster_usage/ocr"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_lengths_are_those_of_what_was_written(tmp_path):
+    """Ten tokens may be written and the last half costs: nine written tokens lose, three written ones among six that were observed do not."""
+    written = scored("a", 0, 1.0, response=(1,) * 9)
+    observed = ScoredRollout(replace(written.rollout, sample=1, versions_T=np.array([0] + [-1] * 6 + [0, 0], np.int32)), 1.0, {})
+    _, metrics = Credit(config({"overlong_share": 0.5}), None, TAGS, tmp_path)([written, observed], 0)
+    assert metrics["reward/overlong/mean"] == pytest.approx(-0.8 / 2)
+
+
 def test_a_skill_without_a_cluster_gets_no_bonus(tmp_path):
     answers = [scored("a", 0, 1.0, "count", 0.9), scored("a", 1, 1.0, "count", 0.1), scored("a", 2, 0.0, "count")]
     with_bonus, metrics = Credit(config(), clusters("ocr"), TAGS, tmp_path)(answers, 0)
