@@ -53,7 +53,7 @@ class StoredTiles(Tiles):
             pixels_IHWC = np.load(self.path, mmap_mode="r", allow_pickle=False)
             with self.path.open("rb") as file:
                 file.seek(pixels_IHWC.offset + pixels_IHWC.nbytes)
-                tiles = Tiles(np.asarray(pixels_IHWC), np.load(file))
+                tiles = Tiles(np.asarray(pixels_IHWC), np.load(file, allow_pickle=False))
         except (OSError, ValueError, EOFError, AttributeError) as error:
             raise self._unusable(f"cannot be read ({error})") from error
         if tiles_digest(tiles) != self.digest:
