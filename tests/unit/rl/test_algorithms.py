@@ -131,7 +131,8 @@ def ours(name, new, old, reference, folder):
 def scored(p, g):
     tokens, nothing = np.ones(LENGTHS[p][g], np.int32), RouteTrace(np.zeros((LENGTHS[p][g], 1, 1), np.uint8), np.zeros((LENGTHS[p][g], 1, 1), np.float16))
     prompt = Prompt(str(p), "ocr", np.array([5], np.int32), NO_TILES, "")
-    return ScoredRollout(Rollout(prompt, g, 0, 0, tokens, np.zeros(len(tokens), np.float32), "stop", "", nothing), REWARDS[p][g], {})
+    logprobs, versions = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int32)
+    return ScoredRollout(Rollout(prompt, g, 0, tokens, logprobs, versions, "stop", "", nothing), REWARDS[p][g], {})
 
 
 def padded(values):
