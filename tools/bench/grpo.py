@@ -1,4 +1,4 @@
-"""A whole GRPO step against TRL's GRPOTrainer: `python tools/bench/grpo.py [--rounds 5]`, results in docs/benchmarks/grpo.md. Needs the extra `trl`.
+"""A whole GRPO step against TRL's GRPOTrainer: `python tools/bench/grpo.py [--rounds 5]`, results in docs/benchmarks/grpo.md.
 
 Eight prompts of 96 tokens, eight sampled answers of 64 tokens to each, a reward, advantages, one AdamW update, and new weights for the next step. Both sides
 start from the same random mixture of experts (16 experts, top 2, float32), converted, and take steps in turns; elapsed times, medians.
@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -192,7 +191,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the case, if its name contains this")
     parser.add_argument("--json", type=Path, help="where to write the medians: new tokens a second, and seconds by phase")
     options = parser.parse_args()
-    import_module("trl")  # before anything is started
     torch.set_num_threads(1)
     steps: dict[str, list[dict[str, float]]] = {"ours": [], "TRL": []}
     if options.only not in CASE.name:

@@ -50,6 +50,7 @@ def test_tokens_of_one_answer(correction, weights):
     loss, gradient, metrics = evaluate([TOKENS], [1.0], correction=correction, sequence_band=(0.7, 1.4))
     assert loss == pytest.approx(-sum(weights) / 4, rel=1e-9)
     assert gradient == [pytest.approx([-weight / 4 for weight in weights], rel=1e-9)]
+    assert ("is/clipped_frac" in metrics) == (correction != "none")
     if correction != "none":
         assert metrics["is/weight_mean"].value == pytest.approx(sum(weights) / 4)
         assert metrics["is/clipped_frac"].value == sum(weight != w for weight, (w, _) in zip(weights, TOKENS, strict=True)) / 4
