@@ -59,7 +59,7 @@ def _too_much(said: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _checker() -> Callable[[str, str], bool]:
-    """Whether an answer means another. Loading it takes half a second."""
+    """Whether an answer means another. Loading it takes about a second."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own limits are off: ours is around it
