@@ -15,7 +15,7 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/megatron-ext
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain sft discover rl test bench check format journeys slurm clean
+.PHONY: help setup pretrain sft mpo discover rl test bench check format journeys chaos slurm clean
 
 help:  ## this list
 	@echo "usage: make TARGET [CONFIG=examples/tiny.yaml] [ARGS=\"section.field=value ...\"] [PYTHON=python3]"
@@ -35,6 +35,9 @@ pretrain: $(STAMP)  ## the recipe up to pretraining
 sft: $(STAMP)  ## the recipe up to fine-tuning
 	$(RUN) run "$(CONFIG)" --until sft $(ARGS)
 
+mpo: $(STAMP)  ## the recipe up to preferences, which tiny.yaml leaves out: ARGS="mpo.steps=200 mpo.optimizer.lr=1e-4"
+	$(RUN) run "$(CONFIG)" --until mpo $(ARGS)
+
 discover: $(STAMP)  ## the recipe up to the expert clusters
 	$(RUN) run "$(CONFIG)" --until discover $(ARGS)
 
@@ -49,6 +52,9 @@ bench: $(STAMP)  ## the benchmarks against their peers, half an hour or more; AR
 
 journeys: $(STAMP)  ## the long tests: whole recipes as a user types them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m journey --timeout 1800 $(ARGS)
+
+chaos: $(STAMP)  ## kills and stops, at random, what a run is made of, and compares what comes out with an undisturbed run; a quarter of an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tools/chaos/chaos.py $(ARGS)
 
 slurm: $(STAMP)  ## the tests of SLURM jobs, on a cluster of this machine; needs its packages: tools/slurm_local/cluster.sh install, as root
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/journeys/test_slurm.py $(ARGS)

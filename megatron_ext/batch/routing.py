@@ -18,8 +18,7 @@ def expert_dtype(num_experts: int) -> np.dtype:
 @dataclass(frozen=True)
 class RouteTrace:
     """Routes of one sequence. `experts_SLK` uint8/uint16: the experts of position s in MoE layer l, in top-k ORDER; `gates_SLK` float16: their gates,
-    which sum to 1
-    over K. A position's row exists once its token was fed to the model, so a sequence of n tokens has n - 1 rows."""
+    which sum to 1 over K. A position's row exists once its token was fed to the model, so a sequence of n tokens has n - 1 rows."""
 
     experts_SLK: np.ndarray
     gates_SLK: np.ndarray
@@ -29,8 +28,58 @@ class RouteTrace:
         check_shape("gates_SLK", self.gates_SLK, *self.experts_SLK.shape)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Positions, MoE layers, experts of a token."""
+        return self.experts_SLK.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
     def nbytes(self) -> int:
         return self.experts_SLK.nbytes + self.gates_SLK.nbytes
+
+    def rows(self, start: int, stop: int) -> RouteTrace:
+        """Those of positions [start, stop), not copied where they lie together."""
+        whole = (start, stop) == (0, len(self))
+        return self if whole else RouteTrace(self.experts_SLK[start:stop], self.gates_SLK[start:stop])
+
+
+class ContinuedRoutes(RouteTrace):
+    """Routes of a prompt, one object for all answers to it, and of an answer behind it: in memory and in a message the prompt's are once. `experts_SLK` and
+    `gates_SLK` are joined at every look: ask for `rows` where a part will do."""
+
+    def __init__(self, prompt: RouteTrace, own: RouteTrace) -> None:
+        check_shape("own.experts_SLK", own.experts_SLK, None, *prompt.shape[1:])
+        object.__setattr__(self, "prompt", prompt)
+        object.__setattr__(self, "own", own)
+
+    prompt: RouteTrace
+    own: RouteTrace
+
+    @property
+    def experts_SLK(self) -> np.ndarray:
+        return np.concatenate([self.prompt.experts_SLK, self.own.experts_SLK])
+
+    @property
+    def gates_SLK(self) -> np.ndarray:
+        return np.concatenate([self.prompt.gates_SLK, self.own.gates_SLK])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.prompt) + len(self.own), *self.prompt.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return self.prompt.nbytes + self.own.nbytes
+
+    def rows(self, start: int, stop: int) -> RouteTrace:
+        split = len(self.prompt)
+        if stop <= split:
+            return self.prompt.rows(start, stop)
+        if start >= split:
+            return self.own.rows(start - split, stop - split)
+        return ContinuedRoutes(self.prompt.rows(start, split), self.own.rows(0, stop - split))
 
 
 def route_digest(experts_SLK: np.ndarray) -> str:
@@ -44,11 +93,12 @@ def gate_mass(trace: RouteTrace, num_experts: int, start: int, stop: int) -> np.
 
     This is `P[n, l, e]`, the unit of expert-cluster discovery (`earl`).
     """
-    if not 0 <= start < stop <= len(trace.experts_SLK):
-        raise ValueError(f"span [{start}, {stop}) is empty or outside the {len(trace.experts_SLK)} recorded positions")
-    experts = trace.experts_SLK[start:stop].astype(np.int64)
+    if not 0 <= start < stop <= len(trace):
+        raise ValueError(f"span [{start}, {stop}) is empty or outside the {len(trace)} recorded positions")
+    span = trace.rows(start, stop)
+    experts = span.experts_SLK.astype(np.int64)
     num_tokens, num_layers, _ = experts.shape
     mass = np.zeros((num_layers, num_experts))
     layers = np.broadcast_to(np.arange(num_layers)[None, :, None], experts.shape)
-    np.add.at(mass, (layers, experts), trace.gates_SLK[start:stop].astype(np.float64))
+    np.add.at(mass, (layers, experts), span.gates_SLK.astype(np.float64))
     return mass / num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,16 +34,31 @@ class Tiles:
     @classmethod
     def join(cls, parts: Sequence[Tiles]) -> Tiles:
         """All tiles of all parts, in order."""
-        parts = [part for part in parts if len(part)]
+        parts = [part.loaded() for part in parts if len(part)]
         if not parts:
             return NO_TILES
         return cls(np.concatenate([part.pixels_IHWC for part in parts]), np.concatenate([part.places_I5 for part in parts]))
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the pixels: tiles, height, width, 3."""
+        return self.pixels_IHWC.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pixels."""
+        return math.prod(self.shape)
+
+    def loaded(self) -> Tiles:
+        """The same tiles, with their pixels at hand."""
+        return self
+
     def __len__(self) -> int:
-        return len(self.pixels_IHWC)
+        return self.shape[0]
 
     def __getitem__(self, chosen: np.ndarray | slice) -> Tiles:
-        return Tiles(self.pixels_IHWC[chosen], self.places_I5[chosen])
+        found = self.loaded()
+        return Tiles(found.pixels_IHWC[chosen], found.places_I5[chosen])
 
 
 NO_TILES = Tiles.whole(np.zeros((0, 1, 1, 3), np.uint8))

@@ -68,6 +68,11 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
+def digest_of(checkpoint: Path) -> str:
+    """What tells the checkpoint of a step folder from every other. Raises CheckpointError where its list of files is damaged."""
+    return _digest(read_manifest(checkpoint))
+
+
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     path = checkpoint / MANIFEST
     try:

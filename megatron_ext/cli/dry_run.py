@@ -43,6 +43,8 @@ def _named_paths(config: RunConfig) -> list[tuple[str, Path]]:
         ("data.tokenizer", config.data.tokenizer),
         ("pretrain.init_from", config.pretrain.init_from),
         ("sft.init_from", config.sft.init_from),
+        ("mpo.pairs", config.mpo.pairs),
+        ("mpo.init_from", config.mpo.init_from),
         ("rl.init_from", config.rl.init_from),
     )
     text = [(f"{stage}.text", Path(f"{prefix}.idx")) for stage in ("pretrain", "sft") for prefix in getattr(config, stage).text]
@@ -130,11 +132,13 @@ def _batches(config: RunConfig) -> list[tuple[str, str]]:
         share = by_tokens if stage.micro_batch_tokens else f"a rank: {rows // stage.micro_batch} x {stage.micro_batch}"
         return f"{stage.steps} steps of {stage.global_batch} rows of at most {config.data.max_length} tokens; {share}"
 
-    rl = config.rl
+    rl, mpo = config.rl, config.mpo
+    share = f"a rank: {mpo.global_batch // dp // mpo.micro_batch} x {mpo.micro_batch} pairs"
     rollouts = rl.prompts_per_step * rl.rollouts_per_prompt
     return [
         ("pretrain", supervised(config.pretrain)),
         ("sft", supervised(config.sft)),
+        *([("mpo", f"{mpo.steps} steps of {mpo.global_batch} pairs of rows of at most {config.data.max_length} tokens; {share}")] if mpo.steps else []),
         ("rl", f"{rl.steps} steps of {rl.prompts_per_step} prompts x {rl.rollouts_per_prompt} = {rollouts} rollouts, {rl.minibatches} updates each"),
     ]
 

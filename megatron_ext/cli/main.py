@@ -39,6 +39,7 @@ VERBS = {
     "tokenizer": ("stage_verb", "train the tokenizer"),
     "pretrain": ("stage_verb", "pretrain the vision-language model"),
     "sft": ("stage_verb", "fine-tune it on instructions"),
+    "mpo": ("stage_verb", "teach it which of two answers is better (mixed preference optimisation)"),
     "discover": ("stage_verb", "find the expert cluster of every skill"),
     "rl": ("stage_verb", "reinforcement learning with the EARL bonus"),
     "evaluate": ("evaluate", "measure accuracy by skill"),

@@ -24,7 +24,8 @@ STARTED, DONE = "started.json", "done.json"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "ray", "numpy", "sentencepiece")
 _HOW_NOT_WHAT = {
     "parallel", "micro_batch", "micro_batch_tokens", "packed", "fleet", "replicas", "batch_size", "experts_kernel", "save_every", "keep", "async_save",
-    "log_every", "eval_every", "index"
+    "log_every", "eval_every", "index", "retries", "restarts", "silence_s", "probe", "offload", "placement", "reward_workers", "reward_timeout_s",
+    "reward_memory_gib"
 }  # fmt: skip
 
 

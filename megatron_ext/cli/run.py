@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
 def conclude(root: Path) -> None:
     """Prints the table of accuracies, where they were measured, and writes the report."""
-    from megatron_ext.observe.report import write_report
+    from megatron_ext.cli.report import report
     from megatron_ext.observe.summary import print_summary
 
     print_summary(root)
-    print(f"report: {write_report(root)}")
+    print(f"report: {report(root)}")

@@ -52,7 +52,7 @@ class RunFolder:
 
     def start_of_rl(self, config: RunConfig) -> Path:
         """The checkpoint that is surveyed, evaluated before, and improved by RL."""
-        return config.rl.init_from or self.checkpoints("sft")
+        return config.rl.init_from or self.checkpoints("mpo" if config.mpo.steps else "sft")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

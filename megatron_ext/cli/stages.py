@@ -1,7 +1,7 @@
 """The stages of a recipe: what each needs, what it depends on, and the one call that does it.
 
-    tokenizer -> pretrain -> sft -> discover -> evaluate-sft
-                                       \\-> rl -> evaluate-rl
+    tokenizer -> pretrain -> sft (-> mpo) -> discover -> evaluate-sft
+                                                \\-> rl -> evaluate-rl
 
 The expert clusters are found before the first evaluation, so that their use is measured before and after RL.
 """
@@ -57,6 +57,13 @@ def _sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
 
     init_from = config.sft.init_from or run.checkpoints("pretrain")
     return run_supervised(config, "sft", run.root / "sft", init_from, launch.ranks, launch.stop_file)
+
+
+def _mpo(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
+    from megatron_ext.training.stage import run_supervised
+
+    init_from = config.mpo.init_from or run.checkpoints("sft")
+    return run_supervised(config, "mpo", run.root / "mpo", init_from, launch.ranks, launch.stop_file)
 
 
 def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
@@ -119,6 +126,7 @@ STAGES = {
         Stage("tokenizer", (), ("data", "seed"), ("tokenizer",), _tokenizer),
         Stage("pretrain", ("tokenizer",), ("model", "pretrain"), ("pretrain",), _pretrain, supervised=True),
         Stage("sft", ("pretrain",), ("sft",), ("sft",), _sft, supervised=True),
+        Stage("mpo", ("sft",), ("mpo",), ("mpo",), _mpo, supervised=True),
         Stage("discover", ("sft",), ("discover", "rollout", "rl.reward"), ("discover",), _discover),
         Stage("evaluate-sft", ("sft", "discover"), ("evaluate", "rollout", "rl.reward"), ("evaluate/sft", "evaluate/sft.json"), _evaluate_sft),
         Stage("rl", ("sft", "discover"), ("rl", "earl", "rollout"), ("rl",), _rl),
@@ -129,13 +137,20 @@ STAGES = {
 
 def needs(stage: Stage, config: RunConfig) -> tuple[str, ...]:
     """The stages whose results this one reads. A stage that starts from a given checkpoint does not need the stages that would have made it, and a model
-    without experts has no clusters."""
-    if stage.name == "sft" and config.sft.init_from is not None:
+    without experts has no clusters. What comes after fine-tuning reads the last of its stages."""
+    if (stage.name == "sft" and config.sft.init_from is not None) or (stage.name == "mpo" and config.mpo.init_from is not None):
         return ("tokenizer",)
+    if stage.name in ("sft", "mpo"):
+        return stage.needs
     names = stage.needs if config.model.num_experts else tuple(name for name in stage.needs if name != "discover")
-    if config.rl.init_from is not None:
-        names = tuple("tokenizer" if name == "sft" else name for name in names)
-    return names
+    tuned = "tokenizer" if config.rl.init_from is not None else "mpo" if config.mpo.steps else "sft"
+    return tuple(tuned if name == "sft" else name for name in names)
+
+
+def require(stage: Stage, config: RunConfig) -> None:
+    """Raises UserError for a stage that the recipe does not have."""
+    if stage.name == "mpo" and not config.mpo.steps:
+        raise UserError("mpo.steps", "is 0: the recipe has no such stage", "set it, for example mpo.steps=200")
 
 
 def sections(stage: Stage, config: RunConfig) -> tuple[str, ...]:
@@ -149,6 +164,8 @@ def recipe(until: str | None, config: RunConfig) -> list[Stage]:
     if until is not None and until not in STAGES:
         close = get_close_matches(until, list(STAGES), n=1)
         raise UserError("--until", f"there is no stage {until!r}", f"did you mean {close[0]}?" if close else f"use {', '.join(STAGES)}")
+    if until is not None:
+        require(STAGES[until], config)
     wanted = {until} if until is not None else {"evaluate-sft", "evaluate-rl"}
     for stage in reversed(STAGES.values()):
         if stage.name in wanted:

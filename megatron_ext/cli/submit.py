@@ -21,10 +21,11 @@ from megatron_ext.cli.options import load
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.errors import EXIT_OK, ConfigError, UserError
 
-STAGES = ("pretrain", "sft", "rl")
+STAGES = ("pretrain", "sft", "mpo", "rl")
 TITLES = {
     "pretrain": "Pretraining: one task a rank",
     "sft": "Fine-tuning: one task a rank",
+    "mpo": "Mixed preference optimisation: one task a rank",
     "rl": "Reinforcement learning and what it needs besides, the evaluations before and after, and the report: a Ray cluster, one task a node",
 }
 SITE = Path("examples/slurm/site.env")
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, such as examples/tiny.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file")
     parser.add_argument("--until", choices=STAGES, default="rl", help="the stage that the job does, after those it needs (default rl, with all evaluations)")
-    parser.add_argument("--chain", action="store_true", help="a job for each of pretrain, sft, rl up to --until; each starts when the one before has succeeded")
+    parser.add_argument(
+        "--chain",
+        action="store_true",
+        help="a job for each of pretrain, sft, mpo (with mpo.steps), rl up to --until; each starts when the one before has succeeded",
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of each (default 0: CPUs over gloo)")
     parser.add_argument("--time", default="04:00:00", metavar="T", help="time limit (default 04:00:00); a job that reaches it is queued again and resumes")
@@ -51,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load(args).config
-    stages = STAGES[: STAGES.index(args.until) + 1] if args.chain else (args.until,)
+    chain = [stage for stage in STAGES if stage in ("pretrain", "sft", args.until) or (stage == "mpo" and config.mpo.steps)]
+    stages = [stage for stage in chain if STAGES.index(stage) <= STAGES.index(args.until)] if args.chain else [args.until]
     problems = [*missing_files(config), *(problem for stage in stages for problem in _problems(config, stage, args))]
     if problems:
         raise ConfigError(problems)
@@ -103,6 +109,8 @@ def _problems(config: RunConfig, stage: str, args: argparse.Namespace) -> Iterat
     ranks, nodes, gpus = config.parallel.num_ranks, args.nodes, args.gpus_per_node
     if nodes < 1:
         yield UserError("--nodes", f"{nodes} is no number of machines", "use 1 or more")
+    elif stage == "mpo" and not config.mpo.steps:
+        yield UserError("mpo.steps", "is 0: the recipe has no such stage", "set it, for example mpo.steps=200")
     elif stage == "rl":
         if nodes > 1 and config.rl.fleet == "local":
             yield UserError("rl.fleet", f"local cannot reach {nodes} nodes", "use ray, or --nodes 1")

@@ -15,7 +15,7 @@ Surrogate = Literal["clip", "gspo", "cispo"]
 Aggregation = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 KlEstimator = Literal["k1", "k2", "k3"]
 KlPlacement = Literal["loss", "reward"]
-Correction = Literal["none", "tis", "icepop"]
+Correction = Literal["none", "tis", "icepop", "sequence_mask"]
 
 # The schema's defaults are GRPO's parts, with the token mean and the wider upper bound that DAPO brought.
 ALGORITHMS: dict[str, dict[str, Any]] = {

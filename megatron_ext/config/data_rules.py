@@ -10,6 +10,13 @@ from megatron_ext.errors import UserError
 from megatron_ext.shapes import round_up
 
 
+def image_rules(data: DataConfig) -> Iterator[UserError]:
+    """Of where pictures are."""
+    if data.image_root is not None and data.kind != "jsonl":
+        why = {"blend": "sources name their own root", "webdataset": "pictures lie in the shards", "suite": "pictures are drawn"}[data.kind]
+        yield UserError("data.image_root", f"{str(data.image_root)!r} would be ignored with data.kind = {data.kind}: {why}", "remove it")
+
+
 def budget_rules(name: str, stage: TrainConfig, data: DataConfig, parallel: ParallelConfig) -> Iterator[UserError]:
     """Of micro-batches by tokens: with them, every rank can make as many micro-batches as any other, none of them empty."""
     field, budget = f"{name}.micro_batch_tokens", stage.micro_batch_tokens

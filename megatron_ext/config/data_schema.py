@@ -24,6 +24,12 @@ class DataConfig(Section):
     """Of pictures in files. `fit`: one tile, letterboxed. `internvl`: dynamic tiling with a thumbnail, as transformers does it for InternVL."""
     max_tiles: int = Field(12, gt=0)
     """With `internvl`: tiles per picture, the thumbnail not counted."""
+    image_root: Path | None = None
+    """With `jsonl`: the folder that images are relative to and must lie in, links followed. Unset: the file's own."""
+    max_image_bytes: int = Field(64 << 20, gt=0)
+    max_image_pixels: int = Field(64_000_000, gt=0, le=178_956_970)
+    """A picture of more bytes, or of more pixels than this, is not decoded: a small file may say that it is enormous. A pixel takes up to 4 bytes while it is
+    scaled; Pillow itself opens none beyond 178956970."""
     tokenizer: Path | None = None
     """A Hugging Face folder whose tokenizer is used as it is (start from a converted checkpoint with its own); unset: one is trained on the run's text."""
     level: int = Field(0, ge=0)

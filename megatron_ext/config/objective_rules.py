@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from megatron_ext.config.schema import RunConfig
@@ -22,17 +21,6 @@ def objective_rules(config: RunConfig) -> Iterator[UserError]:
             "use k2 or k3, or rl.kl_placement=reward",
         )
     yield from _named_rewards(config)
-    low, high = rl.icepop_band
-    if not 0 <= low < 1 < high:
-        yield UserError("rl.icepop_band", f"({low:g}, {high:g}) leaves out 1, the ratio of tokens on which both engines agree", "use 0.5 and 5, for example")
-    agreed = math.exp(rl.max_logprob_diff)
-    cut = {"none": 0.0, "tis": rl.tis_cap, "icepop": min(high, 1 / low if low > 0 else high)}[rl.mismatch_correction]
-    if agreed < cut:
-        yield UserError(
-            "rl.mismatch_correction",
-            f"{rl.mismatch_correction} cuts weights beyond a factor of {cut:g}, but rl.max_logprob_diff = {rl.max_logprob_diff:g} stops the run at {agreed:g}",
-            f"raise rl.max_logprob_diff above {math.log(cut):.2g}, or leave the correction out",
-        )
 
 
 def _named_rewards(config: RunConfig) -> Iterator[UserError]:

@@ -11,6 +11,8 @@ from megatron_ext.config.algorithms import Advantage, Aggregation, Algorithm, Co
 from megatron_ext.config.section import Section
 from megatron_ext.config.training_schema import OptimizerConfig, ParallelConfig
 
+Placement = Literal["colocated", "disaggregated"]
+
 
 class RolloutConfig(Section):
     temperature: float = Field(1.0, ge=0)
@@ -32,7 +34,11 @@ class RolloutConfig(Section):
     """Rollouts and learner compute the same log-probs in every bit, whatever batch a token is in, and RL stops at the first that differs. On CPUs, in fp32,
     with equal tp on both sides; what it costs in time: docs/benchmarks/exactness.md. False: they agree to rounding."""
     replicas: int = Field(2, gt=0)
-    """Rollout worlds; each has `parallel.num_ranks` processes."""
+    """Rollout worlds; each has `parallel.num_ranks` processes. They may become fewer: one that is lost is replaced, and given up after `restarts`."""
+    retries: int = Field(3, ge=0)
+    """How often an answer is begun again on another replica because its own was lost; then it is counted as failed, and never trained on."""
+    restarts: int = Field(3, ge=0)
+    """How often a replica is started anew without having answered anything in between. The run ends when none is left."""
     parallel: ParallelConfig = ParallelConfig()
 
 
@@ -82,7 +88,7 @@ class RLConfig(Section):
     mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
     """Weights of the suite's kinds of question. A JSONL file is asked from as it is."""
     algorithm: Algorithm = "grpo"
-    """A name for parts of the objective, the fields from here to `icepop_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
+    """A name for parts of the objective, the fields from here to `sequence_band`: `config/load.py` fills in what it stands for (`config/algorithms.py`), and a
     part that is set by itself wins."""
     advantage: Advantage = "grpo"
     """How rewards become advantages: within the group (`grpo`: over its spread; `dr_grpo`; `rloo`: against the mean of the others), over the whole batch
@@ -113,9 +119,12 @@ class RLConfig(Section):
     kl_placement: KlPlacement = "loss"
     """A term of the loss, or a penalty on the reward of each answer."""
     mismatch_correction: Correction = "none"
-    """Weight of a token by its probability in the learner over that at rollout: cut at `tis_cap`, or 0 outside `icepop_band`."""
+    """Weight of a token by its probability in the learner over that at rollout, which another engine or older weights have changed: cut at `tis_cap`; or 0
+    outside `icepop_band`; or (`sequence_mask`) cut at `tis_cap`, and 0 for whole answers whose geometric mean of it is outside `sequence_band`."""
     tis_cap: float = Field(2.0, ge=1)
     icepop_band: tuple[float, float] = (0.5, 5.0)
+    sequence_band: tuple[float, float] = (0.9, 1.1)
+    """For engines that differ by rounding alone 0.999 to 1.001 is usual; how far a step moves the weights is in `staleness/*`."""
     router_lr_scale: float = Field(0.1, ge=0)
     """The router learns this many times slower; 0 freezes it."""
     replay_routes: bool = True
@@ -123,10 +132,32 @@ class RLConfig(Section):
     reward: str = "megatron_ext.rl.rewards:skill_reward"
     """Dotted path `module:function` of the task reward. Evaluation and discovery ask it, too, which answers are right: those whose part "correct" is 1, or,
     without such a part, whose reward reaches `earl.correct_threshold`."""
+    reward_workers: int = Field(2, gt=0)
+    """Processes that reward answers, side by side."""
     reward_timeout_s: float = Field(10.0, gt=0)
+    """The longest that one answer may take. What takes longer, or dies, is tried once more in a new process; then it has failed, which is no reward of 0."""
+    reward_memory_gib: float | None = Field(8.0, gt=0)
+    """Addresses that a reward's process may take: beyond, it sees a MemoryError, which costs that answer alone. Processes that it starts count for themselves.
+    Null: no limit."""
+    environment: str = ""
+    """Dotted path `module:function` of what goes on with a conversation after each turn of the model, under the limits of rewards (docs/environments.md), such
+    as megatron_ext.rl.environments:zoom. Empty: an answer has one turn."""
+    max_turns: int = Field(4, gt=1)
+    """With an environment: turns of the model in one conversation. Each may have `rollout.max_new_tokens`, and all together fit `model.max_positions`."""
     max_logprob_diff: float = Field(1e-2, gt=0)
     """The run stops when rollout and learner log-probs differ by more than this under the same weights."""
+    probe: bool = True
+    """After every publication the learner and all rollouts compute the log-probs of one prompt, fixed for the run, with their new weights. Where they differ by
+    more than `max_logprob_diff`, with `rollout.deterministic` by anything, the run stops before an answer is generated. Costs a forward pass of a few hundred
+    tokens on either side."""
+    offload: bool = False
+    """Learner and rollouts leave the device to each other in turn, for ranks that share one. While answers are generated the learner has no gradient
+    buffers, and on a GPU its weights and its optimizer's state wait in pinned host memory; while it learns the rollouts have no weights on the device, and no
+    keys and values. Costs the copies out and back in every step, and as much host memory, of which torch pins powers of two."""
     fleet: Literal["ray", "local"] = "ray"
+    placement: Placement = "colocated"
+    """`colocated`: learner and rollouts share all GPUs, and what a rank leaves idle another can use. `disaggregated`: every rank has a GPU of its own, so that
+    answers are written while the learner learns; it takes as many GPUs as there are ranks."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0)
     save_every: int = Field(0, ge=0)
     keep: int = Field(2, gt=0)
@@ -134,4 +165,15 @@ class RLConfig(Section):
     """As in the supervised stages: the learner's checkpoints are written beside the next steps."""
     eval_every: int = Field(0, ge=0)
     """Steps between evaluations on the validation split; 0 evaluates only before and after."""
+    max_staleness: int = Field(0, ge=0)
+    """How many steps older than the learner's the weights may be that a step's answers were begun with. 0: each step waits for its answers; 1: the next answers
+    are written while the learner learns from these; more: slow answers have so many steps' time. Above 0 tokens are weighed by `mismatch_correction`, and
+    the bounds of `max_logprob_diff` and `rollout.deterministic` hold for answers of the present weights alone."""
+    partial_rollouts: bool = False
+    """New weights are loaded in the middle of answers, which go on under them; each token knows its weights' version. False: answers are ended first."""
+    silence_s: float = Field(30.0, gt=0)
+    """A rank that gives no sign of life for so long, which it does every second whatever it is at, is lost: it is ended and started anew."""
+    restarts: int = Field(3, ge=0)
+    """How often a learner of which a rank was lost is started again from its latest checkpoint without having got further. Steps since then are repeated with
+    the answers of the bank."""
     init_from: Path | None = None

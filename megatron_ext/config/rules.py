@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from megatron_ext.config.data_rules import budget_rules
+from megatron_ext.config.data_rules import image_rules
 from megatron_ext.config.exact_rules import exact_rules
+from megatron_ext.config.fleet_rules import fleet_rules
 from megatron_ext.config.objective_rules import objective_rules
-from megatron_ext.config.schema import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_ext.config.offload_rules import offload_rules
+from megatron_ext.config.schema import RunConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
+from megatron_ext.config.stage_rules import mix_rules, must_divide, optimizer_rules, stage_rules
+from megatron_ext.config.staleness_rules import staleness_rules
 from megatron_ext.errors import UserError
 from megatron_ext.shapes import round_up
 
 Problems = Iterator[UserError]
-_MOST_DIVISORS = 12
 
 
 def check_rules(config: RunConfig) -> list[UserError]:
@@ -29,7 +32,7 @@ def check_rules(config: RunConfig) -> list[UserError]:
         _moe,
         _clvr,
         _data,
-        _stages,
+        stage_rules,
         _rollout,
         _discover,
         _earl,
@@ -59,11 +62,11 @@ def _vision(config: RunConfig) -> Problems:
     if min(vision.image_std) <= 0:
         yield UserError("model.vision.image_std", f"{vision.image_std} divides by zero or turns colours round", "use positive numbers")
     if vision.image_size % vision.patch_size:
-        yield _must_divide("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
+        yield must_divide("model.vision.patch_size", vision.patch_size, "model.vision.image_size", vision.image_size)
     elif patches_per_side(vision) % vision.downsample:
-        yield _must_divide("model.vision.downsample", vision.downsample, "the patches per side", patches_per_side(vision))
+        yield must_divide("model.vision.downsample", vision.downsample, "the patches per side", patches_per_side(vision))
     if vision.hidden_size % vision.num_attention_heads:
-        yield _must_divide("model.vision.num_attention_heads", vision.num_attention_heads, "model.vision.hidden_size", vision.hidden_size)
+        yield must_divide("model.vision.num_attention_heads", vision.num_attention_heads, "model.vision.hidden_size", vision.hidden_size)
 
 
 def _text_only(config: RunConfig) -> Problems:
@@ -77,7 +80,7 @@ def _text_only(config: RunConfig) -> Problems:
 def _decoder(config: RunConfig) -> Problems:
     model = config.model
     if model.num_attention_heads % model.num_query_groups:
-        yield _must_divide("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
+        yield must_divide("model.num_query_groups", model.num_query_groups, "model.num_attention_heads", model.num_attention_heads)
     if model.head_dim % 2:
         yield UserError("model.head_dim", f"{model.head_dim} is odd", "rotary positions turn pairs: use an even number")
     if model.num_experts == 1:
@@ -171,7 +174,7 @@ def _clvr(config: RunConfig) -> Problems:
     if len(set(clvr.taps)) != len(clvr.taps):
         yield UserError("model.clvr.taps", "names a pair twice", "keep one of the two")
     if clvr.num_heads % clvr.num_kv_heads:
-        yield _must_divide("model.clvr.num_kv_heads", clvr.num_kv_heads, "model.clvr.num_heads", clvr.num_heads)
+        yield must_divide("model.clvr.num_kv_heads", clvr.num_kv_heads, "model.clvr.num_heads", clvr.num_heads)
     if model.vision.hidden_size % 4:
         yield UserError("model.vision.hidden_size", f"{model.vision.hidden_size} is not a multiple of 4", "CLVR's 2-D patch positions need four equal parts")
 
@@ -183,6 +186,7 @@ def _data(config: RunConfig) -> Problems:
         yield UserError("data.path", f"is missing, but data.kind = {data.kind} reads files", f"give the path of {what}")
     if data.kind in ("suite", "jsonl") and data.index is not None:
         yield UserError("data.index", f"{str(data.index)!r} would be ignored: data.kind = {data.kind} has no shards", "remove it")
+    yield from image_rules(data)
     if data.kind == "suite" and data.path is not None:
         yield UserError("data.path", f"{str(data.path)!r} would be ignored: data.kind = suite draws its data", "set data.kind=jsonl or remove the path")
     if data.tokenizer is not None and config.earl.enabled and config.earl.subtask == "tags":
@@ -197,66 +201,6 @@ def _data(config: RunConfig) -> Problems:
             f"{data.max_length} leaves no room for text: an image alone takes {tokens_per_tile(model.vision)} tokens",
             "raise it, or model.vision.downsample",
         )
-
-
-def _stages(config: RunConfig) -> Problems:
-    for name, stage in (("pretrain", config.pretrain), ("sft", config.sft)):
-        yield from _batches(name, stage, data_parallel(config.parallel))
-        if stage.micro_batch_tokens:
-            yield from budget_rules(name, stage, config.data, config.parallel)
-        else:
-            yield from _interleaved(name, stage, config.parallel)
-        yield from _mix(f"{name}.mix", stage.mix, ("caption", "qa", "composite"))
-        if stage.text:
-            yield from _mix(f"{name}.text", stage.text, tuple(stage.text))
-        yield from _optimizer(f"{name}.optimizer", stage.optimizer)
-
-
-def _batches(name: str, stage: TrainConfig, dp: int) -> Problems:
-    if dp and stage.global_batch % dp:
-        yield UserError(f"{name}.global_batch", f"{stage.global_batch} cannot be shared by {dp} data-parallel ranks", f"use a multiple of {dp}")
-    elif dp and not stage.micro_batch_tokens and (stage.global_batch // dp) % stage.micro_batch:
-        share = stage.global_batch // dp
-        yield UserError(
-            f"{name}.micro_batch",
-            f"{stage.micro_batch} does not divide the {share} conversations of a rank ({name}.global_batch = {stage.global_batch} over {dp} ranks)",
-            f"use {_divisors(share)}",
-        )
-
-
-def _interleaved(name: str, stage: TrainConfig, parallel: ParallelConfig) -> Problems:
-    """Megatron's interleaved schedule hands micro-batches round in groups of pp."""
-    dp = data_parallel(parallel)
-    if parallel.vpp == 1 or not dp or stage.global_batch % (dp * stage.micro_batch):
-        return
-    microbatches = stage.global_batch // dp // stage.micro_batch
-    if microbatches % parallel.pp:
-        yield UserError(
-            f"{name}.micro_batch",
-            f"{stage.micro_batch} makes {microbatches} micro-batches of a rank's {stage.global_batch // dp} conversations, which parallel.vpp = {parallel.vpp} "
-            f"needs in groups of parallel.pp = {parallel.pp}",
-            f"make {name}.global_batch / dp / micro_batch a multiple of {parallel.pp}",
-        )
-
-
-def _mix(field: str, mix: dict[str, float], known: tuple[str, ...]) -> Problems:
-    for kind, weight in mix.items():
-        if kind not in known:
-            yield UserError(f"{field}.{kind}", "is not a kind of conversation", f"use {', '.join(known)}")
-        if weight < 0:
-            yield UserError(f"{field}.{kind}", f"the weight {weight:g} is negative", "use 0 to leave a kind out")
-    if not any(weight > 0 for weight in mix.values()):
-        yield UserError(field, "gives no kind of conversation a weight above 0", f"weigh one of {', '.join(known)}")
-
-
-def _optimizer(field: str, optimizer: OptimizerConfig) -> Problems:
-    if optimizer.min_lr > optimizer.lr:
-        yield UserError(f"{field}.min_lr", f"{optimizer.min_lr:g} is more than lr = {optimizer.lr:g}", "the schedule falls from lr to min_lr")
-    for beta in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, beta) < 1:
-            yield UserError(f"{field}.{beta}", f"{getattr(optimizer, beta):g} is not in [0, 1)", "0.9 and 0.98 are usual")
-    if optimizer.eps <= 0:
-        yield UserError(f"{field}.eps", f"{optimizer.eps:g} is not positive", "1e-8 is usual")
 
 
 def _rollout(config: RunConfig) -> Problems:
@@ -330,12 +274,16 @@ def _rl(config: RunConfig) -> Problems:
             f"a rank gets {rows} rollouts a minibatch, which parallel.vpp = {config.parallel.vpp} needs in at least parallel.pp = {config.parallel.pp} parts",
             "ask for more prompts, or fewer minibatches",
         )
-    module, colon, function = rl.reward.partition(":")
-    if not (colon and module and function.isidentifier()):
-        yield UserError("rl.reward", f"{rl.reward!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
-    yield from _mix("rl.mix", rl.mix, ("qa", "composite"))
-    yield from _optimizer("rl.optimizer", rl.optimizer)
+    for field, path, example in (("reward", rl.reward, "rewards:skill_reward"), ("environment", rl.environment or "none:none", "environments:zoom")):
+        module, colon, function = path.partition(":")
+        if not (colon and module and function.isidentifier()):
+            yield UserError(f"rl.{field}", f"{path!r} is not of the form module:function", f"for example megatron_ext.rl.{example}")
+    yield from mix_rules("rl.mix", rl.mix, ("qa", "composite"))
+    yield from optimizer_rules("rl.optimizer", rl.optimizer)
     yield from objective_rules(config)
+    yield from offload_rules(config)
+    yield from staleness_rules(config)
+    yield from fleet_rules(config)
 
 
 def _evaluate(config: RunConfig) -> Problems:
@@ -352,15 +300,3 @@ def _observe(config: RunConfig) -> Problems:
     file = config.observe.prometheus_file
     if file is not None and file.suffix != ".prom":
         yield UserError("observe.prometheus_file", f"{str(file)!r} would not be read by the textfile collector", "use a name that ends in .prom")
-
-
-def _must_divide(field: str, value: int, other: str, total: int) -> UserError:
-    return UserError(field, f"{value} does not divide {other} = {total}", f"use {_divisors(total)}")
-
-
-def _divisors(total: int) -> str:
-    """The divisors of a number in words; of many, the smallest."""
-    divisors = [str(n) for n in range(1, total + 1) if total % n == 0]
-    if len(divisors) > _MOST_DIVISORS:
-        divisors = [*divisors[: _MOST_DIVISORS - 1], "..."]
-    return ", ".join(divisors[:-1]) + (f" or {divisors[-1]}" if len(divisors) > 1 else divisors[-1])

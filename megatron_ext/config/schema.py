@@ -5,6 +5,7 @@
       parallel     how it is laid out         (the learner; `rollout.parallel` for the rollout fleet)
       data         what it learns from
       pretrain, sft                           (two stages of one kind)
+      mpo          which of two answers is better
       rollout      how answers are sampled
       discover     how expert clusters are found
       earl, rl     the bonus and the reinforcement learning
@@ -28,8 +29,10 @@ from megatron_ext.config.rl_schema import EarlConfig as EarlConfig
 from megatron_ext.config.rl_schema import RLConfig as RLConfig
 from megatron_ext.config.rl_schema import RolloutConfig as RolloutConfig
 from megatron_ext.config.section import Section as Section
+from megatron_ext.config.training_schema import MpoConfig as MpoConfig
 from megatron_ext.config.training_schema import OptimizerConfig as OptimizerConfig
 from megatron_ext.config.training_schema import ParallelConfig as ParallelConfig
+from megatron_ext.config.training_schema import StageConfig as StageConfig
 from megatron_ext.config.training_schema import TrainConfig as TrainConfig
 
 
@@ -173,6 +176,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     pretrain: TrainConfig = TrainConfig()
     sft: TrainConfig = TrainConfig()
+    mpo: MpoConfig = MpoConfig()
     rollout: RolloutConfig = RolloutConfig()
     discover: DiscoverConfig = DiscoverConfig()
     earl: EarlConfig = EarlConfig()

@@ -1,9 +1,9 @@
-"""The sections `parallel`, `pretrain` and `sft`: how ranks are laid out, and how supervised stages learn."""
+"""The sections `parallel`, `pretrain`, `sft` and `mpo`: how ranks are laid out, and how stages learn from what is given."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -55,22 +55,17 @@ class OptimizerConfig(Section):
     """Global gradient norm; 0 leaves gradients as they are."""
 
 
-class TrainConfig(Section):
-    """A supervised stage: `pretrain` (captions and questions) or `sft` (the instruction format)."""
+class StageConfig(Section):
+    """What stages that learn from given examples have in common: conversations, or pairs of answers."""
+
+    rows_each: ClassVar[int] = 1
+    """Rows of tokens that an example makes."""
 
     steps: int = Field(100, ge=0)
     global_batch: int = Field(64, gt=0)
-    """Conversations per step over all data-parallel ranks."""
+    """Examples per step over all data-parallel ranks."""
     micro_batch: int = Field(32, gt=0)
-    """Conversations per forward pass of one rank."""
-    micro_batch_tokens: int = Field(0, ge=0)
-    """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
-    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
-    mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
-    """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
-    text: dict[str, float] = Field(default_factory=dict)
-    """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
-    each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""
+    """Examples per forward pass of one rank."""
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves at the end only."""
@@ -86,3 +81,46 @@ class TrainConfig(Section):
     """False freezes the vision encoder; under pipeline parallelism later stages then run it themselves instead of receiving its features."""
     init_from: Path | None = None
     """Checkpoint to start from; unset: the stage before, or random weights for the first stage."""
+
+
+class TrainConfig(StageConfig):
+    """A supervised stage: `pretrain` (captions and questions) or `sft` (the instruction format)."""
+
+    global_batch: int = Field(64, gt=0)
+    """Conversations per step over all data-parallel ranks."""
+    micro_batch: int = Field(32, gt=0)
+    """Conversations per forward pass of one rank."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """With `packed`, in place of `micro_batch`: a rank's conversations of a step are spread evenly over micro-batches of at most this many tokens each. All
+    data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
+    mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
+    """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
+    text: dict[str, float] = Field(default_factory=dict)
+    """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
+    each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""
+
+
+class MpoConfig(StageConfig):
+    """Mixed preference optimisation: from a right and a wrong answer to the same question. The defaults are those of InternVL."""
+
+    rows_each: ClassVar[int] = 2
+
+    steps: int = Field(0, ge=0)
+    """0: the recipe has no such stage. Otherwise discovery, evaluation and RL start from its result."""
+    global_batch: int = Field(256, gt=0)
+    """Pairs per step over all data-parallel ranks."""
+    micro_batch: int = Field(16, gt=0)
+    """Pairs per forward pass of one rank; the two answers of a pair are never parted."""
+    pairs: Path | None = None
+    """JSONL file of pairs, one object a line: {"image": ..., "question": ..., "chosen": ..., "rejected": ...}. Unset: questions of the suite."""
+    mix: dict[str, float] = Field(default_factory=lambda: {"qa": 1.0, "composite": 1.0})
+    """Without `pairs`: weights of the suite's kinds of question."""
+    beta: float = Field(0.1, gt=0)
+    """How much a log-ratio to the reference, the checkpoint that the stage starts from, counts. The reference costs its memory and a forward pass a step."""
+    dpo_weight: float = Field(0.8, ge=0)
+    """Of the preference loss: the right answer against the wrong one."""
+    bco_weight: float = Field(0.2, ge=0)
+    """Of the quality loss: each answer against the mean of those before."""
+    sft_weight: float = Field(1.0, ge=0)
+    """Of the generation loss: the cross entropy of right answers, which keeps them likely."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-7, min_lr=0.0, weight_decay=0.05)

@@ -65,6 +65,14 @@ def encode_prompt(question: str, tokenizer: Tokenizer, tokens_per_tile: int, his
     return np.array(tokens + asked, np.int32)
 
 
+def encode_observation(text: str, tokenizer: Tokenizer, tokens_per_tile: int, tiles: Sequence[int], ended: bool) -> list[int]:
+    """What follows an answer where the conversation goes on: a user turn that shows images, `tiles` of each, and says `text`, up to where the next answer
+    begins. `ended`: whether the answer has its end token already. Raises DataError where the text holds a piece of the template."""
+    turn = (IMAGE + "\n") * len(tiles) + text
+    check_placeholders([(turn, "")], len(tiles), "an observation")
+    return [*([] if ended else [tokenizer.eos_id]), *_newline(tokenizer), *_question(turn, tokenizer, tokens_per_tile, iter(tiles))]
+
+
 def question_text(tokens_S: np.ndarray, tokenizer: Tokenizer) -> str:
     """The last question of a prompt, for people to read: without template, image and history."""
     last = tokenizer.decode(tokens_S.tolist()).rpartition(f"{TURN_START}user\n")[2].partition(TURN_END)[0]

@@ -10,6 +10,7 @@ from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data import suite
 from megatron_ext.data.chat import encode_prompt
 from megatron_ext.data.digits import Split
+from megatron_ext.data.originals import reference
 from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.data.sources import open_records, skills_in
 from megatron_ext.errors import DataError
@@ -49,7 +50,7 @@ def draw_recorded_prompts(
         if len(tokens_S) > config.max_length:
             problem = f"the prompt has {len(tokens_S)} tokens, more than data.max_length = {config.max_length}"
             raise DataError(record.where, problem, "raise data.max_length or shorten it")
-        meta = {"skill": record.skill, "template": config.kind, "where": record.where, "answer": answer}
+        meta = {"skill": record.skill, "template": config.kind, "where": record.where, "answer": answer, "pictures": [reference(one) for one in record.images]}
         key = "/".join(filter(None, (config.kind, split, skill, str(seed), str(position))))
         prompts.append(Prompt(key, record.skill, tokens_S, Tiles.join(images), answer, meta))
     return prompts

@@ -8,6 +8,7 @@ blend.py       several of the two     |
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,6 +71,34 @@ class Listed:
         return shuffled(position, len(self.records), seed)
 
 
+class Reader:
+    """Reads records by number, with their pictures. Where one cannot be read the next that can is taken: at most `data.max_bad_samples` are left out, each told
+    once."""
+
+    def __init__(self, records: Records, data: DataConfig, vision: VisionConfig, seed: int) -> None:
+        self._records, self._data, self._vision, self._seed = records, data, vision, seed
+        self._bad: set[str] = set()
+
+    @property
+    def num_bad(self) -> int:
+        """Left out so far."""
+        return len(self._bad)
+
+    def read(self, number: int) -> tuple[Record, tuple[Tiles, ...]]:
+        """Raises DataError where too many are at fault."""
+        for later in range(len(self._records)):
+            try:
+                record = self._records[self._records.place(number + later, self._seed)]
+                return record, record.load(self._data, self._vision)
+            except DataError as error:
+                if error.where not in self._bad:
+                    self._bad.add(error.where)
+                    if len(self._bad) > self._data.max_bad_samples:
+                        raise
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+        raise DataError(str(self._data.path), f"none of its {len(self._records)} conversations can be read", "mend the file")
+
+
 def shuffled(index: int, length: int, seed: int) -> int:
     """Position `index` of an endless shuffle: every epoch visits each of `length` records once, in an order of its own."""
     epoch, position = divmod(index, length)
@@ -81,14 +110,14 @@ def _order(epoch: int, length: int, seed: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-def read_object(text: bytes, where: str, remedy: str) -> dict[str, object]:
-    """The JSON object in a text. Raises DataError."""
+def read_object(text: bytes, where: str, remedy: str, start: str = '{"conversations": ...') -> dict[str, object]:
+    """The JSON object in a text, which begins with `start`, say. Raises DataError."""
     try:
         entry = json.loads(text)
     except ValueError as error:  # bad JSON or bad UTF-8
         raise DataError(where, f"is not JSON ({error})", remedy) from error
     if not isinstance(entry, dict):
-        raise DataError(where, f"holds a {type(entry).__name__}, not an object", 'start with {"conversations": ...')
+        raise DataError(where, f"holds a {type(entry).__name__}, not an object", f"start with {start}")
     return entry
 
 

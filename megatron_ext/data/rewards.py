@@ -1,7 +1,7 @@
 """How a reward is found and read, and when it says that an answer is right.
 
 A reward is a function `reward(prompt: Prompt, response: str)` that returns a number, or a dict of numbers with "reward" as the total. The configuration
-names it by its dotted path `module:function` (`rl.reward`); `rl/rewards.py` holds two. In reinforcement learning it runs in processes of its own, which never
+names it by its dotted path `module:function` (`rl.reward`); `rl/rewards` holds several. In reinforcement learning it runs in processes of its own, which never
 import torch; evaluation and discovery ask it whether an answer is right.
 """
 
@@ -63,24 +63,30 @@ def read_reward(value: object) -> tuple[float, dict[str, float]]:
 
 
 def load_reward(path: str) -> RewardFunction:
-    """The function behind `module:function`. Raises UserError when the path, the module or the function is not there, or it cannot be called."""
+    """The function behind `module:function`. Raises like `load_function`."""
+    return load_function(path, _WHERE, "megatron_ext.rl.rewards:skill_reward", "reward(prompt, response)")
+
+
+def load_function(path: str, where: str, example: str, form: str) -> Callable[..., object]:
+    """The function behind `module:function`, which the field `where` names. Raises UserError when the path, the module or the function is not there, or it
+    cannot be called."""
     module_name, colon, name = path.partition(":")
     if not (colon and module_name and name.isidentifier()):
-        raise UserError(_WHERE, f"{path!r} is not of the form module:function", "for example megatron_ext.rl.rewards:skill_reward")
+        raise UserError(where, f"{path!r} is not of the form module:function", f"for example {example}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise UserError(_WHERE, f"importing {module_name!r} fails: {error}", "install what it imports") from error
-        raise UserError(_WHERE, f"there is no module {error.name!r}", "start from the folder that holds it, or put that folder on PYTHONPATH") from None
+            raise UserError(where, f"importing {module_name!r} fails: {error}", "install what it imports") from error
+        raise UserError(where, f"there is no module {error.name!r}", "start from the folder that holds it, or put that folder on PYTHONPATH") from None
     except Exception as error:
-        raise UserError(_WHERE, f"importing {module_name!r} fails: {type(error).__name__}: {error}", "mend the module") from error
+        raise UserError(where, f"importing {module_name!r} fails: {type(error).__name__}: {error}", "mend the module") from error
     if not hasattr(module, name):
         near = difflib.get_close_matches(name, [other for other in vars(module) if callable(getattr(module, other))], n=1)
-        raise UserError(_WHERE, f"module {module_name!r} has no {name!r}", f"did you mean {near[0]!r}?" if near else "name a function of the module")
+        raise UserError(where, f"module {module_name!r} has no {name!r}", f"did you mean {near[0]!r}?" if near else "name a function of the module")
     function = getattr(module, name)
     if not callable(function):
-        raise UserError(_WHERE, f"{path!r} is a {type(function).__name__}, not a function", "name a function reward(prompt, response)")
+        raise UserError(where, f"{path!r} is a {type(function).__name__}, not a function", f"name a function {form}")
     return function
 
 

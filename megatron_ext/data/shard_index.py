@@ -36,6 +36,8 @@ _PICTURE = re.compile(r"(?:(\d+)\.)?(?:jpg|jpeg|png|webp)")
 _SAMPLE = [("shard", "<i4"), ("split", "<u1"), ("skill", "<i4"), ("first", "<i8"), ("count", "<i4")]
 _MEMBER = np.dtype([("kind", "<u1"), ("offset", "<i8"), ("size", "<i8")])
 _BLOCK = 512
+MOST_TEXT_BYTES = 16 << 20
+"""Of a .json or .txt, which are read whole."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def _samples(shard: Path) -> dict[str, _Sample]:
                 continue
             key = f"{folder}{slash}{stem}"
             sample = found.setdefault(key, _Sample())
+            if place[0] != PICTURE and size > MOST_TEXT_BYTES:
+                raise DataError(
+                    f"{shard}:{key}", f"its {base} has {size} bytes, more than {MOST_TEXT_BYTES}", "a conversation or caption is no larger: write it again"
+                )
             if place in sample.members:
                 raise DataError(
                     f"{shard}:{key}", f"has a second file of the kind of {base}", "give every sample a key of its own; pictures are .0.jpg, .1.jpg ..."

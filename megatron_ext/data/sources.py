@@ -19,7 +19,7 @@ from megatron_ext.errors import DataError
 def open_records(data: DataConfig, split: Split, skill: str = "") -> Records:
     """The conversations of a split: of one skill, where given, if there are any. Raises DataError where the split has none."""
     if data.kind == "jsonl":
-        return Listed(read_split(data.path, split, skill))
+        return Listed(read_split(data.path, split, skill, data.image_root))
     records = _records(data, split, skill)
     if not skill and not len(records):
         raise DataError(str(data.path), f"none of its conversations falls into the {split} split", "add conversations; about 40 are needed")
@@ -29,7 +29,7 @@ def open_records(data: DataConfig, split: Split, skill: str = "") -> Records:
 def skills_in(data: DataConfig) -> tuple[str, ...]:
     """Every skill that a conversation names, in alphabetical order."""
     if data.kind == "jsonl":
-        found = {record.skill for record in known(data.path)}
+        found = {record.skill for record in known(data.path, data.image_root)}
     elif data.kind == "webdataset":
         found = set(open_index(data.path, data.index).skills)
     else:
@@ -39,7 +39,7 @@ def skills_in(data: DataConfig) -> tuple[str, ...]:
 
 def all_texts(data: DataConfig) -> Iterator[str]:
     """Both sides of every turn, of all splits. Samples of shards that cannot be read are passed over: training names them."""
-    records = Listed(known(data.path)) if data.kind == "jsonl" else _records(data, None, "")
+    records = Listed(known(data.path, data.image_root)) if data.kind == "jsonl" else _records(data, None, "")
     for number in range(len(records)):
         try:
             turns = records[number].turns

@@ -8,7 +8,6 @@ how many ranks share it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
@@ -20,7 +19,7 @@ from megatron_ext.data.chat import Turn, encode_turns
 from megatron_ext.data.collate import TokenBatch, collate
 from megatron_ext.data.digits import Split
 from megatron_ext.data.pieces import Tokenizer
-from megatron_ext.data.records import Record, Records
+from megatron_ext.data.records import Reader
 from megatron_ext.data.sources import open_records
 from megatron_ext.data.suite.draw import KINDS, draw_dialogue
 from megatron_ext.data.suite.levels import level_of
@@ -50,19 +49,18 @@ class TrainingStream:
         self._data, self._vision, self._tokenizer, self._split, self._seed = data, vision, tokenizer, split, seed
         self._dp_rank, self._dp_size, self._multiple_of = dp_rank, dp_size, multiple_of
         self._tile_tokens = tokens_per_tile(vision)
-        self._bad: set[str] = set()
-        self._kinds, self._weights = _checked_mix(mix)
+        self._reader: Reader | None = None
+        self._kinds, self._weights = checked_mix(mix)
         if data.kind == "suite":
             level_of(data)
         else:
-            self._records = open_records(data, split)
+            self._reader = Reader(open_records(data, split), data, vision, seed)
 
     def batch(self, step: int, rows: int) -> TokenBatch:
         """The rank's `rows` conversations of a step. Raises DataError for a conversation longer than `data.max_length` and for unreadable images."""
         first = (step * self._dp_size + self._dp_rank) * rows
         numbers = range(first, first + rows)
-        draw = self._draw_suite if self._data.kind == "suite" else self._draw_recorded
-        names, dialogues, num_tiles, tiles = draw(numbers)
+        names, dialogues, num_tiles, tiles = self._draw_suite(numbers) if self._reader is None else _recorded(self._reader, numbers)
         tokens, masks = [], []
         for name, turns, of_images in zip(names, dialogues, num_tiles, strict=True):
             row, mask = encode_turns(turns, self._tokenizer, self._tile_tokens, of_images)
@@ -72,7 +70,7 @@ class TrainingStream:
             tokens.append(row)
             masks.append(mask)
         batch = collate(tokens, masks, [sum(of_images) for of_images in num_tiles], tiles, self._tokenizer.pad_id, self._multiple_of)
-        return replace(batch, num_bad=len(self._bad))
+        return replace(batch, num_bad=0 if self._reader is None else self._reader.num_bad)
 
     def _draw_suite(self, numbers: range) -> Drawn:
         kinds = [Random(f"mix {self._seed} {number}").choices(self._kinds, self._weights)[0] for number in numbers]
@@ -81,34 +79,20 @@ class TrainingStream:
         tiles_IHWC = render([dialogue.scene for dialogue in dialogues], self._data.image_size)
         return names, [dialogue.turns for dialogue in dialogues], [[1]] * len(numbers), Tiles.whole(tiles_IHWC)
 
-    def _draw_recorded(self, numbers: range) -> Drawn:
-        drawn = [self._readable(self._records, number) for number in numbers]
-        chosen, images = [record for record, _ in drawn], [tiles for _, tiles in drawn]
-        tiles = Tiles.join([of_image for of_record in images for of_image in of_record])
-        num_tiles = [[len(of_image) for of_image in of_record] for of_record in images]
-        return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles
-
-    def _readable(self, records: Records, number: int) -> tuple[Record, tuple[Tiles, ...]]:
-        """The record of a number, or, where it or its images cannot be read, the next one that can: at most `data.max_bad_samples` are left out, each told
-        once."""
-        for later in range(len(records)):
-            try:
-                record = records[records.place(number + later, self._seed)]
-                return record, record.load(self._data, self._vision)
-            except DataError as error:
-                if error.where not in self._bad:
-                    self._bad.add(error.where)
-                    if len(self._bad) > self._data.max_bad_samples:
-                        raise
-                    print(f"left out: {error}", file=sys.stderr, flush=True)
-        raise DataError(str(self._data.path), f"none of its {len(records)} conversations can be read", "mend the file")
-
 
 Drawn = tuple[list[str], Sequence[tuple[Turn, ...]], list[list[int]], Tiles]
 """Names for errors, turns, the number of tiles of each image of each row, and the tiles of all rows."""
 
 
-def _checked_mix(mix: Mapping[str, float]) -> tuple[list[str], list[float]]:
+def _recorded(reader: Reader, numbers: range) -> Drawn:
+    drawn = [reader.read(number) for number in numbers]
+    chosen, images = [record for record, _ in drawn], [tiles for _, tiles in drawn]
+    tiles = Tiles.join([of_image for of_record in images for of_image in of_record])
+    num_tiles = [[len(of_image) for of_image in of_record] for of_record in images]
+    return [record.where for record in chosen], [record.turns for record in chosen], num_tiles, tiles
+
+
+def checked_mix(mix: Mapping[str, float]) -> tuple[list[str], list[float]]:
     unknown = sorted(set(mix) - set(KINDS))
     if unknown or not mix or min(mix.values()) < 0 or not sum(mix.values()) > 0:
         raise DataError("mix", f"{dict(mix)} does not weigh kinds of conversation", f"give positive weights to some of {', '.join(KINDS)}")

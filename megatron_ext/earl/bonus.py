@@ -45,11 +45,12 @@ class EarlBonus:
             weights_LE = self._weights.get(span.skill)
             if weights_LE is None:
                 continue
-            if span.stop > len(trace.experts_SLK):
-                raise ValueError(f"span [{span.start}, {span.stop}) of {span.skill} is outside the {len(trace.experts_SLK)} recorded positions")
-            experts_TLK = trace.experts_SLK[span.start : span.stop]
+            if span.stop > len(trace):
+                raise ValueError(f"span [{span.start}, {span.stop}) of {span.skill} is outside the {len(trace)} recorded positions")
+            rows = trace.rows(span.start, span.stop)
+            experts_TLK = rows.experts_SLK
             layers_L1 = np.arange(experts_TLK.shape[1])[:, None]
-            gates_TLK = trace.gates_SLK[span.start : span.stop].astype(np.float64)
+            gates_TLK = rows.gates_SLK.astype(np.float64)
             total += float((gates_TLK * weights_LE[layers_L1, experts_TLK]).sum())
             count += span.stop - span.start
         return total / count if count else math.nan

@@ -50,8 +50,8 @@ class TokenTable:
     @staticmethod
     def _check(trace: RouteTrace, tokens_S: np.ndarray) -> None:
         check_shape("tokens_S", tokens_S, None)
-        if len(tokens_S) < len(trace.experts_SLK):
-            raise ValueError(f"{len(trace.experts_SLK)} routed positions but only {len(tokens_S)} tokens")
+        if len(tokens_S) < len(trace):
+            raise ValueError(f"{len(trace)} routed positions but only {len(tokens_S)} tokens")
 
 
 def _accumulate(sums: dict[str, tuple[np.ndarray, int]], skill: str, gates_LE: np.ndarray) -> None:

@@ -1,4 +1,5 @@
-"""Who is read when: requests wait, the longest prompts first, and join as places become free.
+"""Who is read when: requests wait, of those asked together the longest prompts first, and join as places become free. Who was asked before is read before, so
+that nobody waits for ever.
 
 Prompts of similar length stand side by side in the memory, so that little of it is padding. Few large readings cost less than many small ones: places are left
 free until a quarter of them is, or until all that wait can be seated.
@@ -17,20 +18,24 @@ REFILL = 0.25
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, its number, and the answers asked of it: (sample, seed) each."""
+    """A prompt, its number (whatever whoever asks knows it by), and the answers asked of it: (sample, seed) each. `greedy`: the most likely token each time."""
 
     number: int
     prompt: Prompt
     samples: tuple[tuple[int, int], ...]
+    greedy: bool = False
 
 
 class WaitingRoom:
     """`places`: rows that are written side by side; more only where one request asks for more. `most_tokens`: positions of one reading, padding included; a
     prompt that has more is read alone, in parts."""
 
-    def __init__(self, requests: Iterable[Request], places: int, most_tokens: int) -> None:
-        self._waiting = deque(sorted(requests, key=lambda request: -len(request.prompt.tokens_S)))
+    def __init__(self, places: int, most_tokens: int) -> None:
+        self._waiting = deque[Request]()
         self._places, self._most_tokens = places, most_tokens
+
+    def add(self, requests: Iterable[Request]) -> None:
+        self._waiting.extend(sorted(requests, key=lambda request: -len(request.prompt.tokens_S)))
 
     def put_back(self, requests: Iterable[Request]) -> None:
         """Requests that could not stay; they come before all others."""

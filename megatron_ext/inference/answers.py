@@ -8,7 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace
+from megatron_ext.batch import ContinuedRoutes, Rollout, RouteTrace
+from megatron_ext.inference.admission import Request
 
 
 class Vocabulary(Protocol):
@@ -47,43 +48,43 @@ class Endings:
 
 @dataclass(eq=False)
 class Answer:
-    """A row of the engine. `experts_SLK` and `gates_SLK`: of the prompt, shared by all of its answers. `routes`: of the answer's own positions so far, [L, K]
+    """A row of the engine. `asked`: the routes of the prompt, one object for all of its answers. `routes`: of the answer's own positions so far, [L, K]
     each. `finish`: None while it is written."""
 
-    number: int
-    prompt: Prompt
+    request: Request
     sample: int
     seed: int
-    experts_SLK: np.ndarray
-    gates_SLK: np.ndarray
+    asked: RouteTrace
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     routes: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     finish: str | None = None
 
-    def take(self, token: int, logprob: float, endings: Endings) -> None:
+    def take(self, token: int, logprob: float, version: int, endings: Endings) -> None:
         """One more token, which may be the last."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.versions.append(version)
         self.finish = endings.of(self.tokens)
 
     def route(self, experts_LK: np.ndarray, gates_LK: np.ndarray) -> None:
         """Where the latest token went."""
         self.routes.append((experts_LK, gates_LK))
 
-    def rollout(self, version: int, vocabulary: Vocabulary) -> Rollout:
+    def rollout(self, vocabulary: Vocabulary) -> Rollout:
         assert self.finish is not None
         text = self.tokens[:-1] if self.tokens[-1] == vocabulary.eos_id else self.tokens
-        experts = np.concatenate([self.experts_SLK, *(experts[None] for experts, _ in self.routes)])
-        gates = np.concatenate([self.gates_SLK, *(gates[None] for _, gates in self.routes)])
+        experts = np.concatenate([self.asked.experts_SLK[:0], *(experts[None] for experts, _ in self.routes)])
+        gates = np.concatenate([self.asked.gates_SLK[:0], *(gates[None] for _, gates in self.routes)])
         return Rollout(
-            self.prompt,
+            self.request.prompt,
             self.sample,
             self.seed,
-            version,
             np.array(self.tokens, np.int32),
             np.array(self.logprobs, np.float32),
+            np.array(self.versions, np.int32),
             self.finish,
             vocabulary.decode(text),
-            RouteTrace(experts, gates),
+            ContinuedRoutes(self.asked, RouteTrace(experts, gates)),
         )

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_ext.batch import Prompt, Rollout
+from megatron_ext.batch import Prompt, Rollout, Tiles
 from megatron_ext.checkpoint.folder import find_checkpoint
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.chat import question_text
@@ -199,7 +199,7 @@ def _first_of_each_skill(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
 def _blinded(prompt: Prompt) -> Prompt:
     """The prompt with noise for an image, the same noise every time."""
     rng = np.random.default_rng(rollout_seed("blind", prompt.key))
-    return replace(prompt, tiles=replace(prompt.tiles, pixels_IHWC=rng.integers(0, 256, size=prompt.tiles.pixels_IHWC.shape, dtype=np.uint8)))
+    return replace(prompt, tiles=Tiles(rng.integers(0, 256, size=prompt.tiles.shape, dtype=np.uint8), prompt.tiles.places_I5))
 
 
 def _bonus(config: RunConfig, clusters: Path) -> EarlBonus:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.inference.answers import Answer
 from megatron_ext.inference.chunks import Chunks
-from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.passes import Passes
 from megatron_ext.model.phases import MODEL
 from megatron_ext.observe.phases import Phase
 from megatron_ext.observe.profiler import Profiler
 
 GENERATION = (
     *MODEL,
-    Phase("sampling", Engine, "_next"),
-    Phase("routes", Engine, "_routes"),
+    Phase("sampling", Passes, "draw"),
+    Phase("routes", Passes, "routes"),
     Phase("routes", Answer, "route"),
 )
 

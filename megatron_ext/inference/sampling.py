@@ -46,14 +46,16 @@ def truncate(probs_BV: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return probs_BV
 
 
-def sample(logits_BV: torch.Tensor, uniforms_B: np.ndarray, top_k: int, top_p: float, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits_BV: torch.Tensor, uniforms_B: np.ndarray, top_k: int, top_p: float, greedy_B: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens int64 [B] and their log-probabilities float32 [B] under softmax(logits), before truncation. `logits` are policy logits over the
-    whole vocabulary."""
+    whole vocabulary; where `greedy_B` is true, the most likely token is taken."""
     logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-    if greedy:
-        chosen_B, tokens_B = logprobs_BV.max(-1)
-        return tokens_B, chosen_B
-    tokens_B = _invert(truncate(logprobs_BV.exp(), top_k, top_p), torch.from_numpy(uniforms_B).to(logits_BV.device))
+    if greedy_B.all():
+        tokens_B = logprobs_BV.max(-1).indices
+    else:
+        tokens_B = _invert(truncate(logprobs_BV.exp(), top_k, top_p), torch.from_numpy(uniforms_B).to(logits_BV.device))
+        if greedy_B.any():
+            tokens_B = torch.where(torch.from_numpy(greedy_B).to(tokens_B.device), logprobs_BV.max(-1).indices, tokens_B)
     return tokens_B, logprobs_BV.gather(-1, tokens_B[:, None]).squeeze(-1)
 
 

@@ -97,5 +97,6 @@ def _fleet_rows(fleet: FleetWatch | None) -> list[tuple[str, str]]:
     if fleet is None or not (roles := fleet.roles()):
         return []
     words = "; ".join(f"{role} ranks: {state.alive} of {state.known} alive, {state.working} working" for role, state in roles.items())
-    now = fleet.now()
-    return [("fleet", words), ("now", f"{now[0].replace('_', ' ')}, for {now[1]:.0f} s" if now is not None else "between two steps")]
+    now, culprit = fleet.now(), fleet.culprit()
+    rows = [("fleet", words), ("now", f"{now[0].replace('_', ' ')}, for {now[1]:.0f} s" if now is not None else "between two steps")]
+    return rows if culprit is None else [*rows, ("silent", culprit)]

@@ -21,7 +21,7 @@ from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_eva
 from megatron_ext.observe.stopwatch import TIMING
 from megatron_ext.observe.summary import COLUMNS, number, title
 
-STAGES = ("tokenizer", "pretrain", "sft", "discover", "evaluate/sft", "rl", "evaluate/rl")
+STAGES = ("tokenizer", "pretrain", "sft", "mpo", "discover", "evaluate/sft", "rl", "evaluate/rl")
 SAMPLES_PER_SKILL = 2
 _FAILED = "rollout/failed/"
 
@@ -37,10 +37,10 @@ def content(root: Path) -> dict[str, Any]:
         "config": _text(root / "config.yaml"),
         "stages": [_stage(root / stage, stage) for stage in STAGES],
         "profiles": [(stage, profile) for stage in STAGES for profile in read_profiles(root / stage)],
-        "time": _time({stage: read_metrics(root / stage) for stage in ("pretrain", "sft", "rl")}),
+        "time": _time({stage: read_metrics(root / stage) for stage in ("pretrain", "sft", "mpo", "rl")}),
         "versions": _versions(root),
         "accuracy": _accuracy(before, after),
-        "learning": _learning(read_metrics(root / "pretrain"), read_metrics(root / "sft"), rl),
+        "learning": _learning(*(read_metrics(root / stage) for stage in ("pretrain", "sft", "mpo", "rl"))),
         "clusters": _clusters(clusters),
         "usage": _usage(before, after),
         "earl": _pictures(rl, EARL),
@@ -61,6 +61,10 @@ class Wanted:
     few: bool = False
 
 
+PREFERENCES = (
+    Wanted("Preferences: rewards of right and wrong answers", "reward", ("mpo/reward_chosen", "mpo/reward_rejected", "mpo/margin")),
+    Wanted("Preferences: right answers above wrong ones", "share", ("mpo/accuracy",)),
+)
 LEARNING = (
     Wanted("Reinforcement learning: sampled reward", "reward", ("reward/mean",)),
     Wanted("Sampled reward by skill", "reward", ("reward/skill/*/mean",)),
@@ -101,11 +105,11 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: "/".join(part[at] for at in kept) or name for name, part in zip(names, parts, strict=True)}
 
 
-def _learning(pretrain: list[Record], sft: list[Record], rl: list[Record]) -> list[str]:
+def _learning(pretrain: list[Record], sft: list[Record], mpo: list[Record], rl: list[Record]) -> list[str]:
     losses = [Curve(name, *series(records, "loss")) for name, records in (("pretrain", pretrain), ("sft", sft))]
     losses = [line for line in losses if len(line.steps) > 0]
     first = [curves("Supervised stages: loss on answers", losses, "nats per token", log=True)] if losses else []
-    return first + _pictures(rl, LEARNING)
+    return first + _pictures(mpo, PREFERENCES) + _pictures(rl, LEARNING)
 
 
 def _time(records: dict[str, list[Record]]) -> str | None:

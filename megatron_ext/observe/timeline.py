@@ -11,6 +11,7 @@ starts a new file.
 from __future__ import annotations
 
 import json
+import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +35,10 @@ def traced_ranks(world_size: int) -> range:
 
 
 class Timeline:
-    """Writes `folder/timeline.json`, from the first event on; usable as a context manager. What is added is on disk after `flush`."""
+    """Writes `folder/timeline.json`, from the first event on; usable as a context manager, from several threads. What is added is on disk after `flush`."""
 
     def __init__(self, folder: Path, process: str, most_events: int = MOST_EVENTS) -> None:
-        self._path, self._most = folder / FILE_NAME, most_events
+        self._path, self._most, self._lock = folder / FILE_NAME, most_events, threading.Lock()
         self._tracks: dict[str, int] = {}
         self._names, self._first, self._last = list[str](), list[str](), deque[str](maxlen=most_events)
         self._fresh: list[str] = []
@@ -54,6 +55,10 @@ class Timeline:
         self._add(track, name, start_s, end_s)
 
     def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
         fresh, self._fresh = self._fresh, []
         room = self._most - len(self._first)
         self._first += fresh[:room]
@@ -81,8 +86,9 @@ class Timeline:
 
     def _add(self, track: str, name: str, start_s: float, end_s: float) -> None:
         start, end = round(start_s * 1e6), round(end_s * 1e6)  # whole numbers: what lies within a step stays within it
-        event = {"name": name, "ph": "X", "ts": start, "dur": end - start, "pid": 0, "tid": self._number(track)}
-        self._fresh.append(json.dumps(event))
+        with self._lock:
+            event = {"name": name, "ph": "X", "ts": start, "dur": end - start, "pid": 0, "tid": self._number(track)}
+            self._fresh.append(json.dumps(event))
 
     def _number(self, track: str) -> int:
         """Perfetto shows tracks in the order of their numbers."""

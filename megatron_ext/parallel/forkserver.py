@@ -12,6 +12,7 @@ import sys
 from multiprocessing import forkserver, popen_forkserver, reduction, spawn, util
 from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from megatron_ext.parallel.environment import environment
 
@@ -27,6 +28,15 @@ class ForkedProcess(BaseProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> popen_forkserver.Popen:
         return _Popen(process_obj)
+
+
+def leave_server() -> None:
+    """For a forked process that leads a process group: the server no longer lives on for its sake, but ends with the process that asked for it. With its parent
+    gone the group is an orphan, and the system wakes its members if they are stopped, so that they can end, too."""
+    inherited: Any = forkserver._forkserver
+    if inherited._forkserver_alive_fd is not None:
+        os.close(inherited._forkserver_alive_fd)
+        inherited._forkserver_alive_fd = None
 
 
 class _Popen(popen_forkserver.Popen):

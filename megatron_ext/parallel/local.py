@@ -73,7 +73,7 @@ def _await(ranks: list[RankProcess], deadline: float, timeout_s: float, watch: C
             if any(rank.outcome is not None and rank.outcome.failed for rank in ranks):
                 return
             names = ", ".join(str(rank.rank) for rank in running)
-            raise RankFailed(f"rank {names} of {len(ranks)} did not finish within {timeout_s:g} s")
+            raise RankFailed(f"rank {names} of {len(ranks)} did not finish within {timeout_s:g} s", names if len(running) == 1 else "", "late")
         ready = wait([rank.news for rank in running], remaining)
         for rank in running:
             if rank.news in ready:
@@ -90,7 +90,7 @@ def _raise_first_failure(ranks: list[RankProcess]) -> None:
         _, rank, outcome = failures[0]
         if outcome.error is not None:
             raise outcome.error
-        raise RankFailed(f"rank {rank} of {len(ranks)}: {outcome.story}")
+        raise RankFailed(f"rank {rank} of {len(ranks)}: {outcome.story}", str(rank), "died" if outcome.at == 0.0 else "raised")
     for _, outcome in outcomes:
         if outcome.error is not None:
             raise outcome.error

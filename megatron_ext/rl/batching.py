@@ -1,21 +1,19 @@
-"""From scored rollouts to what each learner rank computes on.
+"""What a learner rank computes on: the rows of its parcel, padded.
 
-    scored rollouts, advantages_R -> minibatches of whole groups -> a shard per data-parallel rank -> microbatches, sorted by length
+    parcel (`parcels.py`) -> a shard: its rows and filler, right-padded -> microbatches, sorted by length
 
-A shard holds equally many rows on every rank, so that ranks that meet in collectives run equally many forward passes: filler rows, which no loss sees, make
-up the difference. Groups stay together on one rank, so that the rollouts of a prompt share its images. Nothing is ever dropped: every sampled token is in
-exactly one microbatch.
+Images are read here, once for each prompt; pixels go no further than this rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from megatron_ext.batch import LearnerBatch, Prompt, Rollout, ScoredRollout, Tiles, route_digest
+from megatron_ext.batch import LearnerBatch, Tiles
+from megatron_ext.rl.parcels import Parcel, Row
 from megatron_ext.shapes import check_shape, round_up
 
 FILLER_KEY = ""
@@ -49,11 +47,11 @@ class Shard:
                 tokens_BS=batch.tokens_BS[rows_B, :length],
                 response_mask_BS=batch.response_mask_BS[rows_B, :length],
                 logprobs_BS=batch.logprobs_BS[rows_B, :length],
+                versions_BS=batch.versions_BS[rows_B, :length],
                 advantages_B=batch.advantages_B[rows_B],
                 experts_BSLK=batch.experts_BSLK[rows_B, :length],
                 tiles=batch.tiles[used[absent:]],
                 row_tiles_BM=row_tiles.reshape(len(rows_B), -1).astype(np.int32) - absent,
-                version=batch.version,
             ),
             lengths_B,
             tuple(self.keys_B[row] for row in rows_B),
@@ -61,64 +59,25 @@ class Shard:
         )
 
 
-def row_key(rollout: Rollout) -> str:
-    return f"{rollout.prompt.key}#{rollout.sample}"
-
-
-def plan_shards(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, *, minibatches: int, dp_size: int, multiple: int, pad_id: int) -> list[list[Shard]]:
-    """The shards of every data-parallel rank: `[dp_rank][minibatch]`. The minibatches share the groups out as they come; within each, ranks get groups of
-    like lengths in turn.
-    """
-    check_shape("advantages_R", advantages_R, len(scored))
-    form = BatchForm.of(scored, multiple, pad_id)
-    shards: list[list[Shard]] = [[] for _ in range(dp_size)]
-    for groups in _chunks(_groups(scored), minibatches):
-        per_rank = _deal(groups, [sum(_length(scored[row]) for row in group) for group in groups], dp_size)
-        rows = max(sum(len(group) for group in own) for own in per_rank)
-        for rank, own in enumerate(per_rank):
-            members = [row for group in own for row in group]
-            shards[rank].append(join([scored[row] for row in members], advantages_R[members], rows, form))
-    return shards
-
-
-@dataclass(frozen=True)
-class BatchForm:
-    """What all shards of a step have in common: (L, K) of the routes, the version that sampled them, what lengths are a multiple of, and what fills them up."""
-
-    layers_topk: tuple[int, ...]
-    version: int
-    multiple: int
-    pad_id: int
-
-    @classmethod
-    def of(cls, scored: Sequence[ScoredRollout], multiple: int, pad_id: int) -> BatchForm:
-        """Raises ValueError where rollouts were sampled under different weights."""
-        versions = {answer.rollout.version for answer in scored}
-        if len(versions) > 1:
-            raise ValueError(f"rollouts of versions {sorted(versions)} in one batch")
-        return cls(scored[0].rollout.routes.experts_SLK.shape[1:], versions.pop(), multiple, pad_id)
-
-
-def join(scored: Sequence[ScoredRollout], advantages_R: np.ndarray, rows: int, form: BatchForm) -> Shard:
-    """One shard of `rows` rows: the given rollouts, then filler."""
-    lengths_B = np.array([*map(_length, scored), *[1] * (rows - len(scored))], dtype=np.int64)
-    length = round_up(int(lengths_B.max()), form.multiple)
-    tiles, row_tiles = _tiles([answer.rollout.prompt for answer in scored], rows)
+def unpack(parcel: Parcel) -> Shard:
+    """One shard: the parcel's rows, then filler. Raises StorageError where a stored image cannot be read."""
+    rows, form, filler = parcel.rows, parcel.form, parcel.num_rows - len(parcel.rows)
+    lengths_B = np.array([*(row.length for row in rows), *[1] * filler], dtype=np.int64)
+    shape = parcel.num_rows, round_up(int(lengths_B.max()), form.multiple)
+    tiles, row_tiles = _tiles([(row.tiles, row.further) for row in rows], parcel.num_rows)
     batch = LearnerBatch(
-        tokens_BS=np.full((rows, length), form.pad_id, dtype=np.int32),
-        response_mask_BS=np.zeros((rows, length), dtype=np.uint8),
-        logprobs_BS=np.zeros((rows, length), dtype=np.float32),
-        advantages_B=np.concatenate([advantages_R, np.zeros(rows - len(scored))]).astype(np.float32),
-        experts_BSLK=np.full((rows, length, *form.layers_topk), -1, dtype=np.int16),
+        tokens_BS=np.full(shape, form.pad_id, dtype=np.int32),
+        response_mask_BS=np.zeros(shape, dtype=np.uint8),
+        logprobs_BS=np.zeros(shape, dtype=np.float32),
+        versions_BS=np.full(shape, -1, dtype=np.int32),
+        advantages_B=np.array([*(row.advantage for row in rows), *[0.0] * filler], dtype=np.float32),
+        experts_BSLK=np.full((*shape, *form.layers_topk), -1, dtype=np.int16),
         tiles=tiles,
         row_tiles_BM=row_tiles,
-        version=form.version,
     )
-    for row, answer in enumerate(scored):
-        _write_row(batch, row, answer)
-    filler = (FILLER_KEY,) * (rows - len(scored))
-    keys = tuple(row_key(answer.rollout) for answer in scored)
-    return Shard(batch, lengths_B, keys + filler, tuple(route_digest(answer.rollout.routes.experts_SLK) for answer in scored) + filler)
+    for place, row in enumerate(rows):
+        _write_row(batch, place, row)
+    return Shard(batch, lengths_B, tuple(row.key for row in rows) + (FILLER_KEY,) * filler, tuple(row.digest for row in rows) + (FILLER_KEY,) * filler)
 
 
 def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: int = 1) -> list[Shard]:
@@ -131,50 +90,28 @@ def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: 
     return [shard.select(rows, multiple) for rows in np.array_split(order, parts)]
 
 
-def _write_row(batch: LearnerBatch, row: int, answer: ScoredRollout) -> None:
-    rollout = answer.rollout
-    start, stop = len(rollout.prompt.tokens_S), _length(answer)
-    batch.tokens_BS[row, :start] = rollout.prompt.tokens_S
-    batch.tokens_BS[row, start:stop] = rollout.response_T
-    batch.response_mask_BS[row, start:stop] = 1
-    batch.logprobs_BS[row, start:stop] = rollout.logprobs_T
-    batch.experts_BSLK[row, : stop - 1] = rollout.routes.experts_SLK
+def _write_row(batch: LearnerBatch, place: int, row: Row) -> None:
+    start, stop = len(row.tokens_S), row.length
+    batch.tokens_BS[place, :start] = row.tokens_S
+    batch.tokens_BS[place, start:stop] = row.response_T
+    batch.response_mask_BS[place, start:stop] = row.versions_T >= 0
+    batch.logprobs_BS[place, start:stop] = row.logprobs_T
+    batch.versions_BS[place, start:stop] = row.versions_T
+    batch.experts_BSLK[place, :start] = row.experts_SLK
+    batch.experts_BSLK[place, start : stop - 1] = row.experts_TLK
 
 
-def _tiles(prompts: Sequence[Prompt], rows: int) -> tuple[Tiles, np.ndarray]:
-    """The distinct tiles, once for each prompt, and which of them every row shows."""
-    first: dict[str, int] = {}
+def _tiles(tiles: Sequence[Sequence[Tiles]], rows: int) -> tuple[Tiles, np.ndarray]:
+    """The distinct tiles, those of a prompt once, and which of them every row shows: its parts one after the other."""
+    first: dict[int, int] = {}
     shown: list[Tiles] = []
-    row_tiles_BM = np.full((rows, max([1, *(len(prompt.tiles) for prompt in prompts)])), -1, dtype=np.int32)
-    for row, prompt in enumerate(prompts):
-        if prompt.key not in first:
-            first[prompt.key] = sum(map(len, shown))
-            shown.append(prompt.tiles)
-        row_tiles_BM[row, : len(prompt.tiles)] = first[prompt.key] + np.arange(len(prompt.tiles))
+    row_tiles_BM = np.full((rows, max([1, *(sum(map(len, parts)) for parts in tiles)])), -1, dtype=np.int32)
+    for row, parts in enumerate(tiles):
+        place = 0
+        for part in parts:
+            if id(part) not in first:  # the rows of a prompt hold one object
+                first[id(part)] = sum(map(len, shown))
+                shown.append(part)
+            row_tiles_BM[row, place : place + len(part)] = first[id(part)] + np.arange(len(part))
+            place += len(part)
     return Tiles.join(shown), row_tiles_BM
-
-
-def _groups(scored: Sequence[ScoredRollout]) -> list[list[int]]:
-    """Rows by prompt, in order of first appearance."""
-    groups: dict[str, list[int]] = {}
-    for row, answer in enumerate(scored):
-        groups.setdefault(answer.rollout.prompt.key, []).append(row)
-    return list(groups.values())
-
-
-def _deal(groups: list[list[int]], costs: list[int], hands: int) -> list[list[list[int]]]:
-    """Groups to `hands` in a snake, the longest first: counts differ by one at most and tokens by little."""
-    dealt: list[list[list[int]]] = [[] for _ in range(hands)]
-    for turn, index in enumerate(sorted(range(len(groups)), key=lambda index: -costs[index])):
-        lap, place = divmod(turn, hands)
-        dealt[place if lap % 2 == 0 else hands - 1 - place].append(groups[index])
-    return dealt
-
-
-def _chunks(groups: list[list[int]], parts: int) -> list[list[list[int]]]:
-    bounds = np.linspace(0, len(groups), min(parts, len(groups)) + 1).astype(int)
-    return [groups[start:stop] for start, stop in pairwise(bounds)]
-
-
-def _length(answer: ScoredRollout) -> int:
-    return len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,20 +59,30 @@ class Table:
         return values_PG[self.row_R, self.column_R]
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """A sigma, and the step whose answers it was taken from."""
+
+    sigma: float
+    step: int
+
+
 class Credit:
     """The credit of one run; see `loop.Recipe`. Without clusters there is no bonus. `reference_kl`: how far answers are from the reference; asked where
     the reward pays for that.
 
     A skill's sigma comes from discovery. One that discovery does not know (a composite whose sub-tasks are scored) is taken from the first correct answers,
-    before RL has changed much, and kept in `stage_dir`, so that a resumed run uses the same.
+    before RL has changed much, and kept in `stage_dir` with its step, so that a resumed run uses the same from the same step on.
     """
 
     def __init__(self, config: RunConfig, clusters: ExpertClusters | None, tags: TagIds, stage_dir: Path, reference_kl: ReferenceKl | None = None) -> None:
         self._config, self._clusters, self._tags, self._file = config, clusters, tags, stage_dir / SIGMA_FILE
         self._reference_kl = reference_kl
         self._sigma: dict[str, float] = {}
+        self._learnt: dict[str, Learnt] = {}
         if clusters is not None:
-            self._sigma = clusters.sigmas() | (json.loads(self._file.read_text()) if self._file.exists() else {})
+            self._sigma = clusters.sigmas()
+            self._learnt = {skill: Learnt(**entry) for skill, entry in json.loads(self._file.read_text()).items()} if self._file.exists() else {}
 
     def __call__(self, scored: Sequence[ScoredRollout], step: int) -> tuple[np.ndarray, dict[str, float]]:
         table = Table.of(scored, self._config.rl.rollouts_per_prompt)
@@ -89,7 +99,7 @@ class Credit:
     def _shaping(self, scored: Sequence[ScoredRollout]) -> tuple[np.ndarray, dict[str, float]]:
         """What is added to each task reward."""
         rl, metrics = self._config.rl, {}
-        lengths_R = np.array([len(answer.rollout.response_T) for answer in scored])
+        lengths_R = np.array([answer.rollout.num_sampled for answer in scored])
         shaping_R = overlong(lengths_R, self._config.rollout.max_new_tokens, rl.overlong_share, rl.overlong_penalty)
         if rl.overlong_share > 0:
             metrics["reward/overlong/mean"] = float(shaping_R.mean())
@@ -105,7 +115,7 @@ class Credit:
             named_KPG = np.stack([table.spread(np.array([_part(answer, name) for answer in scored])) for name in rl.reward_weights])
             return multi_reward_advantages(named_KPG, np.array(list(rl.reward_weights.values())), table.valid_PG)
         if rl.advantage == "reinforce_pp" or rl.advantage == "reinforce_pp_baseline":
-            tokens_PG = table.spread(np.array([len(answer.rollout.response_T) for answer in scored]))
+            tokens_PG = table.spread(np.array([answer.rollout.num_sampled for answer in scored]))
             return batch_advantages(rewards_PG, table.valid_PG, tokens_PG, baseline=rl.advantage == "reinforce_pp_baseline")
         return group_advantages(rewards_PG, table.valid_PG, rl.advantage)
 
@@ -113,10 +123,10 @@ class Credit:
         self, clusters: ExpertClusters, scored: Sequence[ScoredRollout], table: Table, rewards_PG: np.ndarray, task_PG: np.ndarray, step: int
     ) -> tuple[np.ndarray, dict[str, float]]:
         earl = self._config.earl
-        bonus = EarlBonus(clusters, earl, self._sigma)
+        bonus = EarlBonus(clusters, earl, self._sigma_at(step))
         mass_R = np.array([self._mass(bonus, answer) for answer in scored])
-        if self._learn_sigma(scored, mass_R):
-            bonus = EarlBonus(clusters, earl, self._sigma)
+        if self._learn_sigma(scored, mass_R, step):
+            bonus = EarlBonus(clusters, earl, self._sigma_at(step))
         bonus_PG = bonus.bonus(table.spread(mass_R), rewards_PG, table.valid_PG, table.skill_P)
         bonus_PG[alike(rewards_PG, table.valid_PG)] = 0.0  # an advantage over the batch, or shaping, may leave such a group some
         weight = lambda_at(step, self._config.rl.steps, earl)
@@ -137,20 +147,26 @@ class Credit:
 
     def _mass(self, bonus: EarlBonus, answer: ScoredRollout) -> float:
         rollout = answer.rollout
-        spans = tag_spans(rollout.response_T, rollout.response_rows[0], self._tags) if self._config.earl.subtask == "tags" else []
-        return bonus.mass_of_spans(rollout.routes, spans or [Span(rollout.prompt.skill, *rollout.response_rows)])
+        turns, first = rollout.sampled_rows, rollout.response_rows[0]
+        tagged = turns if self._config.earl.subtask == "tags" else []
+        spans = [span for start, stop in tagged for span in tag_spans(rollout.response_T[start - first : stop - first], start, self._tags)]
+        return bonus.mass_of_spans(rollout.routes, spans or [Span(rollout.prompt.skill, *rows) for rows in turns])
 
-    def _learn_sigma(self, scored: Sequence[ScoredRollout], mass_R: np.ndarray) -> bool:
+    def _sigma_at(self, step: int) -> dict[str, float]:
+        return self._sigma | {skill: learnt.sigma for skill, learnt in self._learnt.items() if learnt.step <= step}
+
+    def _learn_sigma(self, scored: Sequence[ScoredRollout], mass_R: np.ndarray, step: int) -> bool:
         """Whether a skill got its sigma now."""
         correct_R = np.array([answer.reward for answer in scored]) >= self._config.earl.correct_threshold
         skill_R = np.array([answer.rollout.prompt.skill for answer in scored])
-        learnt = {skill: sigma_from(mass_R[correct_R & np.isfinite(mass_R) & (skill_R == skill)]) for skill in sorted(set(skill_R)) if skill not in self._sigma}
-        learnt = {skill: sigma for skill, sigma in learnt.items() if math.isfinite(sigma)}
-        if not learnt:
+        unknown = sorted(set(skill_R) - self._sigma.keys() - self._learnt.keys())
+        found = {skill: sigma_from(mass_R[correct_R & np.isfinite(mass_R) & (skill_R == skill)]) for skill in unknown}
+        found = {skill: sigma for skill, sigma in found.items() if math.isfinite(sigma)}
+        if not found:
             return False
-        self._sigma |= learnt
+        self._learnt |= {skill: Learnt(sigma, step) for skill, sigma in found.items()}
         draft = self._file.with_suffix(".partial")
-        draft.write_text(json.dumps(self._sigma, indent=1))
+        draft.write_text(json.dumps({skill: asdict(learnt) for skill, learnt in self._learnt.items()}, indent=1))
         draft.replace(self._file)
         return True
 

@@ -1,207 +1,226 @@
-"""The loop's Fleet and Learner, made of ranks: who is asked what, which prompts go where, and how weights get from one to the other.
+"""The loop's Fleet, made of replicas: who is asked what, and what happens when one is lost.
 
-    MegatronFleet    replicas of rollout ranks      generate: prompts to lanes by cost, answers back in the order of the prompts
-    MegatronLearner  ranks of one grid              update: a shard to each data-parallel rank
-    publish          learner's -> rollouts' ranks   all stage and verify, then all load; repeated in a new group when one of them fails
+    ask -> waiting -> handed out to the lanes of ready replicas, by cost -> (a slice of tokens -> what is finished)* -> turn
 
-The driver moves prompts, rollouts and verdicts; weights go from rank to rank. A rank that dies ends the run with an error that names it; the latest
-checkpoint is where to resume. Where ranks are and meet, on one machine or on several, is for their host to say.
+A replica of which a rank dies, hangs or raises is ended and started anew; what it owed is asked of the others, so often as `rollout.retries` allows. It is
+stale until it holds the current weights, and is asked nothing so long. One that is lost `rollout.restarts` times without an answer is given up; the run goes
+on with the rest, and ends when there is none. A question that was there at two losses may be why: it is asked by itself, so that it takes no other along.
 """
 
 from __future__ import annotations
 
-import math
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
+from megatron_ext.batch import FailedRollout, Prompt, Rollout
 from megatron_ext.batch.bins import split_by_cost
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.errors import WeightSyncError
-from megatron_ext.observe.metrics_file import MFU, STEP_S
-from megatron_ext.observe.profiler import profiled_ranks
-from megatron_ext.observe.stopwatch import TIMING, Stopwatch
-from megatron_ext.parallel.plan import Layout
-from megatron_ext.parallel.planner.model_flops import yardstick_of
-from megatron_ext.rl.batching import Shard, plan_shards, row_key
-from megatron_ext.rl.hosts.ranks import Call, Place, Rank, Switchboard
-from megatron_ext.rl.learner import LearnerPlace, LearnerRank
-from megatron_ext.rl.refit.plan import Bucket, of_rank, plan_refit
-from megatron_ext.rl.refit.weight_sync import Meeting
-from megatron_ext.rl.roles import Metrics
-from megatron_ext.rl.rollout_worker import Lane, RolloutRank
-from megatron_ext.training.rank_work import rank_metrics
+from megatron_ext.errors import RankFailed
+from megatron_ext.observe.stopwatch import TIMING
+from megatron_ext.rl.deadlines import Deadlines
+from megatron_ext.rl.hosts.switchboard import POLL_S, Call, Switchboard
+from megatron_ext.rl.learners import Weights
+from megatron_ext.rl.publication import Publisher
+from megatron_ext.rl.replicas import Replica
+from megatron_ext.rl.roles import Ask, Metrics
+from megatron_ext.rl.turns import Turns
 
-SYNC_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Deadlines:
-    """The longest that each verb may take."""
-
-    open_s: float = 600.0
-    generate_s: float = 3600.0
-    update_s: float = 3600.0
-    save_s: float = 1800.0
-    sync_s: float = 120.0
-
-
-DEADLINES = Deadlines()
-
-
-def num_ranks(config: RunConfig) -> int:
-    """Processes of the learner and of all replicas."""
-    return config.parallel.num_ranks + config.rollout.replicas * config.rollout.parallel.num_ranks
-
-
-def start(board: Switchboard, config: RunConfig, stage_dir: Path, init_from: Path, pad_id: int, deadlines: Deadlines) -> tuple[MegatronFleet, MegatronLearner]:
-    """Starts every rank and waits until all are open: they start side by side."""
-    learners = board.host.start(LearnerRank, [f"learner rank {rank}" for rank in range(config.parallel.num_ranks)])
-    per_replica = config.rollout.parallel.num_ranks
-    names = [f"rollout replica {replica} rank {rank}" for replica in range(config.rollout.replicas) for rank in range(per_replica)]
-    workers = board.host.start(RolloutRank, names)
-
-    def places(world: str, ranks: Sequence[Rank]) -> list[Place]:
-        point = board.host.meeting_point(world, ranks[0])
-        return [Place(number, len(ranks), point, board.host.address(rank)) for number, rank in enumerate(ranks)]
-
-    calls = [Call(rank, "open", (config, stage_dir, init_from, place)) for rank, place in zip(learners, places("learner", learners), strict=True)]
-    for replica in range(config.rollout.replicas):
-        ranks = workers[replica * per_replica : (replica + 1) * per_replica]
-        calls += [Call(rank, "open", (config, place)) for rank, place in zip(ranks, places(f"replica-{replica}", ranks), strict=True)]
-    opened = board.ask(calls, deadlines.open_s)
-    if config.observe.profile:
-        left = config.rl.steps - opened[0].finished_steps
-        profiled = [*(learners[rank] for rank in profiled_ranks(len(learners), config.parallel.pp)), workers[0]]
-        board.ask([Call(rank, "profile", (stage_dir, rank.name, left)) for rank in profiled], deadlines.open_s)
-    host = board.host.address(learners[0])
-    port = board.ask([Call(learners[0], "open_store", (host,))], deadlines.open_s)[0]
-    learner = MegatronLearner(board, config, deadlines, learners, opened[: len(learners)], pad_id, host, port)
-    return MegatronFleet(board, config, deadlines, workers, opened[len(learners) :]), learner
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A version of the learner's weights, which stay where they are until they are published."""
-
-    version: int
-    senders: tuple[Rank, ...]
-    host: str
-    port: int
-
-
-class MegatronLearner:
-    """See `roles.Learner`."""
-
-    def __init__(
-        self,
-        board: Switchboard,
-        config: RunConfig,
-        deadlines: Deadlines,
-        ranks: Sequence[Rank],
-        places: Sequence[LearnerPlace],
-        pad_id: int,
-        host: str,
-        port: int,
-    ) -> None:
-        self._board, self._config, self._deadlines, self._ranks, self._places = board, config, deadlines, tuple(ranks), places
-        self._pad_id, self._host, self._port = pad_id, host, port
-        self.finished_steps = places[0].finished_steps
-        self._yardstick = yardstick_of(config.model, config.rl.train_vision, places[0].device_name, config.parallel.threads_per_rank)
-        self._save_s = 0.0
-
-    def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
-        shards = self._shards(scored, advantages_R, self._config.rl.minibatches)
-        calls = [Call(rank, "update", (shards[place.dp_rank],)) for rank, place in zip(self._ranks, self._places, strict=True)]
-        answers = self._board.ask(calls, self._deadlines.update_s)
-        self.finished_steps = step + 1
-        save_s, self._save_s = self._save_s, 0.0
-        metrics = answers[0].metrics
-        return {**metrics, **rank_metrics([answer.work for answer in answers]), **self._mfu(scored, metrics), TIMING + "save": save_s}
-
-    def reference_kl(self, scored: Sequence[ScoredRollout]) -> np.ndarray:
-        """float64 [R]: how far each answer is from the reference, the estimate of the KL summed over its tokens."""
-        shards = self._shards(scored, np.zeros(len(scored)), 1)
-        calls = [Call(rank, "reference_kl", (shards[place.dp_rank][0],)) for rank, place in zip(self._ranks, self._places, strict=True)]
-        found = {key: kl for answer in self._board.ask(calls, self._deadlines.update_s) for key, kl in answer.items()}
-        return np.array([found[row_key(answer.rollout)] for answer in scored])
-
-    def _shards(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int) -> list[list[Shard]]:
-        multiple = Layout.of(self._config.parallel).length_multiple
-        dp_size = self._places[0].dp_size
-        return plan_shards(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
-
-    def _mfu(self, scored: Sequence[ScoredRollout], metrics: Metrics) -> Metrics:
-        """Of the learner's ranks while they learn: passes before the first update, and waiting for rollouts, are no part of the seconds."""
-        if self._yardstick is None:
-            return {}
-        tokens = sum(len(answer.rollout.prompt.tokens_S) + len(answer.rollout.response_T) for answer in scored)
-        tiles = sum(len(answer.rollout.prompt.tiles) for answer in scored)
-        seconds = metrics[TIMING + "forward_backward"] + metrics[TIMING + "optimizer"]
-        return {MFU: self._yardstick.mfu(len(scored), tokens / len(scored), tiles / len(scored), seconds * len(self._ranks))}
-
-    def weights(self) -> Weights:
-        return Weights(self.finished_steps, self._ranks, self._host, self._port)
-
-    def save(self, step: int) -> None:
-        """`timing_s/save` of the next update is how long this takes."""
-        clock = Stopwatch()
-        self._board.ask([Call(rank, "save", (step,)) for rank in self._ranks], self._deadlines.save_s)
-        clock.lap("save")
-        self._save_s += clock.seconds()[STEP_S]
-
-    def finish_saving(self, at_most_s: float = math.inf) -> None:
-        """Returns once the latest checkpoint is written."""
-        self._board.ask([Call(rank, "finish_saving") for rank in self._ranks], min(at_most_s, self._deadlines.save_s))
+SUSPECT = 2
+"""Losses after which a question is asked by itself."""
+GLANCE_S = 0.02
+"""The longest wait for replicas while the learner is waited for, too."""
+Outcome = Rollout | FailedRollout
 
 
 class MegatronFleet:
-    """See `roles.Fleet`."""
+    """See `roles.Fleet`. Made with its replicas on the way; `wait_open` returns when they are there."""
 
-    def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, ranks: Sequence[Rank], lanes: Sequence[Lane]) -> None:
-        self._board, self._config, self._deadlines, self._ranks, self._lanes = board, config, deadlines, tuple(ranks), lanes
-        self._generation = 0
-        self._buckets: list[Bucket] | None = None
+    def __init__(self, board: Switchboard, config: RunConfig, deadlines: Deadlines, turns: Turns) -> None:
+        self._board, self._config, self._deadlines, self._turns = board, config, deadlines, turns
+        self._publisher = Publisher(board, config, deadlines, turns)
+        turns.rollouts = lambda: [rank for replica in self.replicas if replica.open for rank in replica.ranks]
+        self._waiting, self._inbox = deque[Ask](), list[Outcome]()
+        self._losses = Counter[tuple[int, str]]()
+        self._events = Counter[str]()
+        self._weights: Weights | None = None
+        self._newest, self._counted_s = -1, 0.0
+        self.replicas = [Replica(number) for number in range(config.rollout.replicas)]
+        for replica in self.replicas:
+            replica.start(board, config, deadlines.open_s)
 
-    def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Rollout | FailedRollout]:
-        dp_size = self._lanes[0].dp_size
-        costs = [len(prompt.tokens_S) + samples * self._config.rollout.max_new_tokens for prompt in prompts]
-        shares = split_by_cost(costs, self._config.rollout.replicas * dp_size)
-        calls, per_replica = [], self._config.rollout.parallel.num_ranks
-        for number, (rank, lane) in enumerate(zip(self._ranks, self._lanes, strict=True)):
-            share = shares[number // per_replica * dp_size + lane.dp_rank]
-            calls.append(Call(rank, "generate", ([prompts[index] for index in share], samples, step, greedy)))
-        answers = self._board.ask(calls, self._deadlines.generate_s)
+    def wait_open(self) -> None:
+        """Raises RankFailed when a replica cannot be opened: at the start that is no accident."""
+        while opening := [replica for replica in self.replicas if not replica.open]:
+            for replica in self._settled(opening):
+                assert replica.pending is not None
+                replica.pending.collect()
+                self._heard(replica)
+
+    def profile(self, stage_dir: Path, left: int) -> None:
+        """One rank, from now on; `left` steps will follow."""
+        rank = self.replicas[0].ranks[0]
+        self._board.ask([Call(rank, "profile", (stage_dir, rank.name, left))], self._deadlines.open_s)
+
+    def ask(self, asks: Sequence[Ask]) -> None:
+        self._waiting += asks
+
+    def turn(self, beside_update: bool = False) -> list[Outcome]:
+        """Raises RankFailed when no replica is left. Beside an update, the learner is not free to give its weights to replicas that have come back."""
+        if not beside_update:
+            self._refresh()
+            self._turns.rollout([rank for replica in self._ready() for rank in replica.ranks])
+        self._hand_out()
+        for replica in self._ready():
+            if replica.pending is None and replica.num_asked:
+                replica.advance(self._board, self._deadlines.slice_s)
+        for replica in self._settled(self.replicas, GLANCE_S if beside_update else POLL_S):
+            self._heard(replica)
+        found, self._inbox = self._inbox, []
+        return found
+
+    def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool = False) -> list[Outcome]:
+        """All answers to prompts that nobody else asks, in their order; what is finished meanwhile of others, the next turn returns."""
         order = {prompt.key: index for index, prompt in enumerate(prompts)}
-        return sorted((rollout for answer in answers for rollout in answer), key=lambda rollout: (order[rollout.prompt.key], rollout.sample))
+        self.ask([Ask(prompt, tuple(range(samples)), step, greedy) for prompt in prompts])
+        found, others = list[Outcome](), list[Outcome]()
+        while len(found) < len(prompts) * samples:
+            for outcome in self.turn():
+                (found if outcome.prompt.key in order else others).append(outcome)
+        self._inbox += others
+        self._counted_s = self._busy_s()  # what is asked besides is no part of a step
+        return sorted(found, key=lambda outcome: (order[outcome.prompt.key], outcome.sample))
 
     def publish(self, weights: Weights) -> Metrics:
-        """Raises WeightSyncError when some rank could not be given the weights in several attempts; then no rank has loaded them."""
-        if self._buckets is None:
-            self._buckets = self._plan(weights)
-        num_senders = len(weights.senders)
-        for attempt in range(1, SYNC_ATTEMPTS + 1):
-            self._generation += 1
-            meeting = Meeting(weights.host, weights.port, self._generation, num_senders + len(self._ranks), self._deadlines.sync_s)
-            sends = [Call(rank, "send_weights", (meeting, of_rank(self._buckets, place))) for place, rank in enumerate(weights.senders)]
-            receives = [
-                Call(rank, "receive_weights", (meeting, place, weights.version, of_rank(self._buckets, place)))
-                for place, rank in enumerate(self._ranks, start=num_senders)
-            ]
-            answers = self._board.ask([*sends, *receives], 2 * self._deadlines.sync_s, settle=(WeightSyncError,))
-            errors = [answer for answer in answers if isinstance(answer, WeightSyncError)]
-            if not errors:
-                break
-            if attempt == SYNC_ATTEMPTS:
-                raise errors[0]
-        self._board.ask([Call(rank, "load_weights", (weights.version,)) for rank in self._ranks], self._deadlines.sync_s)
-        return {"sync/bytes": float(sum(answers[:num_senders])), "sync/digest_ok": 1.0, "sync/attempts": float(attempt)}
+        """Between two slices where answers may go on under new weights, else when those that were begun are finished. Weights older than those that the fleet
+        has had (of a learner that went back to its checkpoint) are not loaded: the same will come again."""
+        if weights.version < self._newest:
+            self._weights = None
+            return {}
+        self._stand_still(finish=not self._config.rl.partial_rollouts)
+        self._weights, self._newest = weights, weights.version
+        metrics = self._publish_to([replica for replica in self.replicas if replica.open])
+        before, self._counted_s = self._counted_s, self._busy_s()
+        return metrics | self._counts() | {TIMING + "rollouts_busy": max(0.0, self._counted_s - before)}
 
-    def _plan(self, weights: Weights) -> list[Bucket]:
-        """Layouts do not change during a run: worked out at the first publication."""
-        ranks = [*weights.senders, *self._ranks]
-        parts = self._board.ask([Call(rank, "weight_parts") for rank in ranks], self._deadlines.sync_s)
-        return plan_refit(parts[: len(weights.senders)], parts[len(weights.senders) :])
+    def _busy_s(self) -> float:
+        """Seconds that replicas have spent on answers so far, in the mean."""
+        return sum(replica.busy_s for replica in self.replicas) / len(self.replicas)
+
+    def _publish_to(self, replicas: Sequence[Replica]) -> Metrics:
+        assert self._weights is not None
+        metrics, lost = self._publisher.publish(self._weights, replicas)
+        for replica, failure in lost:
+            self._lose(replica, failure)
+        return metrics
+
+    def _refresh(self) -> None:
+        stale = [replica for replica in self.replicas if replica.open and replica.version != self._newest]
+        if stale and self._weights is not None:
+            if self._config.rl.offload:  # the learner needs the device for it
+                self._stand_still(finish=False)
+            self._publish_to(stale)
+
+    def _stand_still(self, finish: bool) -> None:
+        """Returns when every replica stands still: after its slice, or with nothing left to finish."""
+        while busy := [replica for replica in self._ready() if replica.pending is not None or (finish and replica.num_asked)]:
+            for replica in busy:
+                if replica.pending is None:
+                    replica.advance(self._board, self._deadlines.slice_s)
+            for replica in self._settled(busy):
+                self._heard(replica)
+
+    def _ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.open and replica.version == self._newest]
+
+    def _settled(self, replicas: Sequence[Replica], at_most_s: float = POLL_S) -> list[Replica]:
+        """Those whose verb is done; waits for the first of them."""
+        pending = {id(replica.pending): replica for replica in replicas if replica.pending is not None}
+        if not pending:
+            time.sleep(min(at_most_s, GLANCE_S))
+            return []
+        done = self._board.wait([replica.pending for replica in pending.values() if replica.pending is not None], at_most_s)
+        return [pending[id(one)] for one in done]
+
+    def _heard(self, replica: Replica) -> None:
+        pending, replica.pending = replica.pending, None
+        assert pending is not None
+        try:
+            answers = pending.collect()
+        except RankFailed as failure:
+            self._lose(replica, failure)
+            return
+        if replica.open:
+            self._inbox += replica.heard(answers)
+        else:
+            replica.lanes = tuple(answers)
+            self._board.census(replica.ranks)
+
+    def _hand_out(self) -> None:
+        """Synchronous runs give everything at once, shared out by cost, so that a step is answered in the same company whenever it is repeated; others as
+        places become free."""
+        ready = [replica for replica in self._ready() if not self._alone(replica)]
+        normal = [ask for ask in self._waiting if self._losses[_name(ask)] < SUSPECT]
+        suspects = [ask for ask in self._waiting if self._losses[_name(ask)] >= SUSPECT]
+        for replica in [replica for replica in ready if not replica.num_asked and not normal][: len(suspects)]:
+            replica.give(0, [suspects.pop(0)])
+            ready.remove(replica)
+        lanes = [(replica, lane) for replica in ready for lane in range(replica.lanes[0].dp_size)]
+        if not lanes:
+            self._waiting = deque([*normal, *suspects])
+            return
+        if self._config.rl.max_staleness == 0:
+            for (replica, lane), share in zip(lanes, split_by_cost([self._cost(ask) for ask in normal], len(lanes)), strict=True):
+                replica.give(lane, [normal[index] for index in share])
+            normal = []
+        else:
+            normal = self._fill(lanes, normal)
+        self._waiting = deque([*normal, *suspects])
+
+    def _fill(self, lanes: Sequence[tuple[Replica, int]], asks: list[Ask]) -> list[Ask]:
+        """The emptiest lane first, up to the answers that are written side by side. Returns what found no place."""
+        taken = {lane: sum(len(ask.samples) for ask in lane[0].asked.get(lane[1], {}).values()) for lane in lanes}
+        for position, ask in enumerate(asks):
+            lane = min(lanes, key=lambda lane: taken[lane])
+            if taken[lane] and taken[lane] + len(ask.samples) > self._config.rollout.batch_size:
+                return asks[position:]
+            lane[0].give(lane[1], [ask])
+            taken[lane] += len(ask.samples)
+        return []
+
+    def _cost(self, ask: Ask) -> int:
+        return len(ask.prompt.tokens_S) + len(ask.samples) * self._config.rollout.max_new_tokens
+
+    def _alone(self, replica: Replica) -> bool:
+        return any(self._losses[_name(ask)] >= SUSPECT for asks in replica.asked.values() for ask in asks.values())
+
+    def _lose(self, replica: Replica, failure: RankFailed) -> None:
+        """Ends what is left of it, has others do what it owed, and starts it anew if there is hope."""
+        for rank in replica.ranks:
+            self._board.host.end(rank)
+        self._events["lost"] += 1
+        for ask in replica.take_back():
+            self._losses[_name(ask)] += 1
+            if self._losses[_name(ask)] > self._config.rollout.retries:
+                self._inbox += [FailedRollout(ask.prompt, sample, "replica_lost", str(failure)) for sample in ask.samples]
+                replica.excuse(self._config.rollout.restarts)
+            else:
+                self._waiting.appendleft(ask)
+        if replica.lives > self._config.rollout.restarts:
+            self.replicas.remove(replica)
+            self._events["given_up"] += 1
+            if not self.replicas:
+                raise failure
+            print(f"rollout replica {replica.number} is given up; {len(self.replicas)} go on: {failure}", flush=True)
+        else:
+            print(f"rollout replica {replica.number} is started anew: {failure}", flush=True)
+            replica.start(self._board, self._config, self._deadlines.open_s)
+
+    def _counts(self) -> Metrics:
+        stale = sum(replica.version != self._newest for replica in self.replicas)
+        return {"fleet/replicas": float(len(self.replicas)), "fleet/stale": float(stale), **{f"fleet/{name}": float(n) for name, n in self._events.items()}}
+
+
+def _name(ask: Ask) -> tuple[int, str]:
+    return ask.step, ask.prompt.key

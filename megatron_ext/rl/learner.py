@@ -10,6 +10,7 @@ rollout's where both have the same weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,12 +30,18 @@ from megatron_ext.observe.profiler import UNPROFILED, Profiler
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.store import open_store
-from megatron_ext.rl.batching import Shard, microbatches
+from megatron_ext.rl.batching import microbatches, unpack
 from megatron_ext.rl.hosts.ranks import WORLD_TIMEOUT_S, Place, confine_gloo
+from megatron_ext.rl.objective.metrics import effective_sample_size
+from megatron_ext.rl.parcels import Parcel
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
+from megatron_ext.rl.probe import Probe, Probed
+from megatron_ext.rl.probe_pass import ProbePass
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import own_parts, own_tensors
 from megatron_ext.rl.refit.weight_sync import Meeting, send
+from megatron_ext.rl.staleness import require_versions
+from megatron_ext.rl.turns import LearnerMemory
 from megatron_ext.training.engine import Engine
 from megatron_ext.training.engines import start_engine
 from megatron_ext.training.rank_work import RankWork, WorkMeter
@@ -74,8 +81,9 @@ class LearnerRank:
         self._context = self._world.enter_context(world)
         self._tokenizer = load_tokenizer(config.tokenizer_dir)
         self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
-        reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
-        self._policy = Policy(self._engine.wrapped, reference, config, self._tokenizer.vocab_size, self._context)
+        self._reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
+        self._memory: LearnerMemory | None = None
+        self._policy = Policy(self._engine.wrapped, self._reference, config, self._tokenizer.vocab_size, self._context)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
         self._meter = WorkMeter(self._context.device)
         self._profiler = UNPROFILED
@@ -87,17 +95,18 @@ class LearnerRank:
 
         self._profiler = Profiler(stage_dir, name, self._config.observe.profile, left, LEARNER)
 
-    def update(self, shards: Sequence[Shard]) -> Updated:
-        """One optimizer step for each shard (one a minibatch).
+    def update(self, parcels: Sequence[Parcel]) -> Updated:
+        """One optimizer step for each parcel (one a minibatch).
 
-        Raises WeightSyncError for rollouts of other weights than these: the checks and the loss take them to be on-policy.
+        Raises WeightSyncError for rollouts of newer weights than these, for those of older ones than `rl.max_staleness` allows, and after `offload`.
         """
         self._saver.poll()
-        if shards[0].batch.version != self._finished:
-            raise WeightSyncError(f"rollouts of version {shards[0].batch.version} reached a learner of version {self._finished}")
+        if self._memory is not None and self._memory.given:
+            raise WeightSyncError("an update was asked for while gradients and optimizer have left the device")
+        require_versions((row for parcel in parcels for row in parcel.rows), self._finished, self._config.rl)
         self._profiler.begin()
         clock = Stopwatch()
-        parts = [self._microbatches(shard) for shard in shards]
+        parts = [self._microbatches(parcel) for parcel in parcels]
         clock.lap("data")
         with batch_invariant(self._config.rollout.deterministic), self._meter.step(clock.seconds()[STEP_S]):
             # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
@@ -108,9 +117,9 @@ class LearnerRank:
         timings = {TIMING + phase: seconds for phase, seconds in clock.phases().items()}
         return Updated({**_over_minibatches(steps), **timings}, self._meter.take())
 
-    def reference_kl(self, shard: Shard) -> dict[str, float]:
+    def reference_kl(self, parcel: Parcel) -> dict[str, float]:
         """See `Policy.reference_kl`."""
-        return self._policy.reference_kl(self._microbatches(shard))
+        return self._policy.reference_kl(self._microbatches(parcel))
 
     def open_store(self, host: str) -> int:
         """Opens the meeting place of weight publications (rank 0); its port."""
@@ -122,6 +131,18 @@ class LearnerRank:
         self._engine.settle()
         return own_parts(self._engine.chunks, self._context)
 
+    def offload(self) -> None:
+        """Leaves the device to the rollouts: until `onload` no other verb may be asked."""
+        self._engine.settle()
+        if self._memory is None:
+            self._memory = LearnerMemory(self._engine, self._reference, moves=self._context.device.type == "cuda")
+        self._memory.give()
+
+    def onload(self) -> None:
+        """Undoes `offload`: everything is as it was, bit for bit."""
+        if self._memory is not None:
+            self._memory.take_back()
+
     def send_weights(self, meeting: Meeting, buckets: Sequence[Bucket]) -> int:
         """Sends this rank's share of the weights to the meeting. Returns the bytes sent."""
         self._engine.settle()
@@ -130,6 +151,14 @@ class LearnerRank:
             return send(meeting, self._context.rank, buckets, own_tensors(self._engine.chunks, self._context), self._finished, store)
         finally:
             self._profiler.end()
+
+    def probe(self, probe: Probe) -> Probed | None:
+        """What the present weights make of the probe, and by which experts; None but from the rank that speaks for all."""
+        context, tokenizer = self._context, self._tokenizer
+        self._engine.settle()
+        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, context).of_learner(self._engine.wrapped, self._finished)
+        speaks = context.is_last_stage and context.tp_rank == context.cp_rank == context.dp_rank == 0
+        return probed if speaks else None
 
     def save(self, step: int) -> None:
         """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""
@@ -141,10 +170,10 @@ class LearnerRank:
         """Returns once what `save` began is published."""
         self._saver.wait()
 
-    def _microbatches(self, shard: Shard) -> list[PolicyBatch]:
+    def _microbatches(self, parcel: Parcel) -> list[PolicyBatch]:
         layout = self._context.layout
-        parts = microbatches(shard, self._config.rl.micro_batch, layout.length_multiple, layout.pp if layout.vpp > 1 else 1)
-        return [policy_batch(part, self._context.device) for part in parts]
+        parts = microbatches(unpack(parcel), self._config.rl.micro_batch, layout.length_multiple, layout.pp if layout.vpp > 1 else 1)
+        return [policy_batch(part, self._context.device, self._finished) for part in parts]
 
 
 def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[Engine, int]:
@@ -172,12 +201,14 @@ def _reference(config: RunConfig, init_from: Path, image_token: int, context: Pa
 
 
 def _over_minibatches(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means, and the largest of what is named a maximum; the optimizer's own numbers move under `actor/`."""
+    """Means, and the largest of what is named a maximum, of those minibatches that have the number; the optimizer's own numbers move under `actor/`."""
     names = {"grad_norm": "actor/grad_norm", "lr": "actor/lr"}
     joined = {}
+    for step in steps:
+        effective_sample_size(step)
     for name in steps[0]:
-        values = [step[name] for step in steps]
-        joined[names.get(name, name)] = max(values) if name.endswith("_max") else sum(values) / len(values)
+        if values := [step[name] for step in steps if not math.isnan(step[name])]:
+            joined[names.get(name, name)] = max(values) if name.endswith(("_max", "/max")) else sum(values) / len(values)
     for ours in ("loss", "num_tokens"):  # said better by actor/loss and the rollouts' own lengths
         joined.pop(ours)
     return joined

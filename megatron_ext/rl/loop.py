@@ -1,11 +1,11 @@
 """One step of reinforcement learning, and the loop around it. Start reading here.
 
-    prompts -> fleet.generate -> scorer.score -> choose -> credit -> learner.update -> fleet.publish(learner.weights()) -> next step
-       ^         rollouts          rewards         |     advantages                     new weights, new version
-       +--- not enough groups to learn from -------+
+    stream.take(step) -> credit -> learner.update -> stream.publish(learner.weights()) -> next step
+      scored rollouts   advantages                     new weights, new version
 
-The loop knows three roles (`roles.py`) and nothing of how they are made: the same lines run over Ray and Megatron and over ten-line fakes in a unit test. It is
-synchronous: every rollout of a step is sampled under the weights that the step then updates.
+The stream asks prompts, has answers rewarded and puts them into the bank (`stream.py`). How far ahead of the learner it may ask is the only difference between
+a synchronous run, one step off and an asynchronous one: the loop is the same. It knows two roles (`roles.py`) and nothing of how they are made: the same lines
+run over Ray and Megatron and over ten-line fakes in a unit test.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout, ScoredRollout
-from megatron_ext.errors import StoppedForRequeue, UserError
+from megatron_ext.batch import FailedRollout, ScoredRollout
+from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.observe.stopwatch import Lap, Stopwatch
-from megatron_ext.rl.roles import Fleet, Learner, Metrics, Scorer
-from megatron_ext.rl.sampling import Choice, keep_all
+from megatron_ext.rl.roles import Learner, Metrics, Source
 
 
 @dataclass(frozen=True)
@@ -38,25 +37,20 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the loop repeats: which prompts a step draws, which groups it trains on, how rewards become advantages, when to save and when to stop.
-    Where `choose` has not enough, the step draws again, `draws` times at most: its later draws are those of the numbers from `steps` on."""
+    """What the loop repeats: how rewards become advantages, when to save and when to stop."""
 
     steps: int
-    samples: int
-    draw: Callable[[int], Sequence[Prompt]]
     credit: Callable[[Sequence[ScoredRollout], int], tuple[np.ndarray, Metrics]]
-    choose: Callable[[Sequence[ScoredRollout]], Choice] = keep_all
-    draws: int = 1
     save_every: int = 0
     after_step: Callable[[StepReport], None] = lambda report: None
     stop_requested: Callable[[], bool] = lambda: False
 
 
-def run_loop(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, first_step: int = 0) -> None:
+def run_loop(recipe: Recipe, source: Source, learner: Learner, first_step: int = 0) -> None:
     """Steps `first_step` .. `recipe.steps`, then a checkpoint. Raises StoppedForRequeue, with a checkpoint written, when asked to stop in between."""
-    fleet.publish(learner.weights())
+    source.publish(learner.weights())
     for finished in range(first_step + 1, recipe.steps + 1):
-        recipe.after_step(run_step(recipe, fleet, scorer, learner, finished - 1))
+        recipe.after_step(run_step(recipe, source, learner, finished - 1))
         stopping = recipe.stop_requested() and finished < recipe.steps
         if stopping or (recipe.save_every and finished % recipe.save_every == 0 and finished < recipe.steps):
             learner.save(finished)
@@ -65,24 +59,14 @@ def run_loop(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, fir
     learner.save(recipe.steps)
 
 
-def run_step(recipe: Recipe, fleet: Fleet, scorer: Scorer, learner: Learner, step: int) -> StepReport:
-    """Generates, scores, chooses, credits, updates, publishes. Failed rollouts are counted and reported; they are never trained on."""
-    clock, scored, failed = Stopwatch(), list[ScoredRollout](), list[FailedRollout]()
-    for draw in range(recipe.draws):
-        rollouts = fleet.generate(recipe.draw(step + draw * recipe.steps), recipe.samples, step)
-        clock.lap("generate")
-        answers = scorer.score([rollout for rollout in rollouts if isinstance(rollout, Rollout)])
-        clock.lap("reward")
-        scored += [answer for answer in answers if isinstance(answer, ScoredRollout)]
-        failed += [failure for failure in [*rollouts, *answers] if isinstance(failure, FailedRollout)]
-        if (choice := recipe.choose(scored)).enough:
-            break
-    if not scored:
-        raise UserError(f"step {step}", f"all {len(failed)} rollouts failed; the first: {failed[0].reason}: {failed[0].detail}")
-    advantages_R, metrics = recipe.credit(choice.kept, step)
+def run_step(recipe: Recipe, source: Source, learner: Learner, step: int) -> StepReport:
+    """Takes what was answered, credits, updates, publishes. Failed rollouts are counted and reported; they are never trained on."""
+    clock = Stopwatch()
+    taken = source.take(step, clock)
+    advantages_R, metrics = recipe.credit(taken.kept, step)
     clock.lap("advantages")
-    metrics |= learner.update(choice.kept, advantages_R, step)
+    metrics |= learner.update(taken.kept, advantages_R, step)
     clock.lap("update")
-    metrics |= fleet.publish(learner.weights())
+    metrics |= source.publish(learner.weights())
     clock.lap("sync")
-    return StepReport(step, choice.kept, choice.set_aside, failed, advantages_R, metrics | clock.seconds(), clock.laps)
+    return StepReport(step, taken.kept, taken.set_aside, taken.failed, advantages_R, metrics | taken.metrics | clock.seconds(), clock.laps)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_ext.batch import route_digest
@@ -32,12 +33,14 @@ from megatron_ext.rl.batching import FILLER_KEY, Shard
 from megatron_ext.rl.objective.aggregation import Rows
 from megatron_ext.rl.objective.divergence import kl_estimate
 from megatron_ext.rl.objective.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.metrics import largest, per_token
 from megatron_ext.training.step import LossParts, run_schedule
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
-    """A microbatch on the device; `mask_BS`, `rollout_BS` and `experts_BSLK` as in `LearnerBatch`. `old_BS` and `reference_BS` hold this rank's positions; None
+    """A microbatch on the device; `mask_BS`, `rollout_BS` and `experts_BSLK` as in `LearnerBatch`. `age_BS`: how many versions older than the present weights
+    those were that sampled a token; 0 where none was sampled. `old_BS` and `reference_BS` hold this rank's positions; None
     where the current log-probs are the old ones, and where there is no reference."""
 
     inputs: ModelInputs
@@ -46,14 +49,22 @@ class PolicyBatch:
     rollout_BS: torch.Tensor
     advantages_B: torch.Tensor
     experts_BSLK: torch.Tensor
+    age_BS: torch.Tensor
     old_BS: torch.Tensor | None = None
     reference_BS: torch.Tensor | None = None
 
+    @property
+    def stale_B(self) -> torch.Tensor:
+        """Answers that older weights had a part in."""
+        return (self.age_BS > 0).any(1)
 
-def policy_batch(shard: Shard, device: torch.device) -> PolicyBatch:
+
+def policy_batch(shard: Shard, device: torch.device, version: int) -> PolicyBatch:
+    """`version`: that of the present weights."""
     batch = shard.batch
+    age_BS = np.where(batch.response_mask_BS > 0, version - batch.versions_BS, 0)
     inputs = model_inputs(batch.tokens_BS, batch.tiles, batch.row_tiles_BM, device)
-    arrays = (batch.response_mask_BS.astype(bool), batch.logprobs_BS, batch.advantages_B, batch.experts_BSLK)
+    arrays = (batch.response_mask_BS.astype(bool), batch.logprobs_BS, batch.advantages_B, batch.experts_BSLK, age_BS)
     return PolicyBatch(inputs, shard, *(torch.from_numpy(array).to(device) for array in arrays))
 
 
@@ -69,6 +80,7 @@ def loss_settings(config: RunConfig) -> LossSettings:
         correction=rl.mismatch_correction,
         tis_cap=rl.tis_cap,
         icepop_band=rl.icepop_band,
+        sequence_band=rl.sequence_band,
         aggregation=rl.aggregation,
         longest=config.rollout.max_new_tokens,
     )
@@ -106,9 +118,10 @@ class Policy:
             self._settings,
             ref_logprobs_BS=batch.reference_BS,
             entropy_BS=entropy_BS,
-            rows=Rows(batch.mask_BS.sum(1), self._context.cp_rank == 0, self._joined),
+            rows=Rows(batch.mask_BS.sum(1), self._context.cp_rank == 0, self._joined, batch.stale_B if self._config.rl.max_staleness else None),
         )
-        return parts.loss_sum, parts.divisor.to(torch.int32), {**parts.metrics, **self._coverage(batch, frame, mask_BS)}
+        told = {**parts.metrics, **self._coverage(batch, frame, mask_BS), **self._staleness(batch, frame, mask_BS)}
+        return parts.loss_sum, parts.divisor.to(torch.int32), told
 
     @torch.no_grad()
     def prepared(self, batches: Sequence[PolicyBatch], with_old: bool) -> list[PolicyBatch]:
@@ -168,8 +181,9 @@ class Policy:
         return policy_scores(logits_SBV, targets_BS, self._config.rollout.temperature, self._banned_V, self._context.pgs.tp)
 
     def _require_agreement(self, logprobs_BS: torch.Tensor, mask_BS: torch.Tensor, rollout_BS: torch.Tensor, batch: PolicyBatch, frame: Frame) -> None:
-        """Rollout and learner have the same weights here, so that their log-probs may differ by rounding only, and in the deterministic mode by nothing."""
-        diff_BS = torch.where(mask_BS, logprobs_BS - rollout_BS, 0.0).abs()
+        """Where rollout and learner have the same weights, their log-probs may differ by rounding only, and in the deterministic mode by nothing. Answers that
+        older weights had a part in are not looked at: even their latest tokens attend to what the older ones left."""
+        diff_BS = torch.where(mask_BS & ~batch.stale_B[:, None], logprobs_BS - rollout_BS, 0.0).abs()
         exact = self._config.rollout.deterministic
         limit = 0.0 if exact else self._config.rl.max_logprob_diff
         if bool((diff_BS <= limit).all()):
@@ -179,11 +193,18 @@ class Policy:
         raise UserError(
             "rollout.deterministic" if exact else "rl.max_logprob_diff",
             f"the learner gives token {token} of {batch.shard.keys_B[row]} the log-prob {float(logprobs_BS[row, place]):.8g}, the rollout had "
-            f"{float(rollout_BS[row, place]):.8g} under the same weights (version {batch.shard.batch.version}); allowed is {limit:g}",
+            f"{float(rollout_BS[row, place]):.8g} under the same weights (version {int(batch.shard.batch.versions_BS[row].max())}); allowed is {limit:g}",
             "let both run on machines of one kind, or set it to false"
             if exact
             else "keep rl.replay_routes on and both in fp32, or raise the limit if the precision explains it",
         )
+
+    def _staleness(self, batch: PolicyBatch, frame: Frame, mask_BS: torch.Tensor) -> dict[str, Metric]:
+        """Of the response tokens: by how many versions their weights were older than the learner's."""
+        if not self._config.rl.max_staleness:
+            return {}
+        age_n = frame.take(decided(batch.age_BS))[mask_BS].float()
+        return {**per_token({"staleness/mean": age_n}), **largest({"staleness/max": age_n})}
 
     def _coverage(self, batch: PolicyBatch, frame: Frame, mask_BS: torch.Tensor) -> dict[str, Metric]:
         """The share of response tokens whose deciding position was replayed; `digest_ok` is 1, or the run has stopped."""

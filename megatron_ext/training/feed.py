@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from megatron_ext.config.schema import TrainConfig
+from megatron_ext.config.schema import StageConfig, TrainConfig
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.observe.metrics_file import BAD_SAMPLES
 from megatron_ext.parallel.groups import ParallelContext
@@ -17,13 +17,14 @@ from megatron_ext.training.reduce import total
 
 
 class Stream(Protocol):
-    def batch(self, step: int, rows: int) -> TokenBatch: ...
+    def batch(self, step: int, rows: int, /) -> TokenBatch:
+        """A rank's `rows` examples of a step."""
 
 
 class Feed:
     """Micro-batches of the steps in turn. Its verbs are collective."""
 
-    def __init__(self, rows: Callable[[int], TokenBatch], settings: TrainConfig, pad_id: int, context: ParallelContext) -> None:
+    def __init__(self, rows: Callable[[int], TokenBatch], settings: StageConfig, pad_id: int, context: ParallelContext) -> None:
         self._rows, self._settings, self._pad_id, self._context = rows, settings, pad_id, context
         self._num_bad = 0
 
@@ -31,10 +32,10 @@ class Feed:
         settings, context = self._settings, self._context
         rows = self._rows(step)
         self._num_bad = rows.num_bad
-        if settings.micro_batch_tokens:
+        if isinstance(settings, TrainConfig) and settings.micro_batch_tokens:
             return budgeted_microbatches(rows, settings.micro_batch_tokens, self._pad_id, context)
         multiple = context.layout.length_multiple
-        return microbatches(rows, settings.micro_batch, self._pad_id, context.device, packed=settings.packed, multiple=multiple)
+        return microbatches(rows, settings.rows_each * settings.micro_batch, self._pad_id, context.device, packed=settings.packed, multiple=multiple)
 
     def metrics(self) -> dict[str, float]:
         """`data/bad_samples`: left out by all data-parallel ranks since they started."""
@@ -42,7 +43,7 @@ class Feed:
 
 
 @contextmanager
-def open_feed(stream: Stream, settings: TrainConfig, pad_id: int, context: ParallelContext) -> Iterator[Feed]:
+def open_feed(stream: Stream, settings: StageConfig, pad_id: int, context: ParallelContext) -> Iterator[Feed]:
     share = settings.global_batch // context.layout.dp
     with read_ahead(lambda step: stream.batch(step, share), settings.steps) as rows:
         yield Feed(rows, settings, pad_id, context)

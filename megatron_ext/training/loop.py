@@ -1,7 +1,7 @@
-"""The supervised loop: batch, step, metrics, checkpoint, stop.
+"""The loop of the stages that learn from given examples: batch, step, metrics, checkpoint, stop.
 
     for step in start .. steps:
-        batch(step)  ->  optimizer_step  ->  metrics of all ranks every `log_every`  ->  checkpoint every `save_every`  ->  stop if asked
+        batch(step)  ->  update  ->  metrics of all ranks every `log_every`  ->  checkpoint every `save_every`  ->  stop if asked
 
 What a step trains on is a function of its number alone, so a resumed run continues as if it had never stopped.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_ext.config.schema import TrainConfig
+from megatron_ext.config.schema import StageConfig
 from megatron_ext.device import device_name
 from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.observe.profiler import UNPROFILED, Profiler
@@ -24,6 +24,8 @@ from megatron_ext.training.ledger import Ledger
 from megatron_ext.training.losses import Microbatch, NextToken
 from megatron_ext.training.step import optimizer_step
 
+Update = Callable[[Sequence[Microbatch], Callable[[str], None]], dict[str, float]]
+"""An optimizer step on micro-batches, with its metrics; it tells the end of each of its phases. Collective."""
 Report = Callable[[int, Mapping[str, float]], None]
 """Where the numbers of a step go. Called on every rank with equal numbers but for timings, which are its own."""
 
@@ -31,7 +33,8 @@ Report = Callable[[int, Mapping[str, float]], None]
 def train(
     engine: Engine,
     batch: Callable[[int], Sequence[Microbatch]],
-    config: TrainConfig,
+    update: Update,
+    config: StageConfig,
     context: ParallelContext,
     *,
     save: Callable[[int], None],
@@ -48,8 +51,8 @@ def train(
     its checkpoint begun.
     """
     model = engine.chunks[0].model_config
-    ledger = Ledger(config.global_batch, yardstick_of(model, config.train_vision, device_name(context.device), context.parallel.threads_per_rank), context)
-    objective = NextToken()
+    yardstick = yardstick_of(model, config.train_vision, device_name(context.device), context.parallel.threads_per_rank)
+    ledger = Ledger(config.rows_each * config.global_batch, yardstick, context)
     last: dict[str, float] = {}
     if config.steps == 0:
         save(0)  # the next stage starts from this one's checkpoint, trained or not
@@ -59,7 +62,7 @@ def train(
             microbatches = batch(step)
             clock.lap("data")
             with ledger.working(clock):
-                metrics = optimizer_step(engine, microbatches, objective, context, clock.lap)
+                metrics = update(microbatches, clock.lap)
         ledger.add(metrics, clock)
         poll()
         step += 1
@@ -78,3 +81,9 @@ def train(
         if stopping:
             raise StoppedForRequeue(f"stopped after step {step} of {config.steps}: run again to resume")
     return last
+
+
+def supervised(engine: Engine, context: ParallelContext) -> Update:
+    """Learns the next token."""
+    objective = NextToken()
+    return lambda microbatches, lap: optimizer_step(engine, microbatches, objective, context, lap)

@@ -56,6 +56,10 @@ class NextToken:
         # The last position predicts nothing. Its logits stay, masked: cutting them off would copy the rest. A packed sample's first token is never a target.
         targets_BS, mask_BS = (frame.take(decided(x_BS)) for x_BS in (batch.inputs.tokens_BS, batch.mask_BS))
         loss, num_tokens = masked_nll(token_logprobs(logits_SBV, targets_BS, bare.tp_group), mask_BS)
-        counted = frame.local_S is None or bare.cp_group.rank() == 0
-        of_rows = {TOKENS_PER_ROW: batch.num_tokens, POSITIONS_PER_ROW: batch.inputs.tokens_BS.numel(), TILES_PER_ROW: len(batch.inputs.tiles_ICHW)}
-        return loss, num_tokens, {name: Metric(total if counted else 0, batch.num_samples if counted else 0) for name, total in of_rows.items()}
+        return loss, num_tokens, row_metrics(batch, frame.local_S is None or bare.cp_group.rank() == 0)
+
+
+def row_metrics(batch: Microbatch, counted: bool) -> dict[str, Metric]:
+    """Per row its tokens, its positions with padding, its image tiles. `counted`: whether of the ranks that share the rows this is the one that counts them."""
+    of_rows = {TOKENS_PER_ROW: batch.num_tokens, POSITIONS_PER_ROW: batch.inputs.tokens_BS.numel(), TILES_PER_ROW: len(batch.inputs.tiles_ICHW)}
+    return {name: Metric(total if counted else 0, batch.num_samples if counted else 0) for name, total in of_rows.items()}

@@ -1,4 +1,4 @@
-"""A supervised stage, `pretrain` or `sft`, from a configuration to a folder that holds its result.
+"""A stage that learns from given examples, `pretrain`, `sft` or `mpo`, from a configuration to a folder that holds its result.
 
     stage_dir/  config.yaml   metrics.jsonl   events.out.tfevents...   checkpoints/step_.../
 
@@ -26,7 +26,8 @@ def run_supervised(
 ) -> dict[str, float]:
     """Trains the stage, by default with this machine's processes as ranks. The tokenizer is read from `config.tokenizer_dir`.
 
-    `init_from` is a checkpoint (or a folder of them) whose weights the stage starts from; unset: random weights. Returns the last metrics and `step`.
+    `init_from` is a checkpoint (or a folder of them) whose weights the stage starts from, and to which `mpo` compares; unset: random weights. Returns the last
+    metrics and `step`.
     Raises StoppedForRequeue, after its checkpoint, when a signal stopped it or `stop_file` appeared.
     """
     if ranks.lead:

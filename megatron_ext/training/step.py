@@ -108,8 +108,9 @@ def _reduce(parts: list[LossParts], context: ParallelContext) -> dict[str, float
     """Values over all microbatches and ranks. The last stage knows them and tells the others."""
     told: list[Any] = [None]
     if context.is_last_stage:
-        losses = ({"loss": Metric(float(loss_sum), float(num_tokens))} for loss_sum, num_tokens, _ in parts)
-        reduced = reduce_metrics(merge_metrics([*losses, *(metrics for _, _, metrics in parts)]), context.pgs.dp_cp, context.device)
+        # Not merged: a rank that counts none of the items it shares with another has a part of their loss all the same.
+        loss = Metric(sum(float(loss_sum) for loss_sum, _, _ in parts), sum(float(num_tokens) for _, num_tokens, _ in parts))
+        reduced = reduce_metrics({"loss": loss, **merge_metrics(metrics for _, _, metrics in parts)}, context.pgs.dp_cp, context.device)
         told = [{**{name: metric.value for name, metric in reduced.items()}, "num_tokens": reduced["loss"].count}]
     if context.layout.pp > 1:
         last = torch.distributed.get_global_rank(context.pgs.pp, context.layout.pp - 1)

@@ -17,8 +17,11 @@ from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.token_scores import token_logprobs
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.parallel.local import run_ranks
+from megatron_ext.rl.turns import LearnerMemory
 from megatron_ext.training.rank_work import WorkMeter, rank_metrics
 from tests.support.models import IMAGE, open_gates, small_batch, small_config
+from tests.support.training import run_steps, start
+from tests.support.turns import updates_with_a_break
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -74,3 +77,22 @@ def test_a_gpu_is_measured_by_the_probe_and_by_its_memory() -> None:
     work = meter.take()
     assert 0 < work.probe_s < 0.1 and 0 < work.memory_share < 1
     assert rank_metrics([work, work])["perf/slowest_over_mean"] == 1.0
+
+
+def leave_the_gpu(rank: int, world_size: int, init_method: str) -> tuple[bool, int, int, int]:
+    """(whether updates are the same, bytes of an engine on the GPU, what it gives up, and what the GPU holds meanwhile)."""
+    with open_parallel(ParallelConfig(), rank, world_size, init_method, 0) as context:
+        kept, moved, left = updates_with_a_break(context, "bf16")
+        empty = torch.cuda.memory_allocated()
+        engine = start(context, small_config(dtype="bf16"))
+        run_steps(engine, 0, 1, 4, context)
+        memory = LearnerMemory(engine, [], moves=True)
+        full = torch.cuda.memory_allocated() - empty
+        memory.give()
+        return kept == moved and left == 0, full, memory.num_bytes, torch.cuda.memory_allocated() - empty
+
+
+def test_a_learner_that_leaves_the_gpu_gives_up_its_memory_and_goes_on_as_if_it_had_not() -> None:
+    same, full, given, meanwhile = run_ranks(leave_the_gpu, 1, timeout_s=300)[0]
+    assert same
+    assert full - meanwhile >= given > 0.8 * full

@@ -17,7 +17,7 @@ from megatron_ext.inference.ask import MOST_LIKELY, answers
 from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
 from megatron_ext.inference.survey import run_discovery_survey
 from megatron_ext.parallel.local import run_ranks
-from tests.support.generation import Answers, answers_of_a_rank
+from tests.support.generation import Answers, answers_of_a_rank, slices_of_a_rank
 from tests.support.rl_run import prepare, rl_config, save_clusters
 
 
@@ -91,3 +91,19 @@ def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: 
     for key, (tokens, logprobs, digest) in answers_of_one_rank.items():
         assert together[key][0] == tokens and together[key][2] == digest
         np.testing.assert_allclose(together[key][1], logprobs, atol=1e-4)
+
+
+def test_a_worker_answers_in_slices_as_in_one_call_in_every_layout(run: tuple[RunConfig, Path]) -> None:
+    """Under EP2 each rank is idle for a while, and keeps step: what the other one says does not change."""
+    config = run[0].model_copy(update={"rollout": run[0].rollout.model_copy(update={"max_new_tokens": 24})})
+    layouts = [ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2)]
+    ranks = run_ranks(slices_of_a_rank, 2, config, layouts, timeout_s=120)
+    for number, answering in enumerate((1, 2)):
+        wholes, slices, failures = zip(*(rank[number] for rank in ranks), strict=True)
+        whole, sliced = ({key: answer for part in parts for key, answer in part.items()} for parts in (wholes, slices))
+        assert len(whole) == 16 and whole.keys() == sliced.keys()
+        for key, (tokens, logprobs, digest) in whole.items():
+            assert sliced[key][0] == tokens and sliced[key][2] == digest
+            np.testing.assert_allclose(sliced[key][1], logprobs, atol=1e-4)
+        assert [bool(part) for part in slices] == [True, answering == 2]
+        assert [failure for part in failures for failure in part] == ["long#0 prompt_too_long", "long#1 prompt_too_long"] * answering

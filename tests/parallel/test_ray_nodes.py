@@ -53,6 +53,7 @@ def test_ranks_are_spread_over_nodes_meet_across_them_and_nobody_joins_without_t
     assert {first, second} == set(ADDRESSES) and found["addresses"] == [first, second, first, second]
     assert found["meeting point"].startswith(f"tcp://{first}:") and found["sums"] == [10.0] * 4
     assert found["without the token"] == "UNAUTHENTICATED"
+    assert found["a stopped rank there"] == [True, ADDRESSES[1]]  # it was ended from here, and its replacement got its place
     assert min(found["processes"]) >= 4 and found["left here"] == found["left there"] == []
     assert found["second node waits"]  # as long as the driver, whose later stages SLURM would end soon after the first task that has gone
     assert second_node.process.wait(timeout=20) == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import os
 import signal
@@ -14,18 +12,20 @@ import pytest
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.config.algorithms import ALGORITHMS
 from megatron_ext.config.schema import EarlConfig, EvaluateConfig, ParallelConfig
-from megatron_ext.errors import RankFailed, StoppedForRequeue, UserError
+from megatron_ext.errors import ProbeMismatch, RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
-from megatron_ext.rl import fleet as fleets
+from megatron_ext.rl import questions, replicas
 from megatron_ext.rl import run as rl
+from megatron_ext.rl.bank.bank import open_bank
 from tests.support.rl_run import prepare, rl_config, save_clusters
+from tests.support.roles import NoisyRollout
 from tests.support.timelines import as_perfetto_reads, slices
 
 EXPECTED = {
     "reward": ("mean", "std", "min", "max", "frac_zero_std_groups"),
     "advantage": ("mean", "min", "max"),
     "actor": ("pg_loss", "loss", "grad_norm", "lr", "entropy", "ppo_kl", "clipfrac_low", "clipfrac_high", "ratio_max"),
-    "mismatch": ("logprob_abs_diff_mean", "logprob_abs_diff_max"),
+    "mismatch": ("logprob_abs_diff_mean", "logprob_abs_diff_max", "kl", "ess"),
     "response_length": ("mean", "max", "clip_ratio"),
     "prompt_length": ("mean", "max"),
     "rollout": ("failed_count", "failed_ratio"),
@@ -33,7 +33,7 @@ EXPECTED = {
     "perf": ("tokens_per_s", "tokens_per_s_per_gpu", "mfu", "peak_memory_bytes", "peak_memory_rank", "slowest_rank", "slowest_over_mean"),
     "moe": ("max_vio", "load_entropy"),
     "route": ("coverage", "digest_ok"),
-    "sync": ("bytes", "digest_ok"),
+    "sync": ("bytes", "digest_ok", "probe_diff"),
 }
 
 
@@ -56,10 +56,12 @@ def finished(start, tmp_path_factory):
     return folder, rl.run_rl(config, folder, checkpoint, None)
 
 
+LUCK = ("timing_s", "perf", "fleet", "sync")
+
+
 def numbers(folder):
-    """Every step's metrics but for what the clock and the memory say."""
-    records = read_metrics(folder)
-    return [{name: value for name, value in record.items() if name != "time" and not name.startswith(("timing_s", "perf"))} for record in records]
+    """Every step's metrics but for what the clock, the memory and the fate of processes say: weights that a fleet has are not published again."""
+    return [{name: value for name, value in record.items() if name != "time" and not name.startswith(LUCK)} for record in read_metrics(folder)]
 
 
 def test_two_steps_leave_metrics_a_checkpoint_and_what_was_answered(start, finished):
@@ -69,29 +71,28 @@ def test_two_steps_leave_metrics_a_checkpoint_and_what_was_answered(start, finis
     names = [f"{family}/{name}" for family, members in EXPECTED.items() for name in members]
     assert [name for name in names if not math.isfinite(records[0].get(name, math.nan))] == []
     assert latest_step(folder / "checkpoints") == 2
-    with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
-        lines = [json.loads(line) for line in file]
-    assert len(lines) == 24 and len({(line["key"], line["sample"]) for line in lines}) == 24
-    assert {line["version"] for line in lines} == {0} and len({line["seed"] for line in lines}) == 24
+    answers = [scored.rollout for scored in open_bank(folder / "rollouts").drawn(0).scored]
+    assert len(answers) == 24 and len({(answer.prompt.key, answer.sample) for answer in answers}) == 24
+    assert {answer.version for answer in answers} == {0} and len({answer.seed for answer in answers}) == 24
 
 
 def test_the_timeline_shows_the_loop_and_what_every_rank_does_for_it(finished):
     tracks = slices(as_perfetto_reads(finished[0]))
     assert set(tracks) == {"loop", "learner rank 0", "learner rank 1", "rollout replica 0 rank 0", "rollout replica 1 rank 0"}
-    phases = ["generate", "reward", "advantages", "update", "sync"]
-    assert [name for name, *_ in tracks["loop"]] == ["step 1", *phases, "step 2", *phases]
-    assert Counter(name for name, *_ in tracks["rollout replica 1 rank 0"])["generate"] == 2
+    phases = ["generate", "reward", "bank", "advantages", "update", "sync"]
+    assert list(dict.fromkeys(name for name, *_ in tracks["loop"])) == ["step 1", *phases, "step 2"]
+    assert Counter(name for name, *_ in tracks["rollout replica 1 rank 0"])["advance"] >= 2
     assert {"open", "update", "send_weights", "save"} <= {name for name, *_ in tracks["learner rank 1"]}
-    (generate,) = [event for event in tracks["loop"][:6] if event[0] == "generate"]
-    asked = next(event for event in tracks["rollout replica 0 rank 0"] if event[0] == "generate")
-    assert generate[1] <= asked[1] <= asked[2] <= generate[2]
+    generate = next(event for event in tracks["loop"] if event[0] == "generate")
+    asked = next(event for event in tracks["rollout replica 0 rank 0"] if event[0] == "advance")
+    assert generate[1] <= asked[1] <= generate[2]
 
 
 def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_rounding(finished):
     for record in read_metrics(finished[0]):
         assert record["route/digest_ok"] == 1 and record["route/coverage"] == 1
         assert record["mismatch/logprob_abs_diff_max"] < 1e-5
-        assert record["actor/ratio_max"] == 1
+        assert record["actor/ratio_max"] == 1 and record["sync/probe_diff"] < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -117,9 +118,19 @@ def test_the_deterministic_mode_agrees_in_every_bit_over_real_learners_and_rollo
     config, checkpoint = start
     settings = config.rollout.model_copy(update={"deterministic": True, "batch_size": 7, "parallel": rollout, "replicas": replicas})
     rl.run_rl(config.model_copy(update={"parallel": learner, "rollout": settings}), tmp_path, checkpoint, None)
-    for exact, fast in zip(numbers(tmp_path), numbers(finished[0]), strict=True):
+    for exact, fast in zip(read_metrics(tmp_path), read_metrics(finished[0]), strict=True):
         assert exact["mismatch/logprob_abs_diff_max"] == exact["mismatch/logprob_abs_diff_mean"] == 0 < fast["mismatch/logprob_abs_diff_max"]
-        assert exact["actor/ratio_max"] == 1
+        assert exact["actor/ratio_max"] == 1 and exact["sync/probe_diff"] == 0
+
+
+def test_ranks_that_leave_the_device_to_each_other_in_turn_compute_the_very_numbers(start, finished, tmp_path):
+    """A checkpoint after a validation gives the device back to the learner, and then to rollouts without new weights: theirs come from host memory."""
+    config, checkpoint = start
+    config = change(config, offload=True, save_every=1, eval_every=1)
+    config = config.model_copy(update={"evaluate": EvaluateConfig(prompts_per_skill=1, sampled_prompts_per_skill=1)})
+    rl.run_rl(config, tmp_path, checkpoint, None)
+    found = [{name: value for name, value in record.items() if not name.startswith("val/")} for record in numbers(tmp_path)]
+    assert found == numbers(finished[0])
 
 
 def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
@@ -193,13 +204,12 @@ def test_a_step_asks_further_prompts_in_place_of_groups_that_teach_nothing(start
     config = change(config, steps=1, dynamic_sampling=3, overlong_share=0.5, reward="tests.support.vowels:many_vowels")
     rl.run_rl(laid_out(config, ParallelConfig(num_ranks=2)), tmp_path, checkpoint, None)
     (record,) = numbers(tmp_path)
-    with gzip.open(tmp_path / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
-        lines = [json.loads(line) for line in file]
-    trained = {line["key"] for line in lines if line["advantage"] is not None}
+    bank = open_bank(tmp_path / "rollouts")
+    trained = {key for _, key in bank.trained(0)}
     assert record["sampling/groups"] in (12, 18) and record["sampling/groups_set_aside"] == record["sampling/groups"] - len(trained)
     assert record["reward/frac_zero_std_groups"] > 0 and record["reward/overlong/mean"] < 0
     for key in trained:
-        assert {line["reward"] for line in lines if line["key"] == key} == {0, 1}
+        assert {answer.reward for answer in bank.groups([group for group in bank.trained(0) if group[1] == key])} == {0, 1}
 
 
 def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_path):
@@ -209,15 +219,16 @@ def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_p
 
 
 def at_step(number, action, monkeypatch):
-    """Does something when the prompts of that step are drawn."""
-    draw = rl.prompts_of_step
+    """Does something when the prompts of that step are drawn for the first time."""
+    draw, done = questions.prompts_of_step, []
 
     def draw_and_act(step, config, tokenizer):
-        if step == number:
+        if step == number and not done:
+            done.append(step)
             action()
         return draw(step, config, tokenizer)
 
-    monkeypatch.setattr(rl, "prompts_of_step", draw_and_act)
+    monkeypatch.setattr(questions, "prompts_of_step", draw_and_act)
 
 
 def test_a_run_that_was_asked_to_stop_resumes_as_if_it_never_had(start, finished, tmp_path, monkeypatch):
@@ -231,24 +242,88 @@ def test_a_run_that_was_asked_to_stop_resumes_as_if_it_never_had(start, finished
     assert numbers(tmp_path) == numbers(finished[0])
 
 
-def test_a_replica_that_dies_is_named_and_the_run_resumes_from_its_checkpoint(start, finished, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def exact(start, tmp_path_factory):
+    """A deterministic run of three steps that nothing disturbed: its configuration and folder."""
     config, checkpoint = start
-    config = change(config, save_every=1)
-    ranks = []
-    begin = fleets.start
+    config = change(config, steps=3, save_every=2)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"deterministic": True})})
+    folder = tmp_path_factory.mktemp("exact")
+    rl.run_rl(config, folder, checkpoint, None)
+    return config, folder
 
-    def begin_and_remember(board, *arguments):
-        fleet, learner = begin(board, *arguments)
-        ranks.extend(fleet._ranks)
-        return fleet, learner
 
-    with monkeypatch.context() as patch:
-        patch.setattr(fleets, "start", begin_and_remember)
-        at_step(1, lambda: ranks[1].process[0].kill(), patch)
-        with pytest.raises(RankFailed, match=r"rollout replica 1 rank 0 .* ended with exit code -9"):
-            rl.run_rl(config, tmp_path, checkpoint, None)
+@pytest.fixture
+def roles(monkeypatch):
+    """The fleet and the learner of the run that comes, by these names."""
+    found = {}
+
+    def remembering(name, made):
+        def make(*arguments):
+            found[name] = made(*arguments)
+            return found[name]
+
+        return make
+
+    monkeypatch.setattr(rl, "MegatronFleet", remembering("fleet", rl.MegatronFleet))
+    monkeypatch.setattr(rl, "MegatronLearner", remembering("learner", rl.MegatronLearner))
+    return found
+
+
+def hit(rank, number):
+    os.kill(rank.process[0].pid, number)
+
+
+def test_a_replica_that_is_killed_is_replaced_and_the_run_is_as_if_it_never_had(start, exact, tmp_path, monkeypatch, roles):
+    at_step(1, lambda: hit(roles["fleet"].replicas[1].ranks[0], signal.SIGKILL), monkeypatch)
+    rl.run_rl(exact[0], tmp_path, start[1], None)
+    assert numbers(tmp_path) == numbers(exact[1])
+    assert read_metrics(tmp_path)[-1]["fleet/lost"] == 1
+
+
+def test_a_replica_that_is_stopped_is_noticed_replaced_and_the_run_is_as_if_it_never_had(start, exact, tmp_path, monkeypatch, roles):
+    at_step(1, lambda: hit(roles["fleet"].replicas[1].ranks[0], signal.SIGSTOP), monkeypatch)
+    rl.run_rl(change(exact[0], silence_s=5), tmp_path, start[1], None)
+    assert numbers(tmp_path) == numbers(exact[1])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_learner_that_is_killed_starts_again_and_repeats_its_steps_from_the_bank(start, exact, tmp_path, monkeypatch, roles, step):
+    """Checkpoints are written after step 2: of the three, one or two are repeated."""
+    at_step(step, lambda: hit(roles["learner"].ranks[1], signal.SIGKILL), monkeypatch)
+    rl.run_rl(exact[0], tmp_path, start[1], None)
+    assert numbers(tmp_path) == numbers(exact[1])
+
+
+def test_a_learner_that_is_killed_each_time_ends_the_run_by_name(start, exact, tmp_path, monkeypatch, roles):
+    config = change(exact[0], restarts=1)
+    draw = questions.prompts_of_step
+
+    def draw_and_kill(step, *more):
+        hit(roles["learner"].ranks[0], signal.SIGKILL)
+        return draw(step, *more)
+
+    monkeypatch.setattr(questions, "prompts_of_step", draw_and_kill)
+    with pytest.raises(RankFailed, match=r"the learner was lost 2 times at step 1, .*learner rank 0"):
+        rl.run_rl(config, tmp_path, start[1], None)
+
+
+@pytest.mark.parametrize(("staleness", "partial"), [(1, False), (2, True)])
+def test_answers_of_older_weights_are_at_most_as_old_as_allowed_and_all_are_trained_on(start, tmp_path, staleness, partial):
+    config, checkpoint = start
+    config = change(config, steps=4, max_staleness=staleness, partial_rollouts=partial, mismatch_correction="tis")
     rl.run_rl(config, tmp_path, checkpoint, None)
-    assert numbers(tmp_path) == numbers(finished[0])
+    records = numbers(tmp_path)
+    assert records[0]["staleness/max"] == 0 and 0 < max(record["staleness/max"] for record in records) <= staleness
+    assert len(open_bank(tmp_path / "rollouts").account().trained.keys()) == 4 * config.rl.prompts_per_step
+
+
+def test_weights_that_compute_something_else_at_a_rollout_stop_the_run_before_it_answers(start, tmp_path, monkeypatch):
+    config, checkpoint = start
+    monkeypatch.setattr(replicas, "RolloutRank", NoisyRollout)
+    with pytest.raises(ProbeMismatch, match=r"rollout replica 0 rank 0 gives .*; rl.max_logprob_diff allows 0.01"):
+        rl.run_rl(laid_out(config, ParallelConfig()), tmp_path, checkpoint, None)
+    assert not list((tmp_path / "rollouts" / "answers").glob("*"))
 
 
 def test_a_bonus_without_expert_clusters_is_refused_before_anything_starts(start, tmp_path):

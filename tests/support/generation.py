@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from megatron_ext.batch import route_digest
-from megatron_ext.config.schema import ParallelConfig, RolloutConfig
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from megatron_ext.batch import NO_TILES, FailedRollout, Rollout, route_digest
+from megatron_ext.config.schema import ParallelConfig, RolloutConfig, RunConfig
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import open_parallel
+from megatron_ext.rl.hosts.ranks import LOOPBACK, Place
+from megatron_ext.rl.roles import Ask
+from megatron_ext.rl.rollout_worker import RolloutRank
 from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
 
 Answers = dict[tuple[str, int], tuple[list[int], list[float], str]]
@@ -28,5 +36,34 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
         def seeds(index: int, sample: int) -> int:
             return rollout_seed(0, 0, mine[index].key, sample)
 
-        rollouts = engine.generate(mine, 3, seeds=seeds, version=0)
-        return {(r.prompt.key, r.sample): (r.response_T.tolist(), r.logprobs_T.tolist(), route_digest(r.routes.experts_SLK)) for r in rollouts}
+        return _by_key(engine.generate(mine, 3, seeds=seeds, version=0))
+
+
+def _by_key(rollouts: Sequence[Rollout]) -> Answers:
+    return {(r.prompt.key, r.sample): (r.response_T.tolist(), r.logprobs_T.tolist(), route_digest(r.routes.experts_SLK)) for r in rollouts}
+
+
+def slices_of_a_rank(
+    rank: int, world_size: int, init_method: str, config: RunConfig, layouts: Sequence[ParallelConfig]
+) -> list[tuple[Answers, Answers, list[str]]]:
+    """For each layout what a rollout worker says: in one call; in slices of three steps; and why it does not answer a prompt that is too long, asked with the
+    others. With two lanes the second has nothing to do at first; it is asked after four slices, and then the first runs out of work."""
+    found = []
+    for number, parallel in enumerate(layouts):
+        worker = RolloutRank()
+        shaped = config.model_copy(update={"rollout": config.rollout.model_copy(update={"parallel": parallel})})
+        lane = worker.open(shaped, Place(rank, world_size, f"{init_method}.{number}", LOOPBACK))
+        prompts = [replace(prompt, tiles=NO_TILES, tokens_S=prompt.tokens_S[prompt.tokens_S != IMAGE]) for prompt in small_prompts(8)]
+        long = replace(prompts[0], key="long", tokens_S=np.full(config.model.max_positions, 9, np.int32))
+        first, later = (prompts[:4], prompts[4:]) if lane.dp_size == 1 else ((prompts[:4], []) if lane.dp_rank == 0 else ([], prompts[4:]))
+        whole = worker.generate([*first, *later], 2, step=1, greedy=False)
+        asks = [Ask(prompt, (0, 1), 1) for prompt in [*first, long]]
+        sliced, slices = worker.advance(asks, 3), 1
+        while not worker._session.idle:
+            sliced += worker.advance([Ask(prompt, (0, 1), 1) for prompt in later] if slices == 4 else [], 3)
+            slices += 1
+        assert lane.speaks or not (whole or sliced)
+        failed = [f"{answer.prompt.key}#{answer.sample} {answer.reason}" for answer in sliced if isinstance(answer, FailedRollout)]
+        found.append((_by_key(whole), _by_key([answer for answer in sliced if isinstance(answer, Rollout)]), failed))
+        worker._world.close()
+    return found

@@ -10,7 +10,7 @@ from megatron_ext.config.schema import ParallelConfig, TrainConfig
 from megatron_ext.observe.timeline import Track
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
-from megatron_ext.training.loop import train
+from megatron_ext.training.loop import supervised, train
 from tests.support.training import own_microbatches, start
 
 STEPS, LOG_EVERY = 4, 2
@@ -37,6 +37,7 @@ def train_slowed(
         train(
             engine,
             batch,
+            supervised(engine, context),
             TrainConfig(steps=STEPS, global_batch=8, log_every=LOG_EVERY, save_every=LOG_EVERY),
             context,
             save=lambda step: time.sleep(0.01),

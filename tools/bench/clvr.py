@@ -34,8 +34,9 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.rl.batching import microbatches as rollout_microbatches
-from megatron_ext.rl.batching import plan_shards
+from megatron_ext.rl.batching import unpack
 from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.losses import NextToken
 from megatron_ext.training.megatron_engine import build_engine
@@ -132,12 +133,12 @@ def unrecorded(answer: Callable[[], Any], model: Any, engine: Engine) -> Iterato
     def routes(_: Any, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.broadcast_to(one, (tokens, layers, top)) for one in nothing.values())  # type: ignore[return-value]
 
-    plain, record = engine._routes, model.router_tap.record
-    engine._routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
+    plain, record = engine.passes.routes, model.router_tap.record
+    engine.passes.routes, model.router_tap.record = routes, no_routes  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
+        engine.passes.routes, model.router_tap.record = plain, record  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -163,12 +164,12 @@ def learning(rounds: int, context: ParallelContext) -> tuple[dict[str, float], d
     engine = build_engine([build(MODEL, context)], OptimizerConfig(lr=1e-9, min_lr=0.0, weight_decay=0.0), 1000, context, router_lr_scale=0.1)
     answer = answering(engine.chunks[0], prompts_of(8), SAMPLES, NEW, context)
     scored = [ScoredRollout(rollout, float(rollout.sample % 2), {"correct": float(rollout.sample % 2)}) for rollout in answer()]
-    shard = plan_shards(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=1, pad_id=PAD)[0][0]
+    shard = unpack(plan_parcels(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=1, pad_id=PAD)[0][0])
     configs = {name: RunConfig(model=MODEL, rl=RLConfig(replay_routes=on, max_logprob_diff=1.0)) for name, on in (("not recorded", False), ("recorded", True))}
 
     def update(config: RunConfig) -> float:
         engine.chunks[0].train()
-        parts = [policy_batch(part, context.device) for part in rollout_microbatches(shard, 32, 1)]
+        parts = [policy_batch(part, context.device, 0) for part in rollout_microbatches(shard, 32, 1)]
         return optimizer_step(engine, parts, Policy(engine.wrapped, [], config, VOCABULARY - 1, context), context)["loss"]
 
     updates = medians({name: partial(update, config) for name, config in configs.items()}, rounds)

@@ -29,7 +29,8 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
-from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.batching import microbatches, unpack
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, PolicyBatch, policy_batch
 from megatron_ext.training import engine as training
 from megatron_ext.training.megatron_engine import build_engine
@@ -94,8 +95,8 @@ class Run:
     def keep(self, rollouts: list[Rollout]) -> None:
         scored = [ScoredRollout(rollout, 0.0, {}) for rollout in rollouts]
         advantages = np.random.default_rng(0).normal(size=len(scored))
-        (shard,) = plan_shards(scored, advantages, minibatches=1, dp_size=1, multiple=1, pad_id=PAD)[0]
-        self.batches = [policy_batch(part, self._context.device) for part in microbatches(shard, self._case.micro_batch, 1)]
+        (parcel,) = plan_parcels(scored, advantages, minibatches=1, dp_size=1, multiple=1, pad_id=PAD)[0]
+        self.batches = [policy_batch(part, self._context.device, 0) for part in microbatches(unpack(parcel), self._case.micro_batch, 1)]
 
     def gap(self) -> np.ndarray:
         """|difference| of every token."""

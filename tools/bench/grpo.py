@@ -1,4 +1,4 @@
-"""A whole GRPO step against TRL's GRPOTrainer: `python tools/bench/grpo.py [--rounds 5]`, results in docs/benchmarks/grpo.md. Needs the extra `trl`.
+"""A whole GRPO step against TRL's GRPOTrainer: `python tools/bench/grpo.py [--rounds 5]`, results in docs/benchmarks/grpo.md.
 
 Eight prompts of 96 tokens, eight sampled answers of 64 tokens to each, a reward, advantages, one AdamW update, and new weights for the next step. Both sides
 start from the same random mixture of experts (16 experts, top 2, float32), converted, and take steps in turns; elapsed times, medians.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from importlib import import_module
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,18 @@ from interleave import machine
 from megatron_ext.batch import Prompt
 from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
 from megatron_ext.config.schema import EarlConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig
-from megatron_ext.rl import fleet as fleets
-from megatron_ext.rl import learner, rollout_worker
+from megatron_ext.rl import learner, learners, replicas, rollout_worker
+from megatron_ext.rl.bank.bank import open_bank
 from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.deadlines import DEADLINES
+from megatron_ext.rl.fleet import MegatronFleet
 from megatron_ext.rl.hosts.local_host import local_host
-from megatron_ext.rl.hosts.ranks import Switchboard
+from megatron_ext.rl.hosts.switchboard import Switchboard
+from megatron_ext.rl.learners import MegatronLearner
 from megatron_ext.rl.loop import Recipe, run_step
 from megatron_ext.rl.scoring.pool import RewardPool
+from megatron_ext.rl.stream import Questions, Stream
+from megatron_ext.rl.turns import Turns
 
 CASE = Case("8 prompts x 8", 16, 8, 8)
 LEARNING_RATE = 1e-5
@@ -92,17 +97,23 @@ def ours(source: Path, folder: Path) -> Iterator[Callable[[int], dict[str, float
         described = hf_to_megatron(source, folder / "start")
     config, prompts = configuration(described.model, folder), prompts_of(CASE)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(fleets, "LearnerRank", BenchLearner))
-        stack.enter_context(patch.object(fleets, "RolloutRank", BenchRollout))
+        stack.enter_context(patch.object(learners, "LearnerRank", BenchLearner))
+        stack.enter_context(patch.object(replicas, "RolloutRank", BenchRollout))
         scorer = stack.enter_context(RewardPool(config.rl.reward, 1, config.rl.reward_timeout_s))
         board = Switchboard(stack.enter_context(local_host()))
-        fleet, owner = fleets.start(board, config, folder / "rl", folder / "start", Words.pad_id, fleets.DEADLINES)
-        recipe = Recipe(config.rl.steps, CASE.samples, lambda step: prompts, Credit(config, None, Words.tag_ids, folder))
-        fleet.publish(owner.weights())
+        turns = Turns(board, DEADLINES.sync_s, config.rl.offload)
+        owner = MegatronLearner(board, config, folder / "rl", folder / "start", Words.pad_id, DEADLINES, turns)
+        fleet = MegatronFleet(board, config, DEADLINES, turns)
+        owner.wait_open()
+        fleet.wait_open()
+        asked = Questions(config.rl.steps, CASE.samples, lambda step: [replace(prompt, key=f"{step}/{prompt.key}") for prompt in prompts])
+        stream = Stream(asked, fleet, scorer, open_bank(folder / "rollouts"), whole_draws=True)
+        recipe = Recipe(config.rl.steps, Credit(config, None, Words.tag_ids, folder))
+        stream.publish(owner.weights())
 
         def step(number: int) -> dict[str, float]:
             began = time.perf_counter()
-            report = run_step(recipe, fleet, scorer, owner, number)
+            report = run_step(recipe, stream, owner, number)
             total = time.perf_counter() - began
             assert len(report.scored) == CASE.prompts * CASE.samples and all(len(answer.rollout.response_T) == NEW for answer in report.scored)
             generation, update = report.metrics["timing_s/generate"], report.metrics["timing_s/update"]
@@ -192,7 +203,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the case, if its name contains this")
     parser.add_argument("--json", type=Path, help="where to write the medians: new tokens a second, and seconds by phase")
     options = parser.parse_args()
-    import_module("trl")  # before anything is started
     torch.set_num_threads(1)
     steps: dict[str, list[dict[str, float]]] = {"ours": [], "TRL": []}
     if options.only not in CASE.name:

@@ -3,6 +3,7 @@
 levels   what scenes may hold            queries    what can be asked, and the answer        captions  what pretraining says about a scene
 scene    scenes, splits, building        skills     balanced drawing of single questions     draw      conversations and prompts
 sprites, render   pixels and boxes       composite  questions of two steps                   check     verdicts on answers
+                                         wrong      a right and a wrong answer
 """
 
 from megatron_ext.data.suite.check import Verdict, check

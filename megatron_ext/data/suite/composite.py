@@ -64,11 +64,7 @@ class Composite:
         second = second_query.answer(scene)
         if second is None:
             return None
-        if self.kind in ("ocr+count", "count+count"):
-            final = str(int(first) + int(second))
-        else:
-            final = f"{first} {second}" if self.kind == "spatial+color" else second
-        return (self.first.skill, first), (second_query.skill, second), (FINAL, final)
+        return (self.first.skill, first), (second_query.skill, second), (FINAL, conclusion(self.kind, first, second))
 
     def answer(self, scene: Scene) -> str | None:
         steps = self.steps(scene)
@@ -85,6 +81,13 @@ class Composite:
     def witnesses(self, scene: Scene) -> list[Item]:
         second = self.second or Count(self.first.answer(scene) or "")
         return list(dict.fromkeys(self.first.witnesses(scene) + second.witnesses(scene)))
+
+
+def conclusion(kind: str, first: str, second: str) -> str:
+    """The final answer, from those of the steps."""
+    if kind in ("ocr+count", "count+count"):
+        return str(int(first) + int(second))
+    return f"{first} {second}" if kind == "spatial+color" else second
 
 
 def tagged(steps: tuple[Step, ...]) -> str:

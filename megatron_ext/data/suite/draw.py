@@ -87,7 +87,7 @@ def chance(skill: str, config: DataConfig) -> float:
 
 def _draw_prompt(split: Split, skill: str, seed: int, index: int, config: DataConfig, tokenizer: Tokenizer, tile_tokens: int) -> Prompt:
     rng = Random(f"prompt {split} {skill} {seed} {index}")
-    query, scene = _lead(rng, skill, split, config)
+    query, scene = lead(rng, skill, split, config)
     wordings = query.wordings()
     phrasing, template = rng.randrange(len(wordings)), rng.choice(list(FRAMES))
     answer = query.answer(scene)
@@ -109,7 +109,7 @@ def _draw_prompt(split: Split, skill: str, seed: int, index: int, config: DataCo
     return Prompt(f"suite/{split}/{skill}/{seed}/{index}", skill, encode_prompt(text, tokenizer, tile_tokens), tiles, answer, meta)
 
 
-def _lead(rng: Random, skill: str, split: Split, config: DataConfig) -> tuple[Query, Scene]:
+def lead(rng: Random, skill: str, split: Split, config: DataConfig) -> tuple[Query, Scene]:
     """A question whose answer is drawn first, and a scene of the split in which it is true."""
     level = level_of(config)
     query, blueprint = propose_composite(rng.choice(COMPOSITES), rng, level) if skill == "composite" else single.propose(skill, rng, level)
@@ -124,7 +124,7 @@ def _ask(query: Query, scene: Scene, rng: Random) -> Turn:
 
 def _caption(rng: Random, split: Split, config: DataConfig) -> tuple[Scene, list[Turn]]:
     """Places first, then tallies, maps last: an answer that a map has already given would be read off the text."""
-    _, scene = _lead(rng, rng.choice(ALL_SKILLS), split, config)
+    _, scene = lead(rng, rng.choice(ALL_SKILLS), split, config)
     tables = [make(aspect, scene, rng) for make in (tally_turn, map_turn) for aspect in rng.sample(("color", "kind"), 2)][-config.questions_per_image :]
     return scene, place_turns(config.questions_per_image - len(tables), scene, rng) + tables
 
@@ -134,7 +134,7 @@ def _questions(rng: Random, split: Split, config: DataConfig) -> tuple[Scene, li
     not offer gives way to the next that it does; where nothing new is left to ask, the first question is asked again."""
     deck = [skill for skill, weight in single.SKILL_WEIGHTS.items() for _ in range(weight)]
     rng.shuffle(deck)
-    query, scene = _lead(rng, deck[0], split, config)
+    query, scene = lead(rng, deck[0], split, config)
     asked = [query]
     for turn in range(1, config.questions_per_image):
         wanted = deck[turn % len(deck)]

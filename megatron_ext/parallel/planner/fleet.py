@@ -1,9 +1,9 @@
 """Plans of reinforcement learning: a layout for the learner, one for the rollout replicas, and how they share the devices. Without torch.
 
 colocated       both on all devices, one after the other; their memory adds up
-disaggregated   some devices learn, the others answer; each waits for the other, because the loop of this release is synchronous
+disaggregated   some devices learn, the others answer; each waits for the other in a synchronous run (`rl.max_staleness` 0)
 
-step = answers + update + refit          `overlapped_s` is what a loop that answers while it learns would take: max(answers, update) + refit
+step = answers + update + refit          `overlapped_s`, of a run that answers while it learns: max(answers, update) + refit
 """
 
 from __future__ import annotations

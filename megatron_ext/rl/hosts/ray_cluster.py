@@ -5,17 +5,15 @@
 
     folder: private (0700), short, removed at the end       folder/token: the authentication token (0600); folder/s: Ray's sessions, logs and sockets
 
-Ray makes its own temporary folder world-readable, so it lives inside a private one. Every process of the cluster inherits the path of the token file, which
-no other process has: by it what is left after a shutdown is found and ended, however the shutdown went. An existing cluster of this machine is never joined.
+Ray makes its own temporary folder world-readable, so it lives inside a private one. What is left after a shutdown is found and ended, however the shutdown
+went, and when this process is killed (`ray_processes.py`). An existing cluster of this machine is never joined.
 
 Ray reads parts of its environment when it is imported and never again: so it is imported here, once the environment stands, and nowhere at the top of a module.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,13 +25,12 @@ from megatron_ext.errors import RankFailed, UserError
 from megatron_ext.parallel.environment import environment
 from megatron_ext.rl.hosts.ray_node import Nodes
 from megatron_ext.rl.hosts.ray_private import cluster_variables, private_folder, read_token
+from megatron_ext.rl.hosts.ray_processes import Head, caretaker, end_leftovers
 
 OBJECT_STORE_BYTES = 200 << 20
 """On one machine; on nodes of a cluster, which are there for nothing else, Ray takes what it thinks fit."""
 NODES_TIMEOUT_S = 300.0
 """How long the cluster waits for its nodes, all of which are on their way."""
-LEAVE_GRACE_S = 5.0
-"""How long Ray's processes may take to leave after a shutdown; then they are killed."""
 
 
 @contextmanager
@@ -65,8 +62,9 @@ def spanning_cluster(nodes: Nodes, num_cpus: int, num_gpus: int = 0) -> Iterator
 @contextmanager
 def _started(folder: Path, variables: dict[str, str], **options: Any) -> Iterator[ModuleType]:
     token = folder / "token"
-    with environment({**cluster_variables(token), **variables}):
+    with caretaker(folder), environment({**cluster_variables(token), **variables}):
         ray = _import_ray()
+        head: Head | None = None
         try:
             ray.init(
                 address="local",
@@ -77,8 +75,11 @@ def _started(folder: Path, variables: dict[str, str], **options: Any) -> Iterato
                 _system_config={"health_check_period_ms": 1000},
                 **options,
             )
+            head = Head(token)
             yield ray
         finally:
+            if head is not None and head.lost() is not None:
+                end_leftovers(token, grace_s=0.0)  # a shutdown would ask what is no longer there
             ray.shutdown()
             end_leftovers(token)
 
@@ -88,34 +89,8 @@ def _await_nodes(ray: ModuleType, addresses: tuple[str, ...]) -> None:
     while missing := set(addresses) - {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}:
         if time.monotonic() > deadline:
             late = ", ".join(sorted(missing))
-            raise RankFailed(f"{len(missing)} of {len(addresses)} nodes did not join the Ray cluster within {NODES_TIMEOUT_S:.0f} s: {late}")
+            raise RankFailed(f"{len(missing)} of {len(addresses)} nodes did not join the Ray cluster within {NODES_TIMEOUT_S:.0f} s: {late}", kind="late")
         time.sleep(0.2)
-
-
-def cluster_processes(token: Path) -> list[int]:
-    """Process ids of the cluster that was started with this token file. Linux only; elsewhere nothing is found."""
-    marker, folder = f"RAY_AUTH_TOKEN_PATH={token}".encode(), str(token.parent).encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            inherited, command = marker in (entry / "environ").read_bytes().split(b"\0"), (entry / "cmdline").read_bytes()
-        except OSError:
-            continue  # it has just ended, or belongs to another user
-        if inherited and (command.startswith(b"ray::") or folder in command):
-            found.append(int(entry.name))
-    return found
-
-
-def end_leftovers(token: Path) -> None:
-    """Waits for the cluster's processes to leave and kills those that do not, such as a rank that was stopped by a debugger."""
-    deadline = time.monotonic() + LEAVE_GRACE_S
-    while (left := cluster_processes(token)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for process in left:
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _import_ray() -> ModuleType:

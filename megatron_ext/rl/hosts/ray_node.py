@@ -67,7 +67,9 @@ class Desk:
         """Returns when so many have come."""
         with self._changed:
             if not self._changed.wait_for(lambda: len(self._nodes) >= count, DESK_TIMEOUT_S):
-                raise RankFailed(f"{count - len(self._nodes)} of {count} other nodes did not come within {DESK_TIMEOUT_S:.0f} s: their logs say why")
+                raise RankFailed(
+                    f"{count - len(self._nodes)} of {count} other nodes did not come within {DESK_TIMEOUT_S:.0f} s: their logs say why", kind="late"
+                )
 
     def close(self) -> None:
         with suppress(OSError):
@@ -180,7 +182,7 @@ def _connected(address: str, port: int) -> Iterator[socket.socket]:
             break
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RankFailed(f"the driver is not to be found at {address} port {port} after {DESK_TIMEOUT_S:.0f} s: {error}") from None
+                raise RankFailed(f"the driver is not to be found at {address} port {port} after {DESK_TIMEOUT_S:.0f} s: {error}", kind="late") from None
             time.sleep(POLL_S)
     with connection:
         connection.settimeout(POLL_S)

@@ -29,11 +29,13 @@ def _nothing_to_add(values_B: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Rows:
     """Whole answers, as a rank that holds a slice of each knows them. `lengths_B`: their response tokens, 0 for filler; `counted`: whether this rank is the one
-    that counts them; `joined`: a value per row, summed over the ranks that share it."""
+    that counts them; `joined`: a value per row, summed over the ranks that share it; `stale_B`: which of them older weights than the learner's sampled, at
+    least in part; None where none may be."""
 
     lengths_B: Tensor
     counted: bool = True
     joined: Callable[[Tensor], Tensor] = _nothing_to_add
+    stale_B: Tensor | None = None
 
     @property
     def count(self) -> Tensor:

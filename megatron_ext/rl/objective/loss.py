@@ -11,17 +11,17 @@ The divisor is summed over micro-batches and ranks before dividing, so the loss 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from megatron_ext.batch.metric import Metric
 from megatron_ext.config.algorithms import Aggregation, Correction, KlEstimator, Surrogate
 from megatron_ext.rl.objective.aggregation import Rows, divisor, token_weights
-from megatron_ext.rl.objective.divergence import k3, kl_estimate
+from megatron_ext.rl.objective.divergence import kl_estimate
+from megatron_ext.rl.objective.metrics import drift_metrics, exact, largest, numbers, per_token
 from megatron_ext.rl.objective.mismatch import mismatch_weights
 from megatron_ext.rl.objective.surrogates import answer_ratio, clipped, clipped_weight, dual_clipped, ratio
 from megatron_ext.shapes import check_shape
@@ -40,6 +40,7 @@ class LossSettings:
     correction: Correction = "none"
     tis_cap: float = 2.0
     icepop_band: tuple[float, float] = (0.5, 5.0)
+    sequence_band: tuple[float, float] = (0.9, 1.1)
     aggregation: Aggregation = "token_mean"
     longest: int = 1
 
@@ -76,19 +77,20 @@ def policy_loss(
     rows = rows or Rows(mask_BS.sum(1))
     # One flat list of response tokens: padding and prompts never enter, so garbage there cannot become a nan gradient.
     row_n = mask_BS.nonzero()[:, 0]
-    new_n, old_n, rollout_n = (_exact(value_BS[mask_BS]) for value_BS in (logprobs_BS, old_logprobs_BS.detach(), rollout_logprobs_BS.detach()))
+    new_n, old_n, rollout_n = (exact(value_BS[mask_BS]) for value_BS in (logprobs_BS, old_logprobs_BS.detach(), rollout_logprobs_BS.detach()))
     advantages_n, lengths_n = advantages_B.to(new_n.dtype)[row_n], rows.lengths_B.to(new_n.dtype)[row_n]
-    log_ratio_n = new_n - old_n
-    if settings.surrogate == "gspo":
-        total_B = rows.joined(new_n.new_zeros(num_rows).index_add(0, row_n, log_ratio_n.detach()))
-        ratio_n = answer_ratio(new_n, total_B[row_n] / lengths_n)
-    else:
-        ratio_n = ratio(log_ratio_n)
-    correction_n, cut_n = mismatch_weights(settings.correction, old_n, rollout_n, settings.tis_cap, settings.icepop_band)
+    log_ratio_n, log_weight_n = new_n - old_n, old_n - rollout_n
+
+    def answer_mean(value_n: Tensor) -> Tensor:
+        return rows.joined(value_n.new_zeros(num_rows).index_add(0, row_n, value_n))[row_n] / lengths_n
+
+    ratio_n = answer_ratio(new_n, answer_mean(log_ratio_n.detach())) if settings.surrogate == "gspo" else ratio(log_ratio_n)
+    whole_n, band = (answer_mean(log_weight_n), settings.sequence_band) if settings.correction == "sequence_mask" else (log_weight_n, settings.icepop_band)
+    correction_n, cut_n = mismatch_weights(settings.correction, log_weight_n, whole_n, settings.tis_cap, band)
     pg_n = correction_n * _surrogate(ratio_n, new_n, advantages_n, settings)
     loss_n, optional = pg_n, {}
     if ref_logprobs_BS is not None:
-        optional["actor/kl_ref"] = kl_estimate(settings.kl_estimator, new_n, _exact(ref_logprobs_BS[mask_BS].detach()))
+        optional["actor/kl_ref"] = kl_estimate(settings.kl_estimator, new_n, exact(ref_logprobs_BS[mask_BS].detach()))
         loss_n = pg_n + settings.kl_coeff * optional["actor/kl_ref"]
     if entropy_BS is not None:
         optional["actor/entropy"] = entropy_BS[mask_BS]
@@ -97,14 +99,11 @@ def policy_loss(
     weight_n, share_n = token_weights(settings.aggregation, lengths_n, settings.longest)
     metrics = {
         **_losses({"actor/pg_loss": pg_n * weight_n, "actor/loss": loss_n * weight_n}, share_n),
-        **_per_token({**_off_policy(ratio_n, log_ratio_n, advantages_n, settings), **_drift(rollout_n - old_n), **optional}),
-        **_largest({"actor/ratio_max": ratio_n, "mismatch/logprob_abs_diff_max": (rollout_n - old_n).abs()}),
+        **per_token({**_off_policy(ratio_n, log_ratio_n, advantages_n, settings), **optional}),
+        **largest({"actor/ratio_max": ratio_n}),
+        **drift_metrics(-log_weight_n, None if rows.stale_B is None else rows.stale_B[row_n]),
     }
     return PolicyLoss((loss_n * weight_n).sum(), divisor(settings.aggregation, rows, mask_BS.sum(), settings.longest), metrics)
-
-
-def _exact(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _surrogate(ratio_n: Tensor, logprobs_n: Tensor, advantages_n: Tensor, settings: LossSettings) -> Tensor:
@@ -124,27 +123,6 @@ def _off_policy(ratio_n: Tensor, log_ratio_n: Tensor, advantages_n: Tensor, sett
     return {"actor/ppo_kl": -log_ratio_n, "actor/clipfrac_low": below_n, "actor/clipfrac_high": above_n}
 
 
-def _drift(drift_n: Tensor) -> dict[str, Tensor]:
-    """Of rollout minus recomputed log-probs; `mismatch/kl` estimates KL(rollout || recomputed)."""
-    return {"mismatch/logprob_abs_diff_mean": drift_n.abs(), "mismatch/kl": k3(drift_n)}
-
-
 def _losses(weighted: Mapping[str, Tensor], share_n: Tensor) -> dict[str, Metric]:
-    *sums, shares = _numbers([*(value_n.sum() for value_n in weighted.values()), share_n.sum()])
+    *sums, shares = numbers([*(value_n.sum() for value_n in weighted.values()), share_n.sum()])
     return {name: Metric(total, shares) for name, total in zip(weighted, sums, strict=True)}
-
-
-def _per_token(values: Mapping[str, Tensor]) -> dict[str, Metric]:
-    count = next(iter(values.values())).numel()
-    return {name: Metric(total, count) for name, total in zip(values, _numbers([_exact(value_n).sum() for value_n in values.values()]), strict=True)}
-
-
-def _largest(values: Mapping[str, Tensor]) -> dict[str, Metric]:
-    count = next(iter(values.values())).numel()
-    peaks = _numbers([value_n.max() for value_n in values.values()]) if count else [0.0] * len(values)
-    return {name: Metric(peak, count, "max") for name, peak in zip(values, peaks, strict=True)}
-
-
-def _numbers(scalars: Sequence[Tensor]) -> list[float]:
-    """One transfer from the device for all."""
-    return [float(value) for value in torch.stack(list(scalars)).detach().tolist()]

@@ -1,43 +1,53 @@
-"""Rewards in processes of their own: a reward that raises, hangs, returns nonsense or kills its process costs one rollout and nothing else.
+"""A user's functions in processes of their own: one that raises, hangs, returns nonsense or kills its process costs one rollout and nothing else.
 
-    score(rollouts) -> one task per prompt (the prompt travels once, its texts together)
-                    -> idle worker -> replies, one a text, each within timeout_s of the one before
-                    -> ScoredRollout, or FailedRollout with the reason, in the order of the rollouts
+    RewardPool.score(rollouts) -> ScoredRollout, or FailedRollout with the reason, in the order of the rollouts
+    EnvironmentPool.act(...)   -> see `rl/environments.py`
 
-    reasons   reward_raised  reward_timeout  reward_not_finite  reward_wrong_type  reward_worker_died
+    run(subjects) -> one task per prompt (the prompt travels once, its subjects together)
+                  -> idle worker -> replies, one a subject, each within timeout_s of the one before
 
-A hung or dead worker is killed by its own pid and replaced, and the texts it still had go to another. Workers are plain `python -m` processes rather than
-forks, so they start without torch, without the main module and without anything that this process has open.
+    final at once            reward_raised  reward_not_finite  reward_wrong_type      the function's own word: it would say the same again
+    tried once more, anew    reward_timeout  reward_worker_died                       may be the machine's doing: memory, a signal, a busy disk
+
+(`environment_...` of an environment.) A hung or dead worker is killed by its own pid and replaced, and what it still had goes to another. A function that hangs
+on everything would take its time limit twice for every subject: after `MOST_RETRIES` in one call, such failures are final at once, too. How workers live and
+end: `process.py`.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 from megatron_ext.batch.rollout import FailedRollout, Prompt, Rollout, ScoredRollout
-from megatron_ext.errors import UserError
+from megatron_ext.config.schema import RLConfig
+from megatron_ext.rl.scoring.process import Task, Worker
 
-START_TIMEOUT_S = 120.0
-_ALARM_MARGIN_S = 5.0
+MOST_RETRIES = 8
 
 
-class RewardPool:
-    """`workers` processes that run the reward at `path`. Raises UserError when the reward cannot be loaded. Use as a context manager, or `close` it."""
+class Failure(NamedTuple):
+    """Why there is no result."""
+
+    reason: str
+    detail: str
+
+
+class WorkerPool:
+    """`workers` processes that run the function of a `kind` ("reward", "environment") at `path`. Raises UserError when it cannot be loaded. Use as a context
+    manager, or `close` it."""
+
+    kind: str
 
     def __init__(self, path: str, workers: int, timeout_s: float, memory_bytes: int = 0) -> None:
-        """`memory_bytes` limits the address space of a worker (0: no limit); beyond it the reward sees a MemoryError."""
+        """`memory_bytes` limits the address space of a worker (0: no limit); beyond it the function sees a MemoryError."""
         self._path, self._timeout_s, self._memory_bytes = path, timeout_s, memory_bytes
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         try:
             self._workers.extend(self._start() for _ in range(workers))
             for worker in self._workers:
@@ -45,6 +55,11 @@ class RewardPool:
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def under(cls, path: str, rl: RLConfig) -> Self:
+        """With the limits of the configuration."""
+        return cls(path, rl.reward_workers, rl.reward_timeout_s, 0 if rl.reward_memory_gib is None else int(rl.reward_memory_gib * 2**30))
 
     def __enter__(self) -> Self:
         return self
@@ -61,20 +76,21 @@ class RewardPool:
             worker.kill()
         self._workers.clear()
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | FailedRollout]:
-        batch = _Batch(rollouts, [None] * len(rollouts), deque(_tasks(rollouts)))
+    def run(self, subjects: Sequence[tuple[Prompt, object]]) -> list[tuple[Any, ...] | Failure]:
+        """What the function made of each subject, as a tuple."""
+        batch = _Batch([None] * len(subjects), deque(_tasks(subjects)))
         while batch.waiting or any(worker.task for worker in self._workers):
             self._hand_out(batch)
-            busy = {worker.connection: slot for slot, worker in enumerate(self._workers) if worker.task}
-            patience_s = min((self._workers[slot].deadline for slot in busy.values()), default=0.0) - time.monotonic()
-            readable = [busy[connection] for connection in wait(list(busy), timeout=max(0.0, patience_s)) if isinstance(connection, Connection)]
-            for slot in readable:
-                self._receive(slot, batch)
-            # Only a worker that still has said nothing is late: this process may itself have been kept from looking.
-            for slot in set(busy.values()) - set(readable):
-                if time.monotonic() > self._workers[slot].deadline and not self._workers[slot].connection.poll():
-                    self._give_up(slot, "reward_timeout", f"no result within {self._timeout_s:g} s", batch)
-        return [outcome for outcome in batch.outcomes if outcome is not None]
+            busy = {slot: worker for slot, worker in enumerate(self._workers) if worker.task}
+            patience_s = min((worker.deadline for worker in busy.values()), default=0.0) - time.monotonic()
+            ready = set(wait([end for worker in busy.values() for end in (worker.connection, worker.ended)], timeout=max(0.0, patience_s)))
+            for slot, worker in busy.items():
+                if worker.connection in ready or worker.ended in ready:
+                    self._receive(slot, batch)
+                # Only a worker that still has said nothing is late: this process may itself have been kept from looking.
+                elif time.monotonic() > worker.deadline and not worker.connection.poll():
+                    self._give_up(slot, "timeout", f"no result within {self._timeout_s:g} s", batch)
+        return [reply for reply in batch.replies if reply is not None]
 
     def _hand_out(self, batch: _Batch) -> None:
         for slot, worker in enumerate(self._workers):
@@ -87,27 +103,28 @@ class RewardPool:
     def _receive(self, slot: int, batch: _Batch) -> None:
         worker = self._workers[slot]
         assert worker.task is not None
-        try:
-            kind, *content = worker.connection.recv()
-        except (EOFError, OSError):
-            self._give_up(slot, "reward_worker_died", worker.epitaph(), batch)
+        reply = worker.receive()
+        if reply is None:
+            self._give_up(slot, "worker_died", worker.epitaph(), batch)
             return
-        index = worker.task.rows.popleft()
-        if kind == "scored":
-            batch.outcomes[index] = ScoredRollout(batch.rollouts[index], content[0], content[1])
-        else:
-            batch.fail(index, content[0], content[1])
+        said, *content = reply
+        batch.replies[worker.task.rows.popleft()] = tuple(content) if said == "done" else Failure(*map(str, content))
         worker.deadline = time.monotonic() + self._timeout_s
         if not worker.task.rows:
             worker.task = None
 
-    def _give_up(self, slot: int, reason: str, detail: str, batch: _Batch) -> None:
-        """Fails the text that the worker was at, hands its other texts back, and starts another worker in its place."""
+    def _give_up(self, slot: int, problem: str, detail: str, batch: _Batch) -> None:
+        """Fails the subject that the worker was at, or has it tried again; hands its other subjects back, and starts another worker in its place."""
         task = self._workers[slot].task
         assert task is not None
-        batch.fail(task.rows.popleft(), reason, detail)
+        row = task.rows.popleft()
         if task.rows:
-            batch.waiting.append(_Task(task.prompt, {row: task.texts[row] for row in task.rows}))
+            batch.waiting.append(Task(task.prompt, {row: task.subjects[row] for row in task.rows}))
+        if row in batch.retried or len(batch.retried) >= MOST_RETRIES:
+            batch.replies[row] = Failure(f"{self.kind}_{problem}", ("twice: " if row in batch.retried else "") + detail)
+        else:
+            batch.retried.add(row)
+            batch.waiting.append(Task(task.prompt, {row: task.subjects[row]}))
         self._replace(slot)
 
     def _replace(self, slot: int) -> None:
@@ -115,84 +132,37 @@ class RewardPool:
         self._workers[slot] = self._start()
         self._workers[slot].await_ready()
 
-    def _start(self) -> _Worker:
-        ours, theirs = Pipe(duplex=True)
-        alarm_s = self._timeout_s + _ALARM_MARGIN_S
-        command = [sys.executable, "-m", "megatron_ext.rl.scoring.worker", str(theirs.fileno()), str(alarm_s), str(self._memory_bytes), self._path]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-        with theirs:
-            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True, env=environment)
-        return _Worker(process, ours)
+    def _start(self) -> Worker:
+        return Worker(self.kind, self._path, self._timeout_s, self._memory_bytes)
 
 
-@dataclass
-class _Task:
-    """The texts of one prompt that are still to be scored, by their row in the batch."""
+class RewardPool(WorkerPool):
+    """See `roles.Scorer`."""
 
-    prompt: Prompt
-    texts: dict[int, str]
-    rows: deque[int] = field(init=False)
+    kind = "reward"
 
-    def __post_init__(self) -> None:
-        self.rows = deque(self.texts)
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout | FailedRollout]:
+        found: list[ScoredRollout | FailedRollout] = []
+        for rollout, reply in zip(rollouts, self.run([(rollout.prompt, rollout.text) for rollout in rollouts]), strict=True):
+            if isinstance(reply, Failure):
+                found.append(FailedRollout(rollout.prompt, rollout.sample, *reply))
+            else:
+                found.append(ScoredRollout(rollout, *reply))
+        return found
 
 
 @dataclass
 class _Batch:
-    rollouts: Sequence[Rollout]
-    outcomes: list[ScoredRollout | FailedRollout | None]
-    waiting: deque[_Task]
+    """`retried`: rows that are or were tried again."""
 
-    def fail(self, index: int, reason: str, detail: str) -> None:
-        rollout = self.rollouts[index]
-        self.outcomes[index] = FailedRollout(rollout.prompt, rollout.sample, reason, detail)
+    replies: list[tuple[Any, ...] | Failure | None]
+    waiting: deque[Task]
+    retried: set[int] = field(default_factory=set)
 
 
-@dataclass
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: Connection
-    task: _Task | None = None
-    deadline: float = 0.0
-
-    def await_ready(self) -> None:
-        if not self.connection.poll(START_TIMEOUT_S):
-            raise RuntimeError(f"a reward worker said nothing for {START_TIMEOUT_S:g} s while importing the reward")
-        try:
-            kind, *content = self.connection.recv()
-        except (EOFError, OSError):
-            raise RuntimeError(f"a reward worker died while importing the reward: {self.epitaph()}") from None
-        if kind == "unusable":
-            raise UserError(*content)
-
-    def give(self, task: _Task, timeout_s: float) -> bool:
-        """False when the worker is no longer there."""
-        try:
-            self.connection.send((task.prompt, list(task.texts.values())))
-        except OSError:
-            return False
-        self.task, self.deadline = task, time.monotonic() + timeout_s
-        return True
-
-    def epitaph(self) -> str:
-        """How the process ended."""
-        try:
-            code = self.process.wait(timeout=5.0)
-        except subprocess.TimeoutExpired:
-            return "closed its connection to the pool"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def kill(self) -> None:
-        """Ends the process and what it started: it leads a session of its own."""
-        self.connection.close()
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def _tasks(rollouts: Sequence[Rollout]) -> list[_Task]:
-    """Rollouts of the same prompt share a task, so that its images travel once."""
-    texts: dict[int, dict[int, str]] = {}
-    for row, rollout in enumerate(rollouts):
-        texts.setdefault(id(rollout.prompt), {})[row] = rollout.text
-    return [_Task(rollouts[next(iter(rows))].prompt, rows) for rows in texts.values()]
+def _tasks(subjects: Sequence[tuple[Prompt, object]]) -> list[Task]:
+    """Subjects of the same prompt share a task, so that its images travel once."""
+    by_prompt: dict[int, dict[int, object]] = {}
+    for row, (prompt, subject) in enumerate(subjects):
+        by_prompt.setdefault(id(prompt), {})[row] = subject
+    return [Task(subjects[next(iter(rows))][0], rows) for rows in by_prompt.values()]

@@ -17,6 +17,9 @@ def test_micro_batches_are_told_by_rows_or_by_tokens() -> None:
     told = describe(load_config(None, ["pretrain.micro_batch=16", *budget]).config)
     assert "pretrain       100 steps of 64 rows of at most 256 tokens; a rank: 2 x 16" in told
     assert "sft            100 steps of 64 rows of at most 256 tokens; a rank: 32, in micro-batches of at most 512 tokens" in told
+    assert "mpo " not in told
+    told = describe(load_config(None, ["mpo.steps=3", "parallel.num_ranks=2"]).config)
+    assert "mpo            3 steps of 256 pairs of rows of at most 256 tokens; a rank: 8 x 16 pairs" in told
 
 
 def test_shards_are_counted_or_missed(tmp_path: Path) -> None:

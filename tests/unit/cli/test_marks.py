@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.cli.marks import Mark, differences, read_mark, settings_of
+from megatron_ext.cli.run_folder import RunFolder
 from megatron_ext.cli.stages import STAGES, needs, recipe, sections
 from megatron_ext.config.load import load_config
 from megatron_ext.config.schema import RunConfig
@@ -92,3 +93,14 @@ def test_a_given_checkpoint_stands_in_for_the_stages_that_would_have_made_it() -
     assert [stage.name for stage in recipe("rl", config)] == ["tokenizer", "discover", "rl"]
     assert needs(STAGES["sft"], load_config(None, ["sft.init_from=x"]).config) == ("tokenizer",)
     assert "model" in sections(STAGES["rl"], config)
+
+
+def test_what_follows_preferences_starts_from_their_result_and_without_steps_there_are_none() -> None:
+    config = load_config(None, ["mpo.steps=5"]).config
+    names = [stage.name for stage in recipe(None, config)]
+    assert names == ["tokenizer", "pretrain", "sft", "mpo", "discover", "evaluate-sft", "rl", "evaluate-rl"]
+    assert RunFolder(Path("runs/tiny")).start_of_rl(config) == Path("runs/tiny/mpo/checkpoints")
+    assert {"mpo", "sft"} <= set(sections(STAGES["rl"], config)) and "mpo" not in sections(STAGES["rl"], RunConfig())
+    assert needs(STAGES["mpo"], load_config(None, ["mpo.steps=5", "mpo.init_from=x"]).config) == ("tokenizer",)
+    with pytest.raises(UserError, match=r"mpo\.steps: is 0"):
+        recipe("mpo", RunConfig())

@@ -51,7 +51,18 @@ def test_a_chain_has_a_script_for_every_stage(capsys: pytest.CaptureFixture[str]
     assert [line.split("=")[1] for line in written.splitlines() if line.startswith("#SBATCH --job-name")] == ["tiny-pretrain", "tiny-sft", "tiny-rl"]
 
 
+def test_preferences_are_a_link_of_the_chain_where_the_recipe_has_them(capsys: pytest.CaptureFixture[str]) -> None:
+    written = script(capsys, "examples/tiny.yaml", "mpo.steps=10", "mpo.global_batch=16", "mpo.micro_batch=4", "--chain", "--nodes", "2")
+    assert [line.split("=")[1] for line in written.splitlines() if line.startswith("#SBATCH --job-name")] == [
+        "tiny-pretrain",
+        "tiny-sft",
+        "tiny-mpo",
+        "tiny-rl",
+    ]
+
+
 MISTAKES = [
+    (["--until", "mpo"], "mpo.steps: is 0: the recipe has no such stage; set it"),
     (["--nodes", "3"], "--nodes: 3 does not divide parallel.num_ranks = 2; use 1, 2"),
     (["--nodes", "0"], "--nodes: 0 is no number of machines"),
     (["--nodes", "2", "--gpus-per-node", "8"], "parallel.num_ranks: 2 ranks are not 2 nodes x 8 GPUs = 16"),

@@ -107,8 +107,12 @@ BROKEN = [
     (["rl.advantage=gdpo"], "rl.reward_weights", "weighs no part of the reward"),
     (["rl.advantage=gdpo", "rl.reward_weights.format=1", "rl.overlong_share=0.1"], "rl.advantage", "gdpo takes named rewards, and rl.overlong_share = 0.1"),
     (["rl.icepop_band=[1.5, 5]"], "rl.icepop_band", "(1.5, 5) leaves out 1"),
+    (["rl.sequence_band=[0.9, 1]"], "rl.sequence_band", "(0.9, 1) leaves out 1"),
+    (["rl.max_staleness=2"], "rl.mismatch_correction", "none with rl.max_staleness = 2: rollouts of older weights would be learned from"),
+    (["rl.partial_rollouts=true"], "rl.partial_rollouts", "true with rl.max_staleness = 0: no answer is under way"),
     (["rl.mismatch_correction=tis"], "rl.mismatch_correction", "tis cuts weights beyond a factor of 2, but rl.max_logprob_diff = 0.01 stops the run at 1.01"),
     (["rl.mismatch_correction=icepop"], "rl.mismatch_correction", "icepop cuts weights beyond a factor of 2"),
+    (["rl.mismatch_correction=sequence_mask"], "rl.mismatch_correction", "sequence_mask cuts weights beyond a factor of 1.1"),
     (
         ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "rl.dynamic_sampling=2", "earl.enabled=false"],
         "rl.rollouts_per_prompt",
@@ -138,6 +142,13 @@ BROKEN = [
         "rollout.parallel.threads_per_rank",
         "4 with rollout.deterministic = true: threads",
     ),
+    (
+        ["rl.offload=true", "parallel.engine=deepspeed"],
+        "rl.offload",
+        "true with parallel.engine = deepspeed",
+    ),
+    (["data.image_root=pictures"], "data.image_root", "would be ignored with data.kind = suite: pictures are drawn"),
+    (["rl.environment=mine"], "rl.environment", "'mine' is not of the form module:function"),
     (["rl.reward=mine"], "rl.reward", "'mine' is not of the form module:function"),
     (["evaluate.prompts_per_skill=10"], "evaluate.sampled_prompts_per_skill", "64 is more than evaluate.prompts_per_skill = 10"),
 ]
@@ -160,6 +171,7 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["rl.algorithm=reinforce_pp", "rl.rollouts_per_prompt=1", "earl.enabled=false"])
     load_config(None, ["rl.kl_estimator=k1", "rl.kl_placement=reward", "rl.kl_coeff=0.1"])
     load_config(None, ["rl.mismatch_correction=tis", "rl.max_logprob_diff=1"])
+    load_config(None, ["rl.mismatch_correction=sequence_mask", "rl.max_staleness=1", "rl.partial_rollouts=true", "rollout.deterministic=true"])
     load_config(None, ["model.num_experts=0", "earl.enabled=false", "discover.committee_top=99"])
     load_config(None, ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=x.jsonl", "model.vision.patch_size=5"])
 

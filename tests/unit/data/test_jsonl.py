@@ -122,7 +122,7 @@ def test_a_damaged_image_is_named(tmp_path, damage, format):
     flipped = whole[:half] + bytes(255 - byte for byte in whole[half : half + 40]) + whole[half + 40 :] if format == "png" else whole[: half // 2]
     path.write_bytes({"half": whole[:half], "text": b"not an image", "empty": b"", "flipped": flipped}[damage])
     with pytest.raises(DataError, match=rf"noise\.{format}: is not a readable image"):
-        load_image(path, 32)
+        load_image(path, CONFIG)
 
 
 def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
@@ -134,17 +134,17 @@ def test_an_image_of_another_size_than_its_line_says_is_refused(folder):
 
 
 def test_a_wide_image_is_scaled_to_fit_and_padded_with_grey(folder):
-    tile = load_image(folder / "wide.jpg", 32)
+    tile = load_image(folder / "wide.jpg", CONFIG)
     assert (tile[:8] == GREY).all() and (tile[24:] == GREY).all()
     assert np.abs(tile[8:24].astype(int) - (10, 10, 250)).max() < 12
 
 
 def test_a_transparent_image_is_laid_over_grey_and_a_sliver_is_refused(tmp_path):
     Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (load_image(tmp_path / "clear.png", 32) == GREY).all()
+    assert (load_image(tmp_path / "clear.png", CONFIG) == GREY).all()
     Image.new("L", (1, 500)).save(tmp_path / "sliver.png")
     with pytest.raises(DataError, match="nothing is left of its shorter side"):
-        load_image(tmp_path / "sliver.png", 32)
+        load_image(tmp_path / "sliver.png", CONFIG)
 
 
 @given(st.integers(1, 30), st.integers(0, 5), st.integers(0, 1000))

@@ -65,11 +65,17 @@ def test_log_probs_and_routes_equal_a_full_forward_with_replay(engine: Engine) -
         inputs = model_inputs(tokens, rollout.prompt.tiles, np.zeros((1, 1)) - (not len(rollout.prompt.tiles)), torch.device("cpu"))
         with torch.no_grad(), engine.model.router_tap.record() as routes:
             logits = engine.model.eval()(inputs)
-        logprobs = token_logprobs(policy_logits(logits[:-1], 1.0, engine._banned), inputs.tokens_BS[:, 1:], engine.context.pgs.tp)
+        logprobs = token_logprobs(policy_logits(logits[:-1], 1.0, engine.passes.banned_V), inputs.tokens_BS[:, 1:], engine.context.pgs.tp)
         start, stop = rollout.response_rows
         np.testing.assert_allclose(rollout.logprobs_T, logprobs[0, start:stop].numpy(), atol=1e-4)
         assert route_digest(routes.experts(tokens.size)[:-1].numpy()) == route_digest(rollout.routes.experts_SLK)
         np.testing.assert_allclose(rollout.routes.gates_SLK.sum(-1), 1, atol=2e-3)
+
+
+def test_the_answers_to_a_prompt_share_its_routes(engine: Engine) -> None:
+    rollouts = generate(engine, small_prompts(2))
+    shared = {(rollout.prompt.key, id(rollout.routes.rows(0, len(rollout.prompt.tokens_S)))) for rollout in rollouts}
+    assert len(rollouts) == 8 and len(shared) == 2
 
 
 def test_an_answer_does_not_depend_on_its_company(engine: Engine) -> None:

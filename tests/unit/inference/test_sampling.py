@@ -10,12 +10,15 @@ from hypothesis import strategies as st
 
 from megatron_ext.inference.sampling import rollout_seed, sample, truncate, uniforms
 
+SAMPLED = np.zeros(1, bool)
+"""One row, which is not greedy."""
+
 
 def test_frequencies_follow_the_probabilities() -> None:
     """40 000 draws from (0.5, 0.3, 0.2): each share within four standard errors."""
     seeds = np.arange(40_000)
     logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(len(seeds), 1)
-    tokens, logprobs = sample(logits, uniforms(seeds, 0), top_k=0, top_p=1.0, greedy=False)
+    tokens, logprobs = sample(logits, uniforms(seeds, 0), top_k=0, top_p=1.0, greedy_B=np.zeros(len(seeds), bool))
     shares = np.bincount(tokens.numpy(), minlength=3) / len(seeds)
     assert np.abs(shares - [0.5, 0.3, 0.2]).max() < 4 * 0.5 / np.sqrt(len(seeds))
     torch.testing.assert_close(logprobs, logits.gather(1, tokens[:, None])[:, 0])
@@ -49,7 +52,7 @@ def test_truncation_keeps_what_it_promises(top_k: int, top_p: float, kept: list[
 def test_a_token_outside_the_nucleus_is_never_drawn(logits: list[float], top_p: float, uniform: float) -> None:
     """What is more likely than the token drawn weighs less than top_p, but for float32's rounding where a sum hits it exactly (three equal tokens, 1/3)."""
     row = torch.tensor([logits])
-    token, _ = sample(row, np.array([uniform]), top_k=0, top_p=top_p, greedy=False)
+    token, _ = sample(row, np.array([uniform]), top_k=0, top_p=top_p, greedy_B=SAMPLED)
     probs = row[0].double().softmax(-1)
     assert probs[row[0] > row[0, token]].sum() < top_p + 1e-6
     assert truncate(torch.log_softmax(row, -1).exp(), 0, top_p)[0, token] > 0
@@ -61,7 +64,7 @@ def test_the_token_is_the_one_at_which_the_cumulative_distribution_passes_the_dr
     """Whatever blocks the vocabulary is summed in; tokens without mass, also at its ends, are never drawn."""
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
     logits[0, torch.arange(vocabulary) % 3 != seed % 2] = float("-inf")
-    token, _ = sample(logits, np.array([uniform]), top_k=0, top_p=1.0, greedy=False)
+    token, _ = sample(logits, np.array([uniform]), top_k=0, top_p=1.0, greedy_B=SAMPLED)
     ends = torch.cat([torch.zeros(1), logits[0].double().softmax(-1).cumsum(-1)])
     assert logits[0, token] > float("-inf")
     assert ends[token] - 1e-6 <= uniform <= ends[token + 1] + 1e-6
@@ -69,4 +72,11 @@ def test_the_token_is_the_one_at_which_the_cumulative_distribution_passes_the_dr
 
 def test_greedy_takes_the_most_likely_token_whatever_the_seed() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
-    assert [sample(logits, np.array([u]), 0, 1.0, greedy=True)[0].item() for u in (0.0, 0.5, 0.99)] == [1, 1, 1]
+    assert [sample(logits, np.array([u]), 0, 1.0, greedy_B=~SAMPLED)[0].item() for u in (0.0, 0.5, 0.99)] == [1, 1, 1]
+
+
+def test_greedy_and_sampled_rows_stand_side_by_side() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).repeat(2, 1)
+    tokens, logprobs = sample(logits, np.array([0.99, 0.99]), 0, 1.0, greedy_B=np.array([True, False]))
+    assert tokens.tolist() == [1, 2]
+    torch.testing.assert_close(logprobs, logits[0].log_softmax(-1)[tokens])

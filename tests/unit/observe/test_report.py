@@ -82,8 +82,10 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_a_complete_run_shows_every_part(run: Path) -> None:
-    page = Page(write_report(run).read_text())
+    bank = {"rows": [("groups trained on", "12")], "step": None, "groups": [], "problem": ""}
+    page = Page(write_report(run, bank).read_text())
     for words in (
+        "groups trained on",
         "my-run",
         "torch 2.13.0",
         "5 min 1 s",

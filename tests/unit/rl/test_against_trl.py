@@ -1,68 +1,62 @@
-"""Losses and gradients equal those of TRL's trainers, called with the same numbers. Needs the extra `trl` (pip install -e ".[trl]"); skipped without it."""
+"""Losses, gradients and advantages equal those of TRL's trainers, called with the same numbers: whatever TRL has of what we have.
+
+TRL's standard deviations get 1e-4 added, ours 1e-6. Rewards here differ by so much that neither counts.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from types import SimpleNamespace
-
+import numpy as np
 import pytest
 import torch
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.rloo_trainer import RLOOTrainer
 
+from megatron_ext.rl.objective.advantage import group_advantages, multi_reward_advantages
+from megatron_ext.rl.objective.divergence import kl_estimate
 from megatron_ext.rl.objective.loss import LossSettings, policy_loss
+from megatron_ext.rl.objective.mismatch import mismatch_weights
+from tests.support.trl_trainers import scored, trainer
 
-pytest.importorskip("trl", reason='TRL is not installed: pip install -e ".[trl]"')
-GRPOTrainer = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
-RLOOTrainer = pytest.importorskip("trl.trainer.rloo_trainer").RLOOTrainer
-
-LONGEST = 9
+LONGEST, PROMPTS, SAMPLES = 9, 2, 3
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
+LARGE = 1e6
+"""The size of rewards beside which 1e-4 is nothing."""
+NO_REWARDS = torch.zeros(PROMPTS * SAMPLES, 1, dtype=torch.float64)
 
 
 def case(seed):
+    """Log-probs now, before, at rollout (which TRL keeps in float32), of the reference; advantages; mask."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, LONGEST, (6,), generator=generator)
-    shape = (6, int(lengths.max()))
+    lengths = torch.randint(1, LONGEST, (PROMPTS * SAMPLES,), generator=generator)
+    shape = (len(lengths), int(lengths.max()))
 
     def draw(scale):
         return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
     old = -draw(1.0).abs()
-    advantages = torch.randn(6, generator=generator, dtype=torch.float64)
-    return old + draw(0.4), old, old + draw(0.4), old + draw(0.4), advantages, (torch.arange(shape[1]) < lengths[:, None]).long()
-
-
-def trainer(logprobs, **changes):
-    """What the trainers' `_compute_loss` reads of a trainer, with the given log-probs as the model's."""
-    settings = {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.28, "use_vllm": False, **changes}
-    arguments = SimpleNamespace(delta=settings.pop("delta", None), use_bias_correction_kl=False, steps_per_generation=1)
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, gather_for_metrics=lambda x: x)
-    return SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
-        _metrics=defaultdict(lambda: defaultdict(list)),
-        _entropy_bonus_enabled=False,
-        aux_loss_enabled=False,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
-        vllm_importance_sampling_correction=True,
-        current_gradient_accumulation_steps=1,
-        max_completion_length=LONGEST,
-        model=SimpleNamespace(training=True),
-        args=arguments,
-        accelerator=accelerator,
-        **settings,
-    )
+    advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+    return old + draw(0.4), old, (old + draw(0.4)).float().double(), old + draw(0.4), advantages, (torch.arange(shape[1]) < lengths[:, None]).long()
 
 
 def theirs(drawn, **changes):
-    new, old, rollout, reference, advantages, mask = drawn
+    new, old, _, reference, advantages, mask = drawn
     new = new.clone().requires_grad_()
-    prompt = torch.ones(6, 1).long()
+    prompt = torch.ones(len(mask), 1).long()
     inputs = {"prompt_ids": prompt, "prompt_mask": prompt, "completion_ids": mask, "completion_mask": mask, "advantages": advantages}
     inputs |= {"old_per_token_logps": old, "ref_per_token_logps": reference, "num_items_in_batch": mask.sum()}
-    inputs["importance_sampling_ratio"] = (old - rollout).exp().clamp(max=1.5)
-    loss = GRPOTrainer._compute_loss(trainer(new, **changes), None, inputs)
+    if changes.get("use_vllm"):
+        inputs |= made_by(GRPOTrainer, drawn, NO_REWARDS, **{**changes, "beta": 0.0})
+        inputs["advantages"] = advantages
+    loss = GRPOTrainer._compute_loss(trainer(new, LONGEST, **changes), None, inputs)
     loss.backward()
     return loss.detach(), new.grad
+
+
+def made_by(kind, drawn, rewards_RK, **changes):
+    """Of the trainer `kind`: advantages, and weights for another engine."""
+    _, old, rollout, _, _, mask = drawn
+    made = scored(kind, old, rollout, mask, rewards_RK, SAMPLES, **changes)
+    return {name: made[name] for name in ("advantages", "importance_sampling_ratio") if name in made}
 
 
 def ours(drawn, **settings):
@@ -85,9 +79,35 @@ def ours(drawn, **settings):
         pytest.param({"loss_type": "cispo", "epsilon_high": 1.3}, {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.3}, id="cispo"),
         pytest.param({"importance_sampling_level": "sequence"}, {"surrogate": "gspo", "aggregation": "seq_mean_token_mean"}, id="gspo"),
         pytest.param({"importance_sampling_level": "sequence", "loss_type": "dapo"}, {"surrogate": "gspo"}, id="gspo over tokens"),
+        pytest.param(
+            {"importance_sampling_level": "sequence", "loss_type": "dr_grpo", "beta": 0.3},
+            {"surrogate": "gspo", "aggregation": "seq_mean_token_sum_norm", "kl_coeff": 0.3},
+            id="gspo over a constant, k3",
+        ),
         pytest.param({"loss_type": "dapo", "delta": 1.4}, {"dual_clip": 1.4}, id="dual clip"),
-        pytest.param({"loss_type": "dapo", "beta": 0.3}, {"kl_coeff": 0.3}, id="k3"),
-        pytest.param({"loss_type": "dapo", "beta": 0.3, "use_vllm": True}, {"kl_coeff": 0.3, "correction": "tis", "tis_cap": 1.5}, id="tis"),
+        *(
+            pytest.param({"loss_type": loss_type, "beta": 0.3}, {"aggregation": aggregation, "kl_coeff": 0.3}, id=f"k3, {loss_type}")
+            for loss_type, aggregation in (("grpo", "seq_mean_token_mean"), ("dapo", "token_mean"), ("dr_grpo", "seq_mean_token_sum_norm"))
+        ),
+        pytest.param(
+            {"loss_type": "cispo", "epsilon_high": 1.3, "beta": 0.3},
+            {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.3, "kl_coeff": 0.3},
+            id="k3, cispo",
+        ),
+        *(
+            pytest.param(
+                {**loss, "beta": 0.3, "use_vllm": True, "vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_min": low}
+                | {"vllm_importance_sampling_clip_max": 1.5},
+                {**settings, "kl_coeff": 0.3, "correction": correction, "tis_cap": 1.5, "icepop_band": (0.8, 1.5)},
+                id=f"{correction}, {loss['loss_type']}",
+            )
+            for mode, low, correction in (("token_truncate", None, "tis"), ("token_mask", 0.8, "icepop"))
+            for loss, settings in (
+                ({"loss_type": "dapo"}, {}),
+                ({"loss_type": "grpo"}, {"aggregation": "seq_mean_token_mean"}),
+                ({"loss_type": "cispo", "epsilon_high": 1.3}, {"surrogate": "cispo", "clip_low": 1.0, "clip_high": 0.3}),
+            )
+        ),
     ],
 )
 def test_loss_and_gradient_are_those_of_trl(trl, settings, seed):
@@ -101,6 +121,64 @@ def test_on_policy_rloo_has_the_gradient_of_trls_trainer():
     new, _, rollout, reference, advantages, mask = case(0)
     live = new.clone().requires_grad_()
     inputs = {"prompt_ids": mask, "prompt_mask": mask, "completion_ids": mask, "completion_mask": mask, "advantages": advantages}
-    RLOOTrainer._compute_loss(trainer(live), None, {**inputs, "old_logps": (new * mask).sum(1)}).backward()
+    RLOOTrainer._compute_loss(trainer(live, LONGEST), None, {**inputs, "old_logps": (new * mask).sum(1)}).backward()
     _, gradient = ours((new, new, rollout, reference, advantages, mask), aggregation="seq_mean_token_sum")
     torch.testing.assert_close(gradient, live.grad, **TOLERANCE)
+
+
+def rewards(num_parts, seed=0):
+    """[R, K]: every group of three differs; the answers of one failed, and TRL is told nan."""
+    drawn = LARGE * torch.randn(PROMPTS * SAMPLES, num_parts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn[1] = torch.nan
+    return drawn
+
+
+def table(values_R):
+    return values_R.numpy().reshape(PROMPTS, SAMPLES)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("kind", "trainer_type", "settings"),
+    [("grpo", GRPOTrainer, {"scale_rewards": "group"}), ("dr_grpo", GRPOTrainer, {"scale_rewards": "none"}), ("rloo", RLOOTrainer, {})],
+)
+def test_advantages_within_a_group_are_those_of_trl(kind, trainer_type, settings, seed):
+    given_RK = rewards(1, seed)
+    expected_R = made_by(trainer_type, case(seed), given_RK, **settings)["advantages"]
+    mine_PG = group_advantages(table(given_RK[:, 0]), np.isfinite(table(given_RK[:, 0])), kind)
+    np.testing.assert_allclose(mine_PG, table(expected_R), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gdpo_is_trls_normalize_then_sum(seed):
+    """The last division is by a standard deviation near 1, to which TRL adds 1e-4: taken out again."""
+    given_RK, weights = rewards(2, seed), torch.tensor([1.0, 0.3], dtype=torch.float64)
+    expected_R = made_by(GRPOTrainer, case(seed), given_RK, multi_objective_aggregation="normalize_then_sum", weights=weights)["advantages"]
+    valid_PG = np.isfinite(table(given_RK[:, 0]))
+    mine_PG = multi_reward_advantages(np.stack([table(part_R) for part_R in given_RK.T]), weights.numpy(), valid_PG)
+    summed_PG = sum(weight * group_advantages(table(part_R), valid_PG) for weight, part_R in zip(weights.numpy(), given_RK.T, strict=True))
+    deviation = summed_PG[valid_PG].std(ddof=1)
+    np.testing.assert_allclose(mine_PG * (deviation + 1e-6), table(expected_R) * (deviation + 1e-4), rtol=1e-6, atol=1e-6)
+
+
+def test_a_kl_in_the_reward_is_that_of_trls_rloo():
+    """k1, summed over an answer, off its reward before answers are compared."""
+    drawn = case(1)
+    _, old, _, reference, _, mask = drawn
+    given_RK = rewards(1) / LARGE
+    expected_R = made_by(RLOOTrainer, drawn, given_RK, reference=reference, beta=0.3)["advantages"]
+    shaped_R = given_RK[:, 0] - 0.3 * (kl_estimate("k1", old, reference) * mask).sum(1)
+    mine_PG = group_advantages(table(shaped_R), np.isfinite(table(shaped_R)), "rloo")
+    np.testing.assert_allclose(mine_PG, table(expected_R), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("correction", "mode", "low"), [("tis", "token_truncate", None), ("icepop", "token_mask", 0.8)])
+def test_weights_for_another_engine_are_those_of_trl(correction, mode, low):
+    drawn = case(2)
+    limits = {"vllm_importance_sampling_clip_min": low, "vllm_importance_sampling_clip_max": 1.5}
+    expected = made_by(GRPOTrainer, drawn, NO_REWARDS, use_vllm=True, vllm_importance_sampling_mode=mode, **limits)["importance_sampling_ratio"]
+    mask = drawn[-1].bool()
+    log_weight_n = drawn[1][mask] - drawn[2][mask]
+    mine_n, cut_n = mismatch_weights(correction, log_weight_n, log_weight_n, cap=1.5, band=(0.8, 1.5))
+    assert 0 < cut_n.sum() < len(cut_n)
+    torch.testing.assert_close(mine_n, expected[mask], **TOLERANCE)

@@ -28,7 +28,8 @@ def scored(key, sample, reward, skill="ocr", mass=0.5, response=(1, 2)):
     gates = np.broadcast_to(np.array([mass, 1 - mass], np.float16), (length, 1, 2))
     prompt = Prompt(key, skill, np.array([5, 6], np.int32), NO_TILES, "")
     tokens = np.array(response)
-    return ScoredRollout(Rollout(prompt, sample, 0, 0, tokens, np.zeros(len(tokens), np.float32), "stop", "", RouteTrace(experts, gates)), reward, {})
+    logprobs, versions = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.int32)
+    return ScoredRollout(Rollout(prompt, sample, 0, tokens, logprobs, versions, "stop", "", RouteTrace(experts, gates)), reward, {})
 
 
 def clusters(*skills, sigma=0.1):
@@ -97,6 +98,26 @@ def test_a_correct_answer_that_used_its_experts_more_gains_and_one_that_used_the
     assert metrics["earl/cluster_usage/ocr"] == pytest.approx((0.55 + 0.45 + 0.9) / 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("subtask", ["prompt", "tags"])
+def test_the_mass_of_a_conversation_is_that_of_its_own_turns(tmp_path, subtask):
+    """Of five tokens three were observed, with all their mass on the cluster; where tags count, one that opens in a turn does not close in the next."""
+    plain = scored("a", 0, 1.0, mass=0.5, response=(90, 1, 1, 1, 91))
+    gates = plain.rollout.routes.gates_SLK.copy()
+    gates[2:5] = (1.0, 0.0)  # the rows that chose the observed tokens
+    versions_T = np.array([0, -1, -1, -1, 0], np.int32)
+    talk = ScoredRollout(replace(plain.rollout, versions_T=versions_T, routes=replace(plain.rollout.routes, gates_SLK=gates)), 1.0, {})
+    _, metrics = Credit(config(subtask=subtask), clusters("ocr"), TAGS, tmp_path)([talk, scored("a", 1, 0.0)], 0)
+    assert metrics["earl/cluster_usage/ocr"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_lengths_are_those_of_what_was_written(tmp_path):
+    """Ten tokens may be written and the last half costs: nine written tokens lose, three written ones among six that were observed do not."""
+    written = scored("a", 0, 1.0, response=(1,) * 9)
+    observed = ScoredRollout(replace(written.rollout, sample=1, versions_T=np.array([0] + [-1] * 6 + [0, 0], np.int32)), 1.0, {})
+    _, metrics = Credit(config({"overlong_share": 0.5}), None, TAGS, tmp_path)([written, observed], 0)
+    assert metrics["reward/overlong/mean"] == pytest.approx(-0.8 / 2)
+
+
 def test_a_skill_without_a_cluster_gets_no_bonus(tmp_path):
     answers = [scored("a", 0, 1.0, "count", 0.9), scored("a", 1, 1.0, "count", 0.1), scored("a", 2, 0.0, "count")]
     with_bonus, metrics = Credit(config(), clusters("ocr"), TAGS, tmp_path)(answers, 0)
@@ -108,13 +129,15 @@ def test_a_skill_without_a_cluster_gets_no_bonus(tmp_path):
 def test_the_spread_of_a_composite_is_learnt_from_the_first_correct_answers_and_kept_for_a_resumed_run(tmp_path):
     tagged = (90, 7, 91, 92, 8, 93)
     answers = [scored("c", 0, 1.0, "composite", 0.6, tagged), scored("c", 1, 1.0, "composite", 0.4, tagged), scored("c", 2, 0.0, "composite", 0.5, tagged)]
-    first = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)(answers, 0)
-    sigma = json.loads((tmp_path / SIGMA_FILE).read_text())["composite"]
-    assert sigma == pytest.approx(np.std([0.6, 0.4], ddof=1), rel=1e-2)
+    first = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)(answers, 4)
+    learnt = json.loads((tmp_path / SIGMA_FILE).read_text())["composite"]
+    assert learnt["step"] == 4 and learnt["sigma"] == pytest.approx(np.std([0.6, 0.4], ddof=1), rel=1e-2)
     later = [scored("d", sample, 1.0, "composite", mass, tagged) for sample, mass in ((0, 0.51), (1, 0.49))] + [scored("d", 2, 0.0, "composite")]
     resumed = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)
-    resumed(later, 1)
-    assert json.loads((tmp_path / SIGMA_FILE).read_text())["composite"] == sigma
+    resumed(later, 5)
+    assert json.loads((tmp_path / SIGMA_FILE).read_text())["composite"] == learnt
+    repeated = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)
+    assert repeated(later, 3)[0][0] == repeated(later, 3)[0][1], "a step before it had no such bonus"
     assert first[0][0] > first[0][1] > 0 > first[0][2]
 
 

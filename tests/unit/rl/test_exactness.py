@@ -19,7 +19,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
-from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.batching import microbatches, unpack
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.megatron_engine import build_engine
 from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
@@ -63,7 +64,7 @@ def policy(model, context, deterministic=True, **rl):
 
 def shard_of(rollouts, multiple=1):
     scored = [ScoredRollout(rollout, 0.0, {}) for rollout in rollouts]
-    return plan_shards(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0]
+    return unpack(plan_parcels(scored, np.linspace(-1, 1, len(scored)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0])
 
 
 def differences(model, context, rollouts, micro_batch, multiple=1, deterministic=True, **rl):
@@ -71,7 +72,7 @@ def differences(model, context, rollouts, micro_batch, multiple=1, deterministic
     learner, found = policy(model, context, deterministic, **rl), []
     with torch.no_grad(), batch_invariant(deterministic):
         for part in microbatches(shard_of(rollouts, multiple), micro_batch, multiple):
-            batch = policy_batch(part, context.device)
+            batch = policy_batch(part, context.device, 0)
             logprobs_BS, _ = learner.scores(learner.forward(model, batch), batch, model.module.frame(batch.inputs))
             found.append((logprobs_BS[:, :-1] - batch.rollout_BS[:, 1:])[batch.mask_BS[:, 1:]].abs())
     return torch.cat(found)
@@ -114,7 +115,7 @@ def test_rows_of_a_learner_do_not_know_each_other_even_without_the_mode_on_the_o
 
 def test_the_gradient_is_that_of_the_fast_mode_to_rounding(model, context, rollouts):
     def gradient(deterministic):
-        learner, batch = policy(model, context, deterministic), policy_batch(shard_of(rollouts[:9]), context.device)
+        learner, batch = policy(model, context, deterministic), policy_batch(shard_of(rollouts[:9]), context.device, 0)
         with batch_invariant(deterministic):
             logprobs_BS, _ = learner.scores(learner.forward(model, batch), batch, model.module.frame(batch.inputs))
             loss = torch.where(batch.mask_BS[:, 1:], logprobs_BS[:, :-1], 0.0).mean()
@@ -133,7 +134,7 @@ def test_one_bit_stops_the_run(model, context, rollouts):
     learner = policy(model, context)
     with batch_invariant():
         for damaged, outcome in ((shard, None), (replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs)), UserError)):
-            batch = policy_batch(damaged, context.device)
+            batch = policy_batch(damaged, context.device, 0)
             if outcome is None:
                 assert learner.loss(model, batch, learner.forward(model, batch))[2]["actor/ratio_max"].value == 1
                 continue

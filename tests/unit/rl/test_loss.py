@@ -157,7 +157,9 @@ def test_what_masked_positions_hold_is_never_read():
 @given(st.integers(0, 10_000), st.integers(1, 3), SURROGATES, AGGREGATIONS, st.sampled_from(get_args(Correction)))
 def test_a_split_batch_has_the_loss_and_the_metrics_of_the_whole(seed, cut, surrogate, aggregation, correction):
     new, old, rollout, advantages, mask, _ = case(seed)
-    chosen = LossSettings(surrogate, aggregation=aggregation, longest=5, correction=correction, tis_cap=1.0, icepop_band=(0.99, 1.01))
+    chosen = LossSettings(
+        surrogate, aggregation=aggregation, longest=5, correction=correction, tis_cap=1.0, icepop_band=(0.99, 1.01), sequence_band=(0.999, 1.001)
+    )
     whole = policy_loss(new, old, rollout, advantages, mask, chosen)
     parts = [policy_loss(new[at], old[at], rollout[at], advantages[at], mask[at], chosen) for at in (slice(0, cut), slice(cut, None))]
     assert sum(part.divisor for part in parts) == whole.divisor

@@ -16,7 +16,8 @@ from megatron_ext.errors import RouteMismatch, UserError
 from megatron_ext.inference.engine import Engine
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.heads import banned_tokens, policy_logits
-from megatron_ext.rl.batching import microbatches, plan_shards
+from megatron_ext.rl.batching import microbatches, unpack
+from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.training.megatron_engine import build_engine
 from tests.support.models import IMAGE, USABLE, Words, open_gates, small_config, small_prompts
@@ -39,7 +40,7 @@ def answers(model, context):
 
 
 def shard_of(answers, multiple=1):
-    return plan_shards(answers, np.linspace(-1, 1, len(answers)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0]
+    return unpack(plan_parcels(answers, np.linspace(-1, 1, len(answers)), minibatches=1, dp_size=1, multiple=multiple, pad_id=0)[0][0])
 
 
 def policy(model, context, reference=None, **rl):
@@ -53,7 +54,7 @@ def loss(learner, model, batch):
 
 def loss_of(model, context, shard, micro_batch, **rl):
     """(loss sum, divisor, metrics) over the microbatches."""
-    parts = [loss(policy(model, context, **rl), model, policy_batch(part, context.device)) for part in microbatches(shard, micro_batch, 1)]
+    parts = [loss(policy(model, context, **rl), model, policy_batch(part, context.device, 0)) for part in microbatches(shard, micro_batch, 1)]
     return sum(part[0].item() for part in parts), sum(int(part[1]) for part in parts), merge_metrics(part[2] for part in parts)
 
 
@@ -85,7 +86,7 @@ def test_no_algorithm_depends_on_how_rows_are_split_into_microbatches(model, con
 def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob_gradient(model, context, answers):
     """The ratio is 1, so nothing is clipped: d loss / d w = - sum A d log pi / d w."""
     shard = shard_of(answers)
-    batch = policy_batch(shard, context.device)
+    batch = policy_batch(shard, context.device, 0)
     learner = policy(model, context)
     weight = model.module.output_layer.weight
     (gradient,) = torch.autograd.grad(loss(learner, model, batch)[0], weight)
@@ -97,7 +98,7 @@ def test_the_gradient_of_an_on_policy_loss_is_minus_advantage_times_the_log_prob
 
 def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(model, context, answers):
     (answer,) = shard_rows = [answers[0]]
-    batch = policy_batch(shard_of(shard_rows), context.device)
+    batch = policy_batch(shard_of(shard_rows), context.device, 0)
     _, _, metrics = loss(policy(model, context), model, batch)
     with model.module.router_tap.replay(batch.experts_BSLK), torch.no_grad():
         logits = policy_logits(model(batch.inputs), 0.7, banned_tokens(64, USABLE, IMAGE, context.pgs.tp, context.device))
@@ -112,7 +113,7 @@ def test_routes_that_differ_from_what_the_rollout_recorded_stop_the_run_and_name
     changed[row, 2, 0] = changed[row, 2, 0][::-1]  # the same experts in another order
     damaged = replace(shard, batch=replace(shard.batch, experts_BSLK=changed))
     with pytest.raises(RouteMismatch, match=f"rollout {shard.keys_B[row]} recorded"):
-        loss(policy(model, context), model, policy_batch(damaged, context.device))
+        loss(policy(model, context), model, policy_batch(damaged, context.device, 0))
 
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
@@ -121,14 +122,14 @@ def test_log_probs_that_differ_under_the_same_weights_stop_the_run_and_name_the_
     logprobs = shard.batch.logprobs_BS.copy()
     position = int(shard.lengths_B[1]) - 1
     logprobs[1, position] += wrong
-    damaged = policy_batch(replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs)), context.device)
+    damaged = policy_batch(replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs)), context.device, 0)
     for step in (lambda batch: policy(model, context).prepared([batch], with_old=True), lambda batch: loss(policy(model, context), model, batch)):
         with pytest.raises(UserError, match=rf"rl.max_logprob_diff: the learner gives token {position} of {shard.keys_B[1]} .* under the same weights"):
             step(damaged)
 
 
 def test_old_log_probs_are_those_of_the_weights_before_the_first_minibatch(model, context, answers):
-    batch = policy_batch(shard_of(answers), context.device)
+    batch = policy_batch(shard_of(answers), context.device, 0)
     learner = policy(model, context)
     (prepared,) = learner.prepared([batch], with_old=True)
     torch.testing.assert_close(prepared.old_BS[:, :-1][batch.mask_BS[:, 1:]], batch.rollout_BS[batch.mask_BS], atol=1e-5, rtol=0)
@@ -143,7 +144,7 @@ def with_reference(model, context, batch, reference):
 
 
 def test_the_kl_to_the_reference_is_zero_while_the_policy_is_the_reference(model, context, answers):
-    batch = policy_batch(shard_of(answers), context.device)
+    batch = policy_batch(shard_of(answers), context.device, 0)
     _, _, metrics = with_reference(model, context, batch, model.module)
     assert metrics["actor/kl_ref"].value == pytest.approx(0, abs=1e-9)
     other = build_model(small_config(), IMAGE, context, seed=9)
@@ -162,9 +163,9 @@ def test_every_answer_has_its_distance_from_the_reference_whatever_the_microbatc
     reference = build_model(small_config(), IMAGE, context, seed=9)
     learner = policy(model, context, reference=reference, kl_coeff=0.1, kl_estimator="k1", kl_placement="reward")
     shard = shard_of(answers)
-    found = learner.reference_kl([policy_batch(part, context.device) for part in microbatches(shard, 5, 1)])
+    found = learner.reference_kl([policy_batch(part, context.device, 0) for part in microbatches(shard, 5, 1)])
     assert sorted(found) == sorted(shard.keys_B)
-    batch = policy_batch(shard, context.device)
+    batch = policy_batch(shard, context.device, 0)
     with torch.no_grad():
         reference_BS, _ = learner.scores(reference(batch.inputs), batch, reference.frame(batch.inputs))
     for row, key in enumerate(shard.keys_B):
@@ -174,3 +175,54 @@ def test_every_answer_has_its_distance_from_the_reference_whatever_the_microbatc
     same = policy(model, context, reference=model.module, kl_coeff=0.1, kl_estimator="k1", kl_placement="reward").reference_kl([batch])
     assert max(map(abs, same.values())) < 1e-4
     assert learner.prepared([batch], with_old=False)[0].reference_BS is None, "the loss has no term of it"
+
+
+def aged(shard, *rows):
+    """The shard with log-probs of some rows that are off by 0.3, as older weights would have had them; they say so."""
+    logprobs, versions = shard.batch.logprobs_BS.copy(), shard.batch.versions_BS.copy()
+    for row in rows:
+        logprobs[row][shard.batch.response_mask_BS[row] > 0] += 0.3
+        versions[row][np.flatnonzero(shard.batch.response_mask_BS[row])[0]] -= 2
+    return replace(shard, batch=replace(shard.batch, logprobs_BS=logprobs, versions_BS=versions))
+
+
+ASYNCHRONOUS = {"max_staleness": 2, "mismatch_correction": "tis", "partial_rollouts": True}
+
+
+def test_answers_of_older_weights_are_weighed_instead_of_compared(model, context, answers):
+    """Rows 1 and 4 have one token of weights two steps older: all of their tokens are taken to be e^-0.3 as likely now. The others agree to rounding."""
+    shard = shard_of(answers)
+    batch = policy_batch(aged(shard, 1, 4), context.device, 0)
+    _, _, metrics = loss(policy(model, context, **ASYNCHRONOUS), model, batch)
+    tokens, stale = int(batch.mask_BS.sum()), int(batch.mask_BS[[1, 4]].sum())
+    assert metrics["mismatch/logprob_abs_diff_max"].value < 1e-5
+    assert metrics["staleness/logprob_abs_diff_mean"].value == pytest.approx(0.3, abs=1e-5)
+    assert metrics["is/weight_mean"].value == pytest.approx((tokens - stale + stale * np.exp(-0.3)) / tokens, abs=1e-5)
+    assert metrics["staleness/max"].value == 2 and metrics["staleness/mean"].value == pytest.approx(4 / tokens)
+
+
+def test_their_part_of_the_loss_is_their_weight_times_what_it_was(model, context, answers):
+    """With ratio 1: -w A a token. Old log-probs that are taken before the first of several minibatches change nothing."""
+    shard, learner = shard_of(answers), policy(model, context, **ASYNCHRONOUS)
+    batch = policy_batch(aged(shard, 1, 4), context.device, 0)
+    per_row_B = batch.mask_BS.sum(1) * batch.advantages_B
+    expected = -(per_row_B.sum() + (np.exp(-0.3) - 1) * per_row_B[[1, 4]].sum()).item()
+    assert loss(learner, model, batch)[0].item() == pytest.approx(expected, abs=1e-4)
+    (prepared,) = learner.prepared([batch], with_old=True)
+    assert loss(learner, model, prepared)[0].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_answers_of_the_present_weights_are_still_compared(model, context, answers):
+    """Row 2 is off, too, and says that it is of the present weights."""
+    shard = aged(shard_of(answers), 1, 2)
+    versions = shard.batch.versions_BS.copy()
+    versions[2][shard.batch.response_mask_BS[2] > 0] = 0
+    lying = policy_batch(replace(shard, batch=replace(shard.batch, versions_BS=versions)), context.device, 0)
+    with pytest.raises(UserError, match=rf"rl.max_logprob_diff: the learner gives token \d+ of {shard.keys_B[2]} .* under the same weights \(version 0\)"):
+        loss(policy(model, context, **ASYNCHRONOUS), model, lying)
+
+
+def test_a_batch_of_older_weights_alone_has_no_mismatch_to_tell_of(model, context, answers):
+    shard = shard_of(answers)
+    _, _, metrics = loss(policy(model, context, **ASYNCHRONOUS), model, policy_batch(aged(shard, *range(len(answers))), context.device, 0))
+    assert metrics["mismatch/logprob_abs_diff_max"].count == 0 and metrics["staleness/logprob_abs_diff_max"].value == pytest.approx(0.3, abs=1e-5)

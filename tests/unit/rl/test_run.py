@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +14,10 @@ from megatron_ext.batch import NO_TILES, FailedRollout, Prompt, Rollout, RouteTr
 from megatron_ext.config.schema import DataConfig, RLConfig, RunConfig
 from megatron_ext.data.suite import SKILLS
 from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_ext.rl.bank.bank import open_bank
 from megatron_ext.rl.loop import StepReport
-from megatron_ext.rl.record import rollout_metrics, write_rollouts
-from megatron_ext.rl.run import prompts_of_step, skill_counts
+from megatron_ext.rl.questions import prompts_of_step, skill_counts
+from megatron_ext.rl.record import Recorder, rollout_metrics
 
 
 def config(prompts=10, seed=0, **mix):
@@ -55,7 +55,8 @@ def test_prompts_are_a_function_of_seed_and_step_and_never_come_twice(tmp_path):
 def answer(sample, reward, tokens, finish="stop", key="p/0", **parts):
     routes = RouteTrace(np.zeros((tokens + 1, 1, 1), np.uint8), np.ones((tokens + 1, 1, 1), np.float16))
     prompt = Prompt(key, "ocr", np.array([1, 2], np.int32), NO_TILES, "42")
-    rollout = Rollout(prompt, sample, 9 + sample, 3, np.arange(tokens), np.zeros(tokens, np.float32), finish, "41", routes)
+    versions = np.full(tokens, 3, np.int32)
+    rollout = Rollout(prompt, sample, 9 + sample, np.arange(tokens), np.zeros(tokens, np.float32), versions, finish, "41", routes)
     return ScoredRollout(rollout, reward, parts)
 
 
@@ -76,23 +77,14 @@ def test_metrics_are_of_all_groups_and_say_how_many_were_set_aside():
     assert metrics["reward/mean"] == pytest.approx(2 / 3) and metrics["response_length/max"] == 8
 
 
-def test_every_rollout_of_a_step_is_kept_with_its_seed_and_version_and_failures_with_their_reason(tmp_path):
-    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [answer(1, 0.0, 2)], [FAILED], np.array([0.7071067]), {})
-    write_rollouts(tmp_path, 7, report)
-    with gzip.open(tmp_path / "step_000007.jsonl.gz", "rt") as file:
-        made, set_aside, failed = map(json.loads, file)
-    assert (set_aside["sample"], set_aside["advantage"]) == (1, None), "what was not trained on has no advantage"
-    assert made == {
-        "key": "p/0",
-        "sample": 0,
-        "skill": "ocr",
-        "answer": "42",
-        "text": "41",
-        "finish": "stop",
-        "reward": 1.0,
-        "rewards": {"correct": 1.0},
-        "advantage": 0.707107,
-        "seed": 9,
-        "version": 3,
-    }
-    assert failed == {"key": "p/1", "sample": 0, "failed": "reward_timeout", "detail": "no result within 10 s"}
+def test_the_advantages_of_a_step_are_noted_beside_its_answers_also_of_one_that_is_run_again(tmp_path):
+    report = StepReport(6, [answer(0, 1.0, 2, correct=1.0)], [], [FAILED], np.array([0.7071067]), {"timing_s/step": 2.0, "timing_s/update": 0.5})
+    bank = open_bank(tmp_path)
+    bank.put(9, report.scored, report.failed)
+    bank.train(6, [(9, "p/0")])
+    for _ in range(2):
+        published = {}
+        Recorder(bank, 4)(report, {"val/x": 1.0}, lambda step, metrics, to=published: to.update({step: metrics}))
+        assert published[7]["val/x"] == 1 and published[7]["perf/overlap"] == 0.25
+        lines = pq.read_table(tmp_path / "advantages").to_pylist()
+        assert lines == [{"step": 6, "draw": 9, "key": "p/0", "sample": 0, "advantage": 0.7071067}]

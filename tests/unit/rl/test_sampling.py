@@ -14,7 +14,7 @@ ROUTES = RouteTrace(np.zeros((1, 1, 1), np.uint8), np.ones((1, 1, 1), np.float16
 
 def scored(key, sample, reward):
     prompt = Prompt(key, "ocr", np.array([1], np.int32), NO_TILES, "")
-    return ScoredRollout(Rollout(prompt, sample, 0, 0, np.array([2]), np.zeros(1, np.float32), "stop", "", ROUTES), reward, {})
+    return ScoredRollout(Rollout(prompt, sample, 0, np.array([2]), np.zeros(1, np.float32), np.zeros(1, np.int32), "stop", "", ROUTES), reward, {})
 
 
 def answers(**groups):

@@ -12,7 +12,7 @@ from megatron_ext.errors import CheckpointError, StoppedForRequeue
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.stopping import StopRequest, stop_on_signals
 from megatron_ext.training.ledger import Window
-from megatron_ext.training.loop import train
+from megatron_ext.training.loop import supervised, train
 from tests.support.training import own_microbatches, start
 
 
@@ -29,7 +29,8 @@ def run(context: ParallelContext, config: TrainConfig, stop: StopRequest, stop_b
         return own_microbatches(step, 8, context)
 
     try:
-        train(start(context), batch, config, context, save=saved.append, report=lambda step, _: reported.append(step), stop=stop)
+        engine = start(context)
+        train(engine, batch, supervised(engine, context), config, context, save=saved.append, report=lambda step, _: reported.append(step), stop=stop)
     except StoppedForRequeue:
         read.append(-1)
     return read, reported, saved
@@ -59,8 +60,9 @@ def test_a_save_that_failed_beside_training_ends_the_run_at_the_next_step(contex
             raise CheckpointError("checkpoints", f"the checkpoint of step {saved[0]} could not be saved")
 
     config = TrainConfig(steps=5, global_batch=8, save_every=2)
+    engine = start(context)
     with pytest.raises(CheckpointError, match="step 2 could not be saved"):
-        train(start(context), batch, config, context, save=saved.append, poll=poll, report=lambda *_: None, stop=StopRequest())
+        train(engine, batch, supervised(engine, context), config, context, save=saved.append, poll=poll, report=lambda *_: None, stop=StopRequest())
     assert (read, saved) == ([0, 1, 2], [2])
 
 
