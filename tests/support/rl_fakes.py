@@ -19,7 +19,8 @@ def prompt(key):
 
 
 def answer(asked, sample, version=0, seed=0):
-    routes = RouteTrace(np.zeros((2, 1, 1), np.uint8), np.ones((2, 1, 1), np.float16))
+    rows = len(asked.tokens_S) + 1
+    routes = RouteTrace(np.zeros((rows, 1, 1), np.uint8), np.ones((rows, 1, 1), np.float16))
     versions = np.full(2, version, np.int32)
     return Rollout(asked, sample, seed, np.array([5, 6]), np.zeros(2, np.float32), versions, "stop", str(version), routes)
 

@@ -33,10 +33,10 @@ def answers(rank: int, world_size: int, init_method: str, config: RunConfig, che
     with session(), open_parallel(config.rollout.parallel, rank, world_size, init_method, config.seed) as context:
         engine, _ = load_engine(config, checkpoint, context)
         prompts = [replace(prompt, tokens_S=prompt.tokens_S[prompt.tokens_S != IMAGE], tiles=prompt.tiles[:0]) for prompt in small_prompts(4)]
-        rollouts = engine.generate(prompts, 3, seeds=lambda number, sample: 10 * number + sample, version=0)
+        rollouts = engine.generate(prompts, 3, seeds=lambda number, sample: 10 * number + sample, version=1)
     rng = np.random.default_rng(0)
     for index, rollout in enumerate(rollouts[:6]):
-        versions_T = np.minimum(np.arange(len(rollout.response_T)) - 3, 0).clip(-1).astype(np.int32)
+        versions_T = 1 + np.minimum(np.arange(len(rollout.response_T)) - 3, 0).clip(-1).astype(np.int32)
         drift_T = rng.normal(0.05 * (index - 2), 0.2, len(versions_T)).astype(np.float32)
         rollouts[index] = replace(rollout, versions_T=versions_T, logprobs_T=rollout.logprobs_T + drift_T)
     return [ScoredRollout(rollout, 1.0, {}) for rollout in rollouts]
@@ -48,6 +48,7 @@ def update(
     """What the rank says of its update, in two minibatches, which share the prompts out."""
     learner, shaped = LearnerRank(), config.model_copy(update={"parallel": parallel})
     place = learner.open(shaped, folder, checkpoint, Place(rank, world_size, init_method, LOOPBACK))
+    learner._finished = 1  # as if it had learned before
     multiple = Layout.of(parallel).length_multiple
     advantages = np.linspace(-1, 1, len(scored))
     parcels = plan_parcels(scored, advantages, minibatches=2, dp_size=place.dp_size, multiple=multiple, pad_id=0)

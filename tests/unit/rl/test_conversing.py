@@ -10,7 +10,7 @@ from megatron_ext.rl.conversing import ConversingFleet
 from megatron_ext.rl.environments import Observation
 from megatron_ext.rl.roles import Ask
 from megatron_ext.rl.scoring.pool import Failure
-from tests.support.rl_fakes import FakeFleet, prompt
+from tests.support.rl_fakes import FakeFleet, FakeWeights, prompt
 
 
 class Words:
@@ -37,7 +37,10 @@ def act(talks):
 def conversing(monkeypatch, max_turns=3):
     monkeypatch.setattr("megatron_ext.rl.conversations.encode_observation", lambda text, tokenizer, per_tile, images, ended: [7, 8])
     log = []
-    return ConversingFleet(FakeFleet(log), act, Rules(Words(), 4, max_turns, 100)), log
+    fleet = ConversingFleet(FakeFleet(log), act, Rules(Words(), 4, max_turns, 100))
+    fleet.publish(FakeWeights(0))
+    log.clear()
+    return fleet, log
 
 
 def hear(fleet, count):
@@ -51,7 +54,7 @@ def test_a_turn_that_is_not_the_last_is_asked_on_and_comes_back_as_one_answer(mo
     fleet, log = conversing(monkeypatch)
     fleet.ask([Ask(prompt("one"), (0,), 5), Ask(prompt("two"), (0, 1), 5)])
     found = {(outcome.prompt.key, outcome.sample): outcome for outcome in hear(fleet, 3)}
-    assert log[2:] == ["ask two#0@1 x1 with version -1", "ask two#1@1 x1 with version -1"]
+    assert log[2:] == ["ask two#0@1 x1 with version 0", "ask two#1@1 x1 with version 0"]
     assert found["one", 0].response_T.tolist() == [5, 6]
     assert found["two", 1].response_T.tolist() == [5, 6, 7, 8, 5, 6]
     assert found["two", 1].versions_T.tolist()[2:4] == [-1, -1], "what was shown was not sampled"
