@@ -29,7 +29,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
             draft.rename(path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
@@ -48,11 +48,11 @@ def make_folder(path: Path) -> None:
     make_folder(path.parent)
     with refusals_told(path):
         path.mkdir(exist_ok=True)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Returns once the folder's names have reached the disk."""
+def sync(path: Path) -> None:
+    """Returns once a file's contents, or a folder's names, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

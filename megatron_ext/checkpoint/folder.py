@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.batch.durable import sync
 from megatron_ext.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -111,15 +112,6 @@ def write_synced(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def sync(path: Path) -> None:
-    """Returns once a file's contents, or a folder's names, have reached the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def draft_of(folder: Path, step: int) -> Path:

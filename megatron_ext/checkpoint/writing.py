@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext.batch.durable import sync
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.full_tensors import Model
 from megatron_ext.checkpoint.optimizer_state import OptimizerState, Share
@@ -113,7 +114,7 @@ def _written(snapshot: Snapshot, folder: Path, keep: int, twin: Twin) -> Path:
         """The files are divided among the ranks."""
         names = sorted(path.name for path in draft.iterdir())[rank :: world.size()]
         for name in names:
-            files.sync(draft / name)
+            sync(draft / name)
         return {name: files.describe_file(draft / name) for name in names}
 
     _together(own_files, world)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ext.batch import Prompt
-from megatron_ext.checkpoint.folder import MANIFEST, describe_file, sync
+from megatron_ext.batch.durable import sync
+from megatron_ext.checkpoint.folder import MANIFEST, describe_file
 from megatron_ext.config.load import leaves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import tokenizer_digest

@@ -4,12 +4,12 @@
                                                 -> None: over  -> one Rollout of all that followed the prompt
 
 What was sampled and what was observed differ in `versions_T` (-1: observed), so that losses, bonuses and lengths count what the model wrote alone. Each turn is
-a request with a seed of its own. `Conversation` is the bookkeeping of one, for whoever drives many as their turns finish; `converse` drives them round by
-round."""
+a request with a seed of its own. `Conversation` is the bookkeeping of one; `conversing.py` drives many, as their turns
+finish."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,8 +22,6 @@ from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.rl.environments import Observation, Turn
 from megatron_ext.rl.scoring.pool import Failure
 
-Generate = Callable[[Sequence[Prompt], int, int], Iterable[Rollout | FailedRollout]]
-"""(prompts, samples, step) -> rollouts in any order: `roles.Fleet.generate`."""
 Act = Callable[[Sequence[tuple[Prompt, Sequence[Turn]]]], Sequence[Observation | Failure | None]]
 """`environments.EnvironmentPool.act`."""
 
@@ -102,33 +100,3 @@ class Conversation:
         tiles = Tiles.join([seen.tiles for seen in self.shown])
         finish, routes = "length" if cut else last.finish, RouteTrace(experts_SLK, gates_SLK)
         return Rollout(self.prompt, self.sample, first.seed, response_T, logprobs_T, versions_T, finish, last.text, routes, tiles)
-
-
-def converse(generate: Generate, act: Act, prompts: Sequence[Prompt], samples: int, step: int, rules: Rules) -> Iterator[Rollout | FailedRollout]:
-    """`samples` conversations about every prompt, as they finish: each as one rollout of its prompt and sample, or as the failure that ended it."""
-    talks: list[Conversation] = []
-    for answer in generate(prompts, samples, step):
-        if isinstance(answer, FailedRollout):
-            yield answer
-        else:
-            talks.append(Conversation.of(answer))
-    while talks:
-        asked: dict[str, tuple[Conversation, Observation, Prompt]] = {}
-        going = [talk for talk in talks if talk.open(rules)]
-        yield from (talk.rollout() for talk in talks if not talk.open(rules))
-        for talk, seen in zip(going, act([(talk.prompt, talk.turns) for talk in going]) if going else (), strict=True):
-            if isinstance(seen, Failure):
-                yield FailedRollout(talk.prompt, talk.sample, *seen)
-            elif seen is None:
-                yield talk.rollout()
-            elif (prompt := talk.next_prompt(seen, rules)) is None:
-                yield talk.rollout(cut=True)
-            else:
-                asked[prompt.key] = talk, seen, prompt
-        talks = []
-        for answer in generate([prompt for _, _, prompt in asked.values()], 1, step) if asked else ():
-            talk, seen, _ = asked[answer.prompt.key]
-            if isinstance(answer, FailedRollout):
-                yield FailedRollout(talk.prompt, talk.sample, answer.reason, answer.detail)
-            else:
-                talks.append(talk.after(seen, answer))

@@ -136,12 +136,12 @@ class MegatronFleet:
 
     def _settled(self, replicas: Sequence[Replica], at_most_s: float = POLL_S) -> list[Replica]:
         """Those whose verb is done; waits for the first of them."""
-        pending = {id(replica.pending): replica for replica in replicas if replica.pending is not None}
+        pending = [replica.pending for replica in replicas if replica.pending is not None]
         if not pending:
             time.sleep(min(at_most_s, GLANCE_S))
             return []
-        done = self._board.wait([replica.pending for replica in pending.values() if replica.pending is not None], at_most_s)
-        return [pending[id(one)] for one in done]
+        done = self._board.wait(pending, at_most_s)
+        return [replica for replica in replicas if replica.pending in done]
 
     def _heard(self, replica: Replica) -> None:
         pending, replica.pending = replica.pending, None

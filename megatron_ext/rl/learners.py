@@ -23,8 +23,9 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.deadlines import Deadlines
-from megatron_ext.rl.hosts.ranks import Place, Rank
+from megatron_ext.rl.hosts.ranks import Rank
 from megatron_ext.rl.hosts.switchboard import POLL_S, Call, Pending, Switchboard
+from megatron_ext.rl.hosts.worlds import begin_world
 from megatron_ext.rl.learner import LearnerPlace, LearnerRank
 from megatron_ext.rl.parcels import Parcel, plan_parcels, row_key
 from megatron_ext.rl.roles import Metrics
@@ -55,12 +56,9 @@ class MegatronLearner:
         self._start()
 
     def _start(self) -> None:
-        size = self._config.parallel.num_ranks
-        self.ranks = tuple(self._board.host.start(LearnerRank, [f"learner rank {rank}" for rank in range(size)], "learner"))
-        point = self._board.host.meeting_point("learner", self.ranks[0])
-        places = [Place(number, size, point, self._board.host.address(rank)) for number, rank in enumerate(self.ranks)]
-        calls = [Call(rank, "open", (self._config, self._stage_dir, self._init_from, place)) for rank, place in zip(self.ranks, places, strict=True)]
-        self._opening: Pending = self._board.post(calls, self._deadlines.open_s)
+        names = [f"learner rank {rank}" for rank in range(self._config.parallel.num_ranks)]
+        arguments = (self._config, self._stage_dir, self._init_from)
+        self.ranks, self._opening = begin_world(self._board, LearnerRank, "learner", names, arguments, self._deadlines.open_s)
 
     def wait_open(self) -> None:
         """Raises RankFailed when it cannot be opened."""

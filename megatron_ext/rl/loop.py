@@ -69,4 +69,4 @@ def run_step(recipe: Recipe, source: Source, learner: Learner, step: int) -> Ste
     clock.lap("update")
     metrics |= source.publish(learner.weights())
     clock.lap("sync")
-    return StepReport(step, taken.kept, taken.set_aside, taken.failed, advantages_R, metrics | taken.metrics | clock.seconds(), clock.laps)
+    return StepReport(step, taken.kept, taken.set_aside, taken.failed, advantages_R, metrics | clock.seconds(), clock.laps)

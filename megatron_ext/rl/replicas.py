@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 from megatron_ext.batch import FailedRollout, Rollout
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.rl.hosts.ranks import Place, Rank
+from megatron_ext.rl.hosts.ranks import Rank
 from megatron_ext.rl.hosts.switchboard import Call, Pending, Switchboard
+from megatron_ext.rl.hosts.worlds import begin_world
 from megatron_ext.rl.roles import Ask
 from megatron_ext.rl.rollout_worker import Lane, RolloutRank
 
@@ -28,8 +29,7 @@ SLICE_STEPS = 64
 @dataclass(eq=False)
 class Replica:
     """`asked`: by data-parallel lane and prompt, the samples that have not come back. `version`: of the weights it holds. `pending`: the verb its ranks are at.
-    `lives`: how often it was started without answering anything since;
-    `excused`: how often that was forgotten."""
+    `lives`: how often it was started without answering anything since; `excused`: how often that was forgotten."""
 
     number: int
     ranks: tuple[Rank, ...] = ()
@@ -45,15 +45,10 @@ class Replica:
 
     def start(self, board: Switchboard, config: RunConfig, timeout_s: float) -> None:
         """Its ranks begin to open, with random weights."""
-        size = config.rollout.parallel.num_ranks
         self.lives += 1
-        world = f"replica-{self.number}"
-        names = [f"rollout replica {self.number} rank {rank}" for rank in range(size)]
-        self.ranks = tuple(board.host.start(RolloutRank, names, world))
         self.lanes, self.version, self.asked, self.new = (), UNKNOWN, {}, {}
-        point = board.host.meeting_point(world, self.ranks[0])
-        places = [Place(number, size, point, board.host.address(rank)) for number, rank in enumerate(self.ranks)]
-        self.pending = board.post([Call(rank, "open", (config, place)) for rank, place in zip(self.ranks, places, strict=True)], timeout_s)
+        names = [f"rollout replica {self.number} rank {rank}" for rank in range(config.rollout.parallel.num_ranks)]
+        self.ranks, self.pending = begin_world(board, RolloutRank, f"replica-{self.number}", names, (config,), timeout_s)
 
     @property
     def open(self) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,6 @@ class Taken:
     kept: Sequence[ScoredRollout]
     set_aside: Sequence[ScoredRollout]
     failed: Sequence[FailedRollout]
-    metrics: Metrics = field(default_factory=dict)
 
 
 class Versioned(Protocol):

@@ -10,7 +10,6 @@ A replica is a world of its own: its ranks share nothing with the learner's but 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.batch import FailedRollout, Prompt, Rollout
+from megatron_ext.batch import FailedRollout, Rollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.device.lending import Lent, return_free_memory
@@ -26,7 +25,6 @@ from megatron_ext.errors import WeightSyncError
 from megatron_ext.inference.admission import Request
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
-from megatron_ext.inference.session import Session
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.observe.profiler import UNPROFILED, Profiler
@@ -108,17 +106,21 @@ class RolloutRank:
             self._profiler.end()
             self._profiler.begin()
 
-    def advance(self, asks: Sequence[Ask], steps: int) -> list[Rollout | FailedRollout]:
+    def advance(self, asks: Sequence[Ask], steps: float) -> list[Rollout | FailedRollout]:
         """Takes the asks, runs at most `steps` steps of everything that is under way, fewer where nothing is left, and returns what finished; nothing from
-        ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample)."""
-        answers = self._advance(self._session, asks, steps)
+        ranks that only take part. Each sample's seed is a hash of (run seed, step, prompt key, sample).
+
+        Raises WeightSyncError where `rest` took the weights."""
+        if self._memory is not None and self._memory.given:
+            raise WeightSyncError("answers were asked for while the weights have left the device")
+        limit = self._config.model.max_positions - self._config.rollout.max_new_tokens
+        self._session.ask([self._request(number, ask) for number, ask in enumerate(asks) if len(ask.prompt.tokens_S) <= limit])
+        rollouts = [rollout for _, rollout in self._session.advance(steps, self._version)]
         if self._session.idle:
             self._profiler.end()
-        return answers
-
-    def forget(self) -> None:
-        """Drops everything that is under way: it was asked elsewhere."""
-        self._session.forget()
+        if self._context.tp_rank != 0:
+            return []
+        return [*rollouts, *(failure for ask in asks if len(ask.prompt.tokens_S) > limit for failure in _too_long(ask, limit))]
 
     def probe(self, probe: Probe, experts_SLK: np.ndarray | None) -> Probed | None:
         """What the loaded weights make of the probe, by the experts given; None from ranks that only take part."""
@@ -127,11 +129,11 @@ class RolloutRank:
         return probed if self._context.tp_rank == 0 else None
 
     def rest(self) -> None:
-        """Leaves the device to the learner: until `load_weights` or `wake` there are no weights. Keys and values are there during `generate` only."""
+        """Leaves the device to the learner: until `load_weights` or `wake` there are no weights. Keys and values are there while answers are under way only."""
         if self._memory is None:
             self._memory = Lent(own_tensors(self._model, self._context).values(), keep=False)
         self._memory.give()
-        return_free_memory()  # keys and values are let go of after every answer
+        return_free_memory()  # keys and values are let go of when nothing is under way
 
     def wake(self) -> None:
         """Undoes `rest`: the weights are those of the latest publication, whose copy in host memory is kept. Raises WeightSyncError where there is none."""
@@ -141,22 +143,6 @@ class RolloutRank:
             raise WeightSyncError(f"weights of version {self._version} were to be used again, but their copy is gone")
         self._memory.take_back()
         self._staging.load(own_tensors(self._model, self._context))
-
-    def generate(self, prompts: Sequence[Prompt], samples: int, step: int, greedy: bool) -> list[Rollout | FailedRollout]:
-        """`samples` answers of each prompt, as they finish: `advance` to the end, in a session of its own."""
-        answers = self._advance(self._engine.session(), [Ask(prompt, tuple(range(samples)), step, greedy) for prompt in prompts], math.inf)
-        self._profiler.end()
-        return answers
-
-    def _advance(self, session: Session, asks: Sequence[Ask], steps: float) -> list[Rollout | FailedRollout]:
-        if self._memory is not None and self._memory.given:
-            raise WeightSyncError("answers were asked for while the weights have left the device")
-        limit = self._config.model.max_positions - self._config.rollout.max_new_tokens
-        session.ask([self._request(number, ask) for number, ask in enumerate(asks) if len(ask.prompt.tokens_S) <= limit])
-        rollouts = [rollout for _, rollout in session.advance(steps, self._version)]
-        if self._context.tp_rank != 0:
-            return []
-        return [*rollouts, *(failure for ask in asks if len(ask.prompt.tokens_S) > limit for failure in _too_long(ask, limit))]
 
     def _request(self, number: int, ask: Ask) -> Request:
         seeds = tuple((sample, rollout_seed(self._config.seed, ask.step, ask.prompt.key, sample)) for sample in ask.samples)

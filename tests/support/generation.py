@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,7 +57,7 @@ def slices_of_a_rank(
         prompts = [replace(prompt, tiles=NO_TILES, tokens_S=prompt.tokens_S[prompt.tokens_S != IMAGE]) for prompt in small_prompts(8)]
         long = replace(prompts[0], key="long", tokens_S=np.full(config.model.max_positions, 9, np.int32))
         first, later = (prompts[:4], prompts[4:]) if lane.dp_size == 1 else ((prompts[:4], []) if lane.dp_rank == 0 else ([], prompts[4:]))
-        whole = worker.generate([*first, *later], 2, step=1, greedy=False)
+        whole = worker.advance([Ask(prompt, (0, 1), 1) for prompt in [*first, *later]], math.inf)
         asks = [Ask(prompt, (0, 1), 1) for prompt in [*first, long]]
         sliced, slices = worker.advance(asks, 3), 1
         while not worker._session.idle:

@@ -111,7 +111,7 @@ class Bank:
     def drawn(self, draw: int) -> Drawn:
         """Everything stored of a draw, restored whole; empty where nothing is. Raises StorageError for what is damaged."""
         with self._lock:
-            puts = [put for put in self._ledger.files.values() if put.draw == draw]
+            puts = self._ledger.draws.get(draw, [])
             rollouts = [rollout for put in puts for rollout in read_segment(self._answers / put.file, put, self._tiles)]
         return Drawn(
             [rollout for rollout in rollouts if isinstance(rollout, ScoredRollout)], [rollout for rollout in rollouts if isinstance(rollout, FailedRollout)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_ext.batch.durable import refusals_told, sync_folder
+from megatron_ext.batch.durable import refusals_told, sync
 from megatron_ext.errors import StorageError
 
 Entry = dict[str, Any]
@@ -29,7 +29,7 @@ def open_journal(path: Path) -> tuple[Journal, list[Entry], int]:
     with refusals_told(path), path.open("ab") as file:
         file.truncate(len(text))
         os.fsync(file.fileno())
-        sync_folder(path.parent)
+        sync(path.parent)
     return Journal(path, len(entries), len(text), digest), entries, torn
 
 

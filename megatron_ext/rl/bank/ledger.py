@@ -52,9 +52,10 @@ class Put:
 
 @dataclass
 class Ledger:
-    """Folds entries. `files`: segments by name; `puts`: those that hold something of a group; both in order."""
+    """Folds entries. `files`: segments by name; `draws`: those of a draw; `puts`: those that hold something of a group; all in order."""
 
     files: dict[str, Put] = field(default_factory=dict)
+    draws: dict[int, list[Put]] = field(default_factory=dict)
     puts: dict[Group, list[Put]] = field(default_factory=dict)
     steps: dict[int, tuple[Group, ...]] = field(default_factory=dict)
     trained: dict[Group, int] = field(default_factory=dict)
@@ -64,6 +65,7 @@ class Ledger:
         match entry:
             case {"kind": "put", **fields}:
                 put = self.files[fields["file"]] = Put(**fields)
+                self.draws.setdefault(put.draw, []).append(put)
                 for group in put.groups:
                     self.puts.setdefault(group, []).append(put)
             case {"kind": "train", "step": step, "groups": groups}:
@@ -77,6 +79,7 @@ class Ledger:
     def forget(self, put: Put) -> None:
         """Its file is gone: what it held is stored no more, and may be put again."""
         del self.files[put.file]
+        self.draws[put.draw].remove(put)
         for group in put.groups:
             self.puts[group].remove(put)
 

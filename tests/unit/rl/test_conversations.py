@@ -19,12 +19,13 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.model.assembly import build_model
 from megatron_ext.rl.batching import unpack
-from megatron_ext.rl.conversations import Conversation, Rules, converse
+from megatron_ext.rl.conversations import Conversation, Rules
 from megatron_ext.rl.environments import Observation, Turn, zoom
 from megatron_ext.rl.parcels import plan_parcels
 from megatron_ext.rl.policy_step import Policy, policy_batch
 from megatron_ext.rl.scoring.pool import Failure
 from megatron_ext.training.megatron_engine import build_engine
+from tests.support.conversing import converse
 from tests.support.models import open_gates
 from tests.support.rl_run import rl_config
 
