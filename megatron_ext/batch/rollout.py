@@ -88,6 +88,8 @@ class Rollout:
     @property
     def sampled_rows(self) -> list[tuple[int, int]]:
         """`response_rows`, without those that chose observed tokens: one for each turn of the model."""
+        if self.sampled_T.all():
+            return [self.response_rows]
         edges = np.flatnonzero(np.diff(self.sampled_T.astype(np.int8), prepend=0, append=0))
         start = len(self.prompt.tokens_S) - 1
         return [(start + int(first), start + int(last)) for first, last in edges.reshape(-1, 2)]
