@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megatron_ext.batch.durable import durable_file, make_folder, remove_drafts
 from megatron_ext.batch.rollout import Prompt
 from megatron_ext.batch.tiles import NO_TILES, Tiles
+from megatron_ext.durable import durable_file, make_folder, remove_drafts
 from megatron_ext.errors import StorageError
 
 

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.batch.durable import sync
+from megatron_ext.durable import sync
 from megatron_ext.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"

@@ -25,13 +25,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ext.batch.durable import sync
 from megatron_ext.checkpoint import folder as files
 from megatron_ext.checkpoint.full_tensors import Model
 from megatron_ext.checkpoint.optimizer_state import OptimizerState, Share
 from megatron_ext.checkpoint.sharded import sharded_model
 from megatron_ext.checkpoint.torch_dist import refusal, write_common, write_tensors
 from megatron_ext.config.schema import ModelConfig
+from megatron_ext.durable import sync
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel.groups import ParallelContext, Twin
 

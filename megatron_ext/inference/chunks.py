@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_ext.batch import Prompt
-from megatron_ext.batch.durable import sync
 from megatron_ext.checkpoint.folder import MANIFEST, describe_file
 from megatron_ext.config.load import leaves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import tokenizer_digest
+from megatron_ext.durable import sync
 from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.inference.replica import all_replicas
 from megatron_ext.observe.progress import stage_progress

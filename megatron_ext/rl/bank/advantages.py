@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ext.batch import ScoredRollout
-from megatron_ext.batch.durable import durable_file
+from megatron_ext.durable import durable_file
 from megatron_ext.rl.bank.ledger import Group
 
 

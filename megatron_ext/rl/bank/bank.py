@@ -22,8 +22,8 @@ from threading import RLock
 import numpy as np
 
 from megatron_ext.batch import FailedRollout, ScoredRollout, Tiles
-from megatron_ext.batch.durable import make_folder, remove_drafts
 from megatron_ext.batch.images import ImageStore, StoredTiles, find_tiles
+from megatron_ext.durable import make_folder, remove_drafts
 from megatron_ext.errors import StorageError
 from megatron_ext.rl.bank.advantages import write_advantages
 from megatron_ext.rl.bank.columns import failed_row, scored_row

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_ext.batch.durable import refusals_told, sync
+from megatron_ext.durable import refusals_told, sync
 from megatron_ext.errors import StorageError
 
 Entry = dict[str, Any]

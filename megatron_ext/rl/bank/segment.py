@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from megatron_ext.batch import FailedRollout, ScoredRollout
-from megatron_ext.batch.durable import durable_file
+from megatron_ext.durable import durable_file
 from megatron_ext.errors import StorageError
 from megatron_ext.rl.bank.columns import SCHEMA, SHARED, SHARED_BYTES, FindTiles, Restorer, Row, as_table, row_bytes
 from megatron_ext.rl.bank.ledger import Put
