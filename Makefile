@@ -44,8 +44,8 @@ discover: $(STAMP)  ## the recipe up to the expert clusters
 rl: $(STAMP)  ## the whole recipe: pretraining, fine-tuning, expert clusters, RL, accuracies before and after, report
 	$(RUN) run "$(CONFIG)" $(ARGS)
 
-test: $(STAMP)  ## the tests: unit, parallel, architecture
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not journey" $(ARGS)
+test: $(STAMP)  ## the tests: unit, parallel, architecture, on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not journey" --numprocesses 2 --dist loadgroup $(ARGS)
 
 bench: $(STAMP)  ## the benchmarks against their peers, half an hour or more; ARGS="--only generation" for one
 	$(BIN)/python tools/bench/all.py $(ARGS)

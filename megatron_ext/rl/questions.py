@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -18,20 +20,18 @@ from megatron_ext.rl.fleet import MegatronFleet
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.sampling import keep_all, keep_differing
 from megatron_ext.rl.stream import Questions
+from megatron_ext.training.read_ahead import read_ahead
 
 VALIDATION_SEED = 1
 
 
-def questions(config: RunConfig, tokenizer: Tokenizer, images: ImageStore) -> Questions:
-    """Their images travel as references into the store."""
+@contextmanager
+def questions(config: RunConfig, tokenizer: Tokenizer, images: ImageStore) -> Iterator[Questions]:
+    """Their images travel as references into the store. While a step is at work, a thread draws the next one's, and stores their images."""
     rl = config.rl
-    return Questions(
-        rl.steps,
-        rl.rollouts_per_prompt,
-        lambda number: stored(prompts_of_step(number, config, tokenizer), images),
-        partial(keep_differing, wanted=rl.prompts_per_step) if rl.dynamic_sampling else keep_all,
-        max(1, rl.dynamic_sampling),
-    )
+    choose = partial(keep_differing, wanted=rl.prompts_per_step) if rl.dynamic_sampling else keep_all
+    with read_ahead(lambda number: stored(prompts_of_step(number, config, tokenizer), images), rl.steps) as draw:
+        yield Questions(rl.steps, rl.rollouts_per_prompt, draw, choose, max(1, rl.dynamic_sampling))
 
 
 def prompts_of_step(step: int, config: RunConfig, tokenizer: Tokenizer) -> list[Prompt]:

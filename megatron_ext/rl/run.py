@@ -92,6 +92,7 @@ def run_rl(
         observe_stage(config.observe, config.name, "rl", config.rl.steps, stage_dir) as observer,
         RewardPool.under(config.rl.reward, config.rl) as scorer,
         EnvironmentPool.under(config.rl.environment, config.rl) if config.rl.environment else nullcontext() as environment,
+        questions(config, tokenizer, bank.images) as asked,
         open_host(config, nodes) as host,
         stop_on_signals(stop_file) as stop,
     ):
@@ -109,7 +110,7 @@ def run_rl(
         answering = fleet if environment is None else ConversingFleet(fleet, environment.act, Rules.of(config, tokenizer))
         ahead = config.rl.max_staleness
         whole_draws = ahead == 0 and not config.rollout.deterministic
-        stream = Stream(questions(config, tokenizer, bank.images), answering, scorer, bank, ahead, whole_draws)
+        stream = Stream(asked, answering, scorer, bank, ahead, whole_draws)
         if ahead:
             learner.meanwhile = partial(stream.turn, beside_update=True)
         credit = Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None)
