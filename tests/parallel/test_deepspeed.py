@@ -80,7 +80,7 @@ CASES: dict[int, list[tuple[dict[str, Any], dict[str, Any]]]] = {
 every case holds micro-batches without an image."""
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.journey), 2, 3])  # DeepSpeed's optimizer of stage 1 is that of stage 2
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.journey), pytest.param(2, marks=pytest.mark.journey), 3])
 def test_two_ranks_train_like_one_rank_of_engine_megatron(stage: int, small_shards: Path) -> None:
     trials = [Trial(zero(f"zero{stage}", small_shards, **layout), disturbed=layout is DP2, **how) for layout, how in CASES[stage]]
     reports = run_ranks(run_trials, 2, trials, one_rank()["start"], timeout_s=110)

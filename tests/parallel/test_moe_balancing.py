@@ -125,6 +125,7 @@ def drift(rank: int, world_size: int, init_method: str, rate: float) -> list[flo
 RING = ["TP2", "EP2", "PP2", "one rank", "TP2"]
 
 
+@pytest.mark.journey
 def test_biases_are_saved_in_one_layout_and_loaded_in_another(tmp_path: Path) -> None:
     """The first sets them; each of the others loads what the one before has saved, and saves it for the next."""
     layouts = [LAYOUTS.get(name, ParallelConfig()) for name in RING]

@@ -82,6 +82,7 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in record.items() if not name.startswith(("time", "timing_s/", "perf/"))} for record in read_metrics(folder)]
 
 
+@pytest.mark.journey
 def test_a_resumed_stage_ends_bit_for_bit_where_it_ended_before_and_knows_its_reference(tmp_path: Path) -> None:
     """Two data-parallel ranks. The running mean of rewards and the reference are part of what is resumed."""
     data = DataConfig(questions_per_image=2)

@@ -48,7 +48,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize(("case", "chain"), CHAINS.values(), ids=CHAINS.keys())
+@pytest.mark.parametrize(
+    ("case", "chain"), [pytest.param(*chain, id=name, marks=[pytest.mark.journey] * name.startswith("through")) for name, chain in CHAINS.items()]
+)
 def test_a_run_that_changes_its_layout_at_every_step_has_the_losses_of_one_rank(case: Case, chain: list[ParallelConfig], tmp_path: Path) -> None:
     """Every hop loads what another layout saved: weights, moments, schedule. A moment that is off shows in the loss of the hop after."""
     expected = run_ranks(go_on, 1, case, tmp_path / "straight", len(chain), timeout_s=100)[0]

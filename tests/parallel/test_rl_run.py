@@ -178,7 +178,7 @@ def laid_out(config, learner):
 @pytest.mark.parametrize(
     ("objective", "learner"),
     [
-        pytest.param("gspo", ParallelConfig(num_ranks=2), id="gspo, DP2"),
+        pytest.param("gspo", ParallelConfig(num_ranks=2), id="gspo, DP2", marks=pytest.mark.journey),
         pytest.param("gspo", ParallelConfig(num_ranks=2, cp=2), id="gspo, CP2"),
         pytest.param("rloo", ParallelConfig(num_ranks=2, cp=2), id="rloo, CP2"),
         pytest.param("rloo", ParallelConfig(num_ranks=2), id="rloo, DP2", marks=pytest.mark.journey),
@@ -281,13 +281,14 @@ def test_a_replica_that_is_killed_is_replaced_and_the_run_is_as_if_it_never_had(
     assert read_metrics(tmp_path)[-1]["fleet/lost"] == 1
 
 
+@pytest.mark.journey
 def test_a_replica_that_is_stopped_is_noticed_replaced_and_the_run_is_as_if_it_never_had(start, exact, tmp_path, monkeypatch, roles):
     at_step(1, lambda: hit(roles["fleet"].replicas[1].ranks[0], signal.SIGSTOP), monkeypatch)
     rl.run_rl(change(exact[0], silence_s=5), tmp_path, start[1], None)
     assert numbers(tmp_path) == numbers(exact[1])
 
 
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.journey), 2])
 def test_a_learner_that_is_killed_starts_again_and_repeats_its_steps_from_the_bank(start, exact, tmp_path, monkeypatch, roles, step):
     """Checkpoints are written after step 2: of the three, one or two are repeated."""
     at_step(step, lambda: hit(roles["learner"].ranks[1], signal.SIGKILL), monkeypatch)

@@ -82,6 +82,7 @@ def test_an_evaluation_by_ranks_that_share_experts(run: RunConfig, tmp_path: Pat
     assert {"sft.json", "sft/samples.jsonl"} <= set(files(tmp_path / "stopped")) and not (tmp_path / "stopped" / "sft" / "chunks").exists()
 
 
+@pytest.mark.journey
 def test_a_discovery_by_two_replicas(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped by a launcher's file while prompts are answered, and again while clusters are looked for."""
     config = laid_out(run, TWO_REPLICAS)

@@ -182,7 +182,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SHORT = ("TP2 to 1", "EP2 to TP2", "PP2 to TP2", "TP2 EP2 DP2 to TP2")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SHORT else [pytest.mark.journey]) for name in LAYOUTS])
 def test_rollouts_hold_the_learners_very_weights_whatever_the_two_layouts(run, name, tmp_path):
     learner, rollout = LAYOUTS[name]
     config, checkpoint = run
