@@ -21,12 +21,18 @@ from megatron_ext.model.seats import Seats
 class Sight:
     """What the positions of a forward pass may look at. `from_BS`, `until_BS`: vision tokens [from, until) of the row are visible; `inject_BS`: where
     refinement is added. `seats`, in decode: rows stand on the first axis of the hidden states, one token each; B counts prompts, S is 1, and all answers to a
-    prompt see the same."""
+    prompt see the same. `image_BS`, where taps add to image tokens: which one of its row each position holds (-1: none)."""
 
     from_BS: torch.Tensor
     until_BS: torch.Tensor
     inject_BS: torch.Tensor
     seats: Seats | None = None
+    image_BS: torch.Tensor | None = None
+
+    def part(self, positions: slice) -> Sight:
+        """Of some of the positions."""
+        image_BS = None if self.image_BS is None else self.image_BS[:, positions]
+        return Sight(self.from_BS[:, positions], self.until_BS[:, positions], self.inject_BS[:, positions], self.seats, image_BS)
 
 
 @dataclass(frozen=True)
