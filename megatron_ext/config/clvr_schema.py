@@ -36,7 +36,7 @@ class ClvrConfig(Section):
     of the answer is decided with it), or every token after an image. `slots`, memory tokens behind the question, is not there yet."""
     query_source: Literal["tap", "same_layer", "input_embedding"] = "tap"
     """What asks: the output of the tap's source layer; the input of its target layer, without feedback over layers; the token's embedding, before all layers.
-    The last two are ablations, and leave the source without a meaning."""
+    The last two are ablations, and leave the source without a meaning; a tap (j - 1, j) asks with the input of its target layer anyway."""
     inner_iterations: int = Field(1, gt=0)
     """How often a tap looks: each time after the first it asks with the hidden state that its last answer has refined. Costs the tap's computation again."""
     ffn_hidden: int = Field(0, ge=0)
