@@ -80,6 +80,7 @@ def load_checkpoint(
     _verify(checkpoint, context)
     record = read_state(checkpoint)
     wanted, saved = model_config.model_dump(mode="json"), {**_DEFAULTS, **record["model"]}
+    saved["clvr"] = {**_DEFAULTS["clvr"], **saved["clvr"]}
     fresh = optimizer is None and wanted["clvr"]["enabled"] and not saved["clvr"]["enabled"]
     _compare({**saved, "clvr": wanted["clvr"]} if fresh else saved, wanted, checkpoint)
     if optimizer is not None and record["updates"] is None:

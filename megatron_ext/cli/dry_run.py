@@ -73,7 +73,7 @@ def _model(config: RunConfig) -> list[tuple[str, str]]:
     small = side // vision.downsample
     pixels = f"{vision.image_size} x {vision.image_size} pixels"
     tokens = f"{side} x {side} = {vision_tokens(vision)} ViT tokens -> {small} x {small} = {tokens_per_tile(vision)} image tokens"
-    taps = ", ".join(f"{source} -> {target}" for source, target in model.clvr.taps) if model.clvr.enabled else "off"
+    taps = ", ".join(f"{'embeddings' if source < 0 else source} -> {target}" for source, target in model.clvr.active_taps) or "off"
     return [
         ("parameters", f"{parameters.total:,} ({parameters.active:,} active per token)"),
         *((f"  {part}", f"{getattr(parameters, part):,}") for part in parts if getattr(parameters, part)),

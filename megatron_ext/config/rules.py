@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
+from megatron_ext.config.clvr_rules import clvr_rules
 from megatron_ext.config.data_rules import image_rules
 from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.fleet_rules import fleet_rules
@@ -30,7 +31,7 @@ def check_rules(config: RunConfig) -> list[UserError]:
         _vision,
         _decoder,
         _moe,
-        _clvr,
+        clvr_rules,
         _data,
         stage_rules,
         _rollout,
@@ -156,27 +157,6 @@ def _dense(config: RunConfig) -> Problems:
     for field, on in (("moe_expert_bias", model.moe_expert_bias), ("moe_capacity_factor", model.moe_capacity_factor is not None)):
         if on:
             yield UserError(f"model.{field}", f"{getattr(model, field)} {without}".replace("True", "true"), "remove it")
-
-
-def _clvr(config: RunConfig) -> Problems:
-    clvr, model = config.model.clvr, config.model
-    if not clvr.enabled:
-        return
-    if not clvr.taps:
-        yield UserError("model.clvr.taps", "is empty", "name a pair of layers such as [[1, 2]], or set model.clvr.enabled=false")
-    for source, target in clvr.taps:
-        if not 0 <= source < target < model.num_layers:
-            yield UserError(
-                "model.clvr.taps",
-                f"({source}, {target}) is no pair of layers with source < target among model.num_layers = {model.num_layers}",
-                f"layers count from 0: use pairs between 0 and {model.num_layers - 1}",
-            )
-    if len(set(clvr.taps)) != len(clvr.taps):
-        yield UserError("model.clvr.taps", "names a pair twice", "keep one of the two")
-    if clvr.num_heads % clvr.num_kv_heads:
-        yield must_divide("model.clvr.num_kv_heads", clvr.num_kv_heads, "model.clvr.num_heads", clvr.num_heads)
-    if model.vision.hidden_size % 4:
-        yield UserError("model.vision.hidden_size", f"{model.vision.hidden_size} is not a multiple of 4", "CLVR's 2-D patch positions need four equal parts")
 
 
 def _data(config: RunConfig) -> Problems:

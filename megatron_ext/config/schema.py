@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from megatron_ext.config.clvr_schema import ClvrConfig as ClvrConfig
 from megatron_ext.config.data_schema import DataConfig as DataConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.rl_schema import DiscoverConfig as DiscoverConfig
@@ -59,26 +60,6 @@ class VisionConfig(Section):
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixels, red green blue from 0 to 1, become (pixel - mean) / std. InternVL: ImageNet's (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)."""
-
-
-class ClvrConfig(Section):
-    """Cross-layer vision refinement: see `model/clvr.py` for the mathematics."""
-
-    enabled: bool = True
-    taps: tuple[tuple[int, int], ...] = ((1, 2),)
-    """Pairs (source, target) of 0-based decoder layers, source < target: the query is the output of `source`, the refinement enters before `target`."""
-    num_heads: int = Field(4, gt=0)
-    num_kv_heads: int = Field(2, gt=0)
-    head_dim: int = Field(16, gt=0)
-    gate: Literal["zero_out", "tanh_gate"] = "zero_out"
-    """`zero_out`: W_o starts at 0, gate fixed at 1. `tanh_gate`: W_o random, gate tanh(g) with g = 0. Both leave the outputs unchanged at step 0."""
-    inject: Literal["text", "all"] = "text"
-    """Where the refinement is added: text tokens after an image, or every token after an image."""
-
-    @property
-    def active_taps(self) -> tuple[tuple[int, int], ...]:
-        """None where CLVR is switched off."""
-        return self.taps if self.enabled else ()
 
 
 class RopeScaling(Section):
@@ -162,6 +143,9 @@ class EvaluateConfig(Section):
     sampled_prompts_per_skill: int = Field(64, gt=0)
     blind: bool = True
     """Also answer with the image replaced by noise: must be near chance."""
+    clvr: bool = False
+    """Also measure what CLVR's taps look at (`inference/looks.py`), and answer twice more: with their keys and values 0, and with those of another prompt's
+    picture."""
 
 
 class RunConfig(Section):

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_ext.config.schema import ClvrConfig, ModelConfig, ParallelConfig, VisionConfig
-
-
-def patches_per_side(vision: VisionConfig) -> int:
-    return vision.image_size // vision.patch_size
-
-
-def vision_tokens(vision: VisionConfig) -> int:
-    """ViT tokens of a tile: what CLVR looks at."""
-    return patches_per_side(vision) ** 2
-
-
-def tokens_per_tile(vision: VisionConfig) -> int:
-    """Image tokens of a tile in the language model, after pixel unshuffle; 0 without vision.
-
-    >>> tokens_per_tile(VisionConfig(image_size=32, patch_size=4, downsample=2))
-    16
-    """
-    return vision_tokens(vision) // vision.downsample**2 if vision.enabled else 0
+from megatron_ext.config.clvr_sizes import tap_numels
+from megatron_ext.config.schema import ModelConfig, ParallelConfig, VisionConfig
+from megatron_ext.config.vision_sizes import patches_per_side as patches_per_side
+from megatron_ext.config.vision_sizes import tokens_per_tile as tokens_per_tile
+from megatron_ext.config.vision_sizes import vision_tokens as vision_tokens
 
 
 def data_parallel(parallel: ParallelConfig) -> int:
@@ -93,7 +79,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         experts=sparse * model.num_experts * expert,
         dense=(layers - sparse) * 3 * hidden * model.ffn_hidden_size,
         norms=layers * (2 * hidden + 2 * model.head_dim) + hidden,
-        clvr=len(model.clvr.active_taps) * _tap(model.clvr, hidden, model.vision.hidden_size),
+        clvr=len(model.clvr.active_taps) * sum(tap_numels(model)),
         experts_active=sparse * model.experts_per_token * expert,
     )
 
@@ -110,9 +96,3 @@ def _vision(vision: VisionConfig) -> int:
 def _projector(vision: VisionConfig, hidden: int) -> int:
     width = vision.hidden_size * vision.downsample**2
     return 2 * width + width * hidden + hidden + hidden**2 + hidden
-
-
-def _tap(clvr: ClvrConfig, hidden: int, vision_hidden: int) -> int:
-    query, key_value = clvr.num_heads * clvr.head_dim, clvr.num_kv_heads * clvr.head_dim
-    norms, thumbnail = 2 * vision_hidden + hidden + 2 * clvr.head_dim, vision_hidden
-    return norms + thumbnail + hidden * query + 2 * vision_hidden * key_value + query * hidden + (1 if clvr.gate == "tanh_gate" else 0)

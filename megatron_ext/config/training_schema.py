@@ -95,6 +95,9 @@ class TrainConfig(StageConfig):
     data-parallel ranks run equally many, as many as the one with the most text needs. 0: `micro_batch` conversations each; giving both is refused."""
     mix: dict[str, float] = Field(default_factory=lambda: {"caption": 1.0, "qa": 1.0})
     """Weights of the kinds of conversation: `caption`, `qa` (single skills), `composite`."""
+    image_context_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the image tokens that are hidden from self-attention while it learns, so that what they show is looked for by CLVR's taps (0.1 where base and
+    adapter learn together). Attention then runs with a mask of all pairs of positions, which is slower and takes their memory."""
     text: dict[str, float] = Field(default_factory=dict)
     """Plain text instead of conversations: datasets in Megatron's indexed format (`tools/preprocess_data.py`), by path without .bin and .idx, and how much of
     each. Documents are joined end to end and cut into rows of `data.max_length` tokens, all of which are learnt."""

@@ -17,6 +17,7 @@ class TokenBatch:
 
     `tokens_BS` int32; `loss_mask_BS` uint8, 1 where THIS token is a target (position s - 1 predicts it); `tiles`, all of the batch;
     `row_tiles_BM` int32 indexes them in the order of a row's placeholders (-1: no tile). `num_bad`: samples that whoever read the batch has left out so far.
+    `hidden_BS` bool: image tokens that self-attention must do without (None: none of them).
     """
 
     tokens_BS: np.ndarray
@@ -24,6 +25,7 @@ class TokenBatch:
     tiles: Tiles
     row_tiles_BM: np.ndarray
     num_bad: int = 0
+    hidden_BS: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape

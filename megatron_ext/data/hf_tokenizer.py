@@ -35,7 +35,7 @@ class HfTokenizer(Tokenizer):
         if missing:
             raise DataError(str(folder), f"its vocabulary lacks {', '.join(missing)}", "it must be that of an InternVL or Qwen3 checkpoint, with ChatML turns")
         self.vocab_size = len(self._tokenizer)
-        self.eos_id, self.image_id = known[TURN_END], known.get(IMAGE_CONTEXT, -1)
+        self.eos_id, self.turn_id, self.image_id = known[TURN_END], known[TURN_START], known.get(IMAGE_CONTEXT, -1)
         self.pad_id = self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else known[TURN_START]
         self.tag_ids = {}
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)

@@ -19,6 +19,8 @@ class Tokenizer(ABC):
     pad_id: int
     eos_id: int
     """Ends an answer."""
+    turn_id: int
+    """Begins a turn of the template, the user's and the assistant's alike."""
     image_id: int
     """Stands for one image token; negative in the vocabulary of a language model alone."""
     tag_ids: dict[str, tuple[int, int]]

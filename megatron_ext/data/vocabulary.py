@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ext.data.pieces import IMAGE_CONTEXT, SPECIALS, TAGS, TURN_END, UNKNOWN, Tokenizer
+from megatron_ext.data.pieces import IMAGE_CONTEXT, SPECIALS, TAGS, TURN_END, TURN_START, UNKNOWN, Tokenizer
 from megatron_ext.errors import DataError
 
 PAD = "<pad>"
@@ -36,6 +36,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = processor.vocab_size()
         self.pad_id = processor.piece_to_id(PAD)
         self.eos_id = processor.piece_to_id(TURN_END)
+        self.turn_id = processor.piece_to_id(TURN_START)
         self.image_id = processor.piece_to_id(IMAGE_CONTEXT)
         self.tag_ids = {tag: (processor.piece_to_id(f"<{tag}>"), processor.piece_to_id(f"</{tag}>")) for tag in TAGS}
         self._special_ids = {special: processor.piece_to_id(special) for special in SPECIALS}

@@ -31,6 +31,7 @@ from megatron_ext.earl.bonus import EarlBonus
 from megatron_ext.earl.files import read_clusters
 from megatron_ext.inference.chunks import NEVER, Chunks, answer_chunks, facts_of, in_order, open_chunks
 from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.looks import Instead, Look, instead_of, look, summarise_looks
 from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
@@ -45,8 +46,8 @@ SAMPLES_PER_SKILL = 4
 @dataclass(frozen=True)
 class Outcome:
     """One prompt's verdicts. `samples`: of the sampled answers; `blind`: of the greedy answer without the image (None: not asked); `mass`: gate mass
-    of the greedy
-    answer on its skill's cluster, nan without one; `text`: the greedy answer; `question`: the prompt's text without its image."""
+    of the greedy answer on its skill's cluster, nan without one; `text`: the greedy answer; `question`: the prompt's text without its image; `look`: what
+    CLVR's taps did, where that was asked and there is an image."""
 
     key: str
     skill: str
@@ -57,6 +58,7 @@ class Outcome:
     text: str
     gold: str
     question: str
+    look: Look | None = None
 
 
 def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Path | None = None, stop: StopRequest = NEVER) -> dict[str, Any]:
@@ -70,6 +72,9 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     contents = answer_chunks("evaluate", chunks, config, evaluate_rank, step, clusters, stop=stop)
     outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
+    seen = [outcome for outcome in outcomes if outcome.look is not None]
+    if seen:
+        table["clvr"] = summarise_looks([outcome.look for outcome in seen if outcome.look is not None], [outcome.greedy for outcome in seen])
     _write_samples(folder, outcomes, config)
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
@@ -86,21 +91,32 @@ def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfi
         prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
         bonus = None if clusters is None else _bonus(config, clusters)
+        instead = instead_of(prompts) if settings.clvr else None
         left = chunks.left_to(context.dp_rank)
         profiler = chunk_profiler(rank, config, chunks, len(left))
         for chunk in left:
             with profiler.step():
-                outcomes = answer(engine, tokenizer, chunks.prompts_of(chunk, prompts), sampled, config, bonus)
+                outcomes = answer(engine, tokenizer, chunks.prompts_of(chunk, prompts), sampled, config, bonus, instead)
             if context.tp_rank == 0:
                 chunks.save(chunk, json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 
 
 def _outcome(row: dict[str, Any]) -> Outcome:
-    return Outcome(**{**row, "samples": tuple(row["samples"])})
+    look = None if row["look"] is None else Look(**row["look"])
+    return Outcome(**{**row, "samples": tuple(row["samples"]), "look": look})
 
 
-def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], sampled: set[str], config: RunConfig, bonus: EarlBonus | None) -> list[Outcome]:
-    """Answers each prompt greedily, some of them several times, and all of them blind. `rl.reward` says what is right."""
+def answer(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    sampled: set[str],
+    config: RunConfig,
+    bonus: EarlBonus | None,
+    instead: Instead | None = None,
+) -> list[Outcome]:
+    """Answers each prompt greedily, some of them several times, and all of them blind. `rl.reward` says what is right. `instead`: also see what CLVR's taps
+    look at, and whether the answer is right with them looking at nothing, and at what `instead` shows."""
     correct = correctness(config.rl.reward, config.earl.correct_threshold)
 
     def verdicts(asked: Sequence[Prompt], samples: int, greedy: bool) -> list[list[tuple[bool, Rollout]]]:
@@ -117,6 +133,15 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], samp
         prompt.key: tuple(right for right, _ in group) for prompt, group in zip(several, verdicts(several, max(config.evaluate.samples, 1), False), strict=True)
     }
     blind = [group[0][0] for group in verdicts([_blinded(prompt) for prompt in prompts], 1, greedy=True)] if config.evaluate.blind else [None] * len(prompts)
+    looks: dict[str, Look] = {}
+    if instead is not None:
+        with_image = [prompt for prompt in prompts if len(prompt.tiles)]
+        with engine.model.taps_shown(None):
+            zeroed = [group[0][0] for group in verdicts(with_image, 1, greedy=True)]
+        with engine.model.taps_shown(instead):
+            other = [group[0][0] for group in verdicts(with_image, 1, greedy=True)]
+        found = look(engine, with_image, zeroed, other, config.data.image_size)
+        looks = {prompt.key: one for prompt, one in zip(with_image, found, strict=True)}
     return [
         Outcome(
             prompt.key,
@@ -128,6 +153,7 @@ def answer(engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Prompt], samp
             rollout.text,
             prompt.answer,
             question_text(prompt.tokens_S, tokenizer),
+            looks.get(prompt.key),
         )
         for prompt, (right, rollout), unseen in zip(prompts, greedy, blind, strict=True)
     ]

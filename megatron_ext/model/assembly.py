@@ -10,6 +10,9 @@ travels between stages in `payload.py`, which positions a rank computes in `fram
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
@@ -17,21 +20,23 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_ext.config.clvr_sizes import kv_shape, source_shape
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
-from megatron_ext.model.clvr import Sight, VisionMemory
+from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.model.clvr_block import Call, ClvrBlock
 from megatron_ext.model.decode_step import decodes_whole
 from megatron_ext.model.decoder import layer_specs, transformer_config
 from megatron_ext.model.frame import Frame, frame_of
 from megatron_ext.model.initialise import initialise
 from megatron_ext.model.inputs import ModelInputs
+from megatron_ext.model.other_picture import other_pictures
 from megatron_ext.model.payload import Payload, pack, unpack
 from megatron_ext.model.projector import Projector
 from megatron_ext.model.rope import rope_angles
 from megatron_ext.model.router import RouterCall, called
 from megatron_ext.model.router_tap import RouterTap
-from megatron_ext.model.splice import splice, visible_from, visible_until
+from megatron_ext.model.sight import Sight, VisionMemory
+from megatron_ext.model.splice import inject_at, order_of, splice, visible_from, visible_until
 from megatron_ext.model.vision import InternViT
 from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.stages import Stage, pipeline_stages
@@ -40,23 +45,36 @@ from megatron_ext.parallel.stages import Stage, pipeline_stages
 class VisionLanguageModel(MegatronModule):
     """InternVL3.5-style model with CLVR, or its language model alone. Logits are split over the tensor-parallel group: [S, B, vocab / tp].
 
-    `image_token`: the id of image positions; any negative number for a model without vision.
+    `image_token`: the id of image positions; any negative number for a model without vision. `turn_token`: the id that begins a turn of the chat template,
+    needed where CLVR looks in responses alone.
     """
 
-    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage) -> None:
+    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage, turn_token: int | None = None) -> None:
         config = transformer_config(model, context.layout)
         super().__init__(config)
-        self.model_config, self.image_token, self.stage = model, image_token, stage
+        self.model_config, self.image_token, self.turn_token, self.stage = model, image_token, turn_token, stage
         self.tp_group, self.cp_group = context.pgs.tp, context.pgs.cp
         self.pre_process, self.post_process, self.share_embeddings_and_output_weights = stage.first, stage.last, model.tie_embeddings  # Megatron asks for these
         self.vision = InternViT(model.vision) if stage.runs_vision else None
         self.projector = Projector(model.vision, model.hidden_size) if stage.first and model.vision.enabled else None
         self.embedding = self._embedding(config) if stage.first else None
-        self.decoder = ClvrBlock(config, layer_specs(model, context.layout), model.clvr, model.vision.hidden_size, context.pgs, stage, context.parallel)
+        self.decoder = ClvrBlock(config, layer_specs(model, context.layout), model, context.pgs, stage, context.parallel)
         self.output_layer = self._output_layer(config) if stage.last else None
         self.router_tap = RouterTap(self, context.pgs.tp)
         self.decodes_whole = decodes_whole(context.layout)
         self._received: torch.Tensor | None = None
+        self.shown_instead: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.taps_see = True
+
+    @contextmanager
+    def taps_shown(self, instead: Callable[[torch.Tensor], torch.Tensor] | None) -> Iterator[None]:
+        """While this lasts CLVR's taps look at `instead(tiles_ICHW)` in the place of the tiles, or (None) at nothing: keys and values of 0, hence no
+        refinement. What the language model itself reads stays."""
+        self.shown_instead, self.taps_see = instead, instead is not None
+        try:
+            yield
+        finally:
+            self.shown_instead, self.taps_see = None, True
 
     def set_input_tensor(self, received: torch.Tensor | list[torch.Tensor | None] | None) -> None:
         """Megatron's schedules hand over what the stage before sent, right before the forward pass that takes it."""
@@ -69,43 +87,44 @@ class VisionLanguageModel(MegatronModule):
 
     def frame(self, inputs: ModelInputs) -> Frame:
         """Which positions of these inputs this rank computes. Tensors that belong to the logits are cut with its `take`."""
-        return frame_of(inputs.tokens_BS.shape[1], inputs.bounds, self.cp_group, inputs.tokens_BS.device)
+        return frame_of(inputs.tokens_BS.shape[1], inputs.bounds, self.cp_group, inputs.tokens_BS.device, inputs.hidden_BS)
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """On the last stage logits [S, B, vocab / tp] at this rank's positions, before it the payload for the next stage. The length of the rows, and of packed
         samples, divides by `Layout.length_multiple`."""
         frame = self.frame(inputs)
         payload = self.embed(inputs, frame) if self.stage.first else self._arrived(inputs, frame)
-        memory, sight = self.look(inputs, frame, payload.features_IVH)
+        memory, sight = self.look(inputs, frame, payload.sources_IVW)
         with called(self.decoder.routers(), self._router_call(inputs, frame)):
             hidden, waiting = self.decoder(payload.hidden_SBH, payload.waiting, Call(self.rope(frame), memory, sight, frame, self._padding(inputs, frame)))
         if self.stage.last:
             return self.logits(hidden)
-        return pack(Payload(hidden, waiting, payload.features_IVH), self.stage)
+        return pack(Payload(hidden, waiting, payload.sources_IVW), self.stage)
 
     def embed(self, inputs: ModelInputs, frame: Frame) -> Payload:
         """Embeds text, encodes images, splices. Batches without images still run the encoder, on zeros times zero: every rank must touch every parameter."""
         hidden_BSH = self.embed_tokens(frame.take(inputs.tokens_BS)).transpose(0, 1)
         if self.projector is None:
             return Payload(self.scatter(hidden_BSH.transpose(0, 1)), {}, None)
-        features = self._features(inputs, hidden_BSH)
-        images = self.projector(features)
+        features = self._features(inputs.tiles_ICHW, hidden_BSH)
+        images = self.projector(features[..., : self.model_config.vision.hidden_size])
         if len(inputs.tiles_ICHW) == 0:
             hidden_BSH = hidden_BSH + 0.0 * images.sum()
         else:
             hidden_BSH = splice(hidden_BSH, images, inputs.row_tiles_BM, inputs.tokens_BS == self.image_token, frame.local_S)
-        return Payload(self.scatter(hidden_BSH.transpose(0, 1)), {}, features)
+        return Payload(self.scatter(hidden_BSH.transpose(0, 1)), {}, self._sources(inputs, features, images))
 
-    def look(self, inputs: ModelInputs, frame: Frame, features_IVH: torch.Tensor | None) -> tuple[VisionMemory | None, Sight | None]:
+    def look(self, inputs: ModelInputs, frame: Frame, sources_IVW: torch.Tensor | None) -> tuple[VisionMemory | None, Sight | None]:
         """The vision memory of this stage's taps, and which positions may look at what."""
-        if not self.stage.asks or features_IVH is None:
+        if not self.stage.asks or sources_IVW is None or not self.taps_see:
             return None, None
         model = self.model_config
         is_image_BS = inputs.tokens_BS == self.image_token
-        until_BS = visible_until(is_image_BS, tokens_per_tile(model.vision), vision_tokens(model.vision))
-        inject_BS = torch.ones_like(is_image_BS) if model.clvr.inject == "all" else ~is_image_BS
-        sight = Sight(frame.take(visible_from(until_BS, inputs.bounds)), frame.take(until_BS), frame.take(inject_BS))
-        return self.decoder.remember(features_IVH, inputs.row_tiles_BM, inputs.places_I5 if len(inputs.tiles_ICHW) else None), sight
+        until_BS = visible_until(is_image_BS, tokens_per_tile(model.vision), kv_shape(model)[0])
+        inject_BS = inject_at(model.clvr.inject, inputs.tokens_BS, is_image_BS, inputs.bounds, self.turn_token)
+        image_BS = frame.take(order_of(is_image_BS)) if model.clvr.fusion == "addition" else None
+        sight = Sight(frame.take(visible_from(until_BS, inputs.bounds)), frame.take(until_BS), frame.take(inject_BS), image_BS=image_BS)
+        return self.decoder.remember(sources_IVW, inputs.row_tiles_BM, inputs.places_I5 if len(inputs.tiles_ICHW) else None), sight
 
     def embed_tokens(self, tokens_BS: torch.Tensor) -> torch.Tensor:
         """[S, B, H], whole on every rank."""
@@ -132,20 +151,31 @@ class VisionLanguageModel(MegatronModule):
         received, self._received = self._received, None
         if received is None:
             raise RuntimeError(f"pipeline stage {self.stage.number} was run without what stage {self.stage.number - 1} sends")
-        vision = self.model_config.vision
         length = -(-len(frame.positions_S) // self.tp_group.size())
-        payload = unpack(received, self.stage, length, max(1, len(inputs.tiles_ICHW)), vision_tokens(vision), vision.hidden_size)
+        payload = unpack(received, self.stage, length, max(1, len(inputs.tiles_ICHW)), *source_shape(self.model_config))
         if self.vision is None:
             return payload
-        return Payload(payload.hidden_SBH, payload.waiting, self._features(inputs, payload.hidden_SBH))
+        return Payload(payload.hidden_SBH, payload.waiting, self._sources(inputs, self._features(inputs.tiles_ICHW, payload.hidden_SBH), None))
 
-    def _features(self, inputs: ModelInputs, like: torch.Tensor) -> torch.Tensor:
-        """ViT features [I, V, H_vit]; of one blank tile where the batch has no image."""
+    def _features(self, tiles_ICHW: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """ViT features [I, V, H_vit] of the last layer, behind them those of `kv_layers`; of one blank tile where the batch has no image."""
         assert self.vision is not None
-        size = self.model_config.vision.image_size
-        if len(inputs.tiles_ICHW) == 0:
-            return self.vision(like.new_zeros(1, 3, size, size))
-        return self.vision(self._normalised(inputs.tiles_ICHW).to(like.dtype))
+        size, also = self.model_config.vision.image_size, self.model_config.clvr.kv_layers if self.model_config.clvr.enabled else ()
+        if len(tiles_ICHW) == 0:
+            return self.vision(like.new_zeros(1, 3, size, size), also)
+        return self.vision(self._normalised(tiles_ICHW).to(like.dtype), also)
+
+    def _sources(self, inputs: ModelInputs, features_IVH: torch.Tensor, images_INH: torch.Tensor | None) -> torch.Tensor:
+        """What CLVR's taps look at, as `source_shape` says. `images_INH`: behind the projector, where this stage has it."""
+        clvr, width = self.model_config.clvr, self.model_config.vision.hidden_size
+        instead = other_pictures if clvr.memory == "shuffled" else self.shown_instead
+        if clvr.active_taps and instead is not None and len(inputs.tiles_ICHW):
+            features_IVH = self._features(instead(inputs.tiles_ICHW), features_IVH)
+            images_INH = self.projector(features_IVH[..., :width]) if self.projector is not None and clvr.kv_tokens == "projected" else None
+        if clvr.active_taps and clvr.kv_tokens == "projected":
+            assert images_INH is not None
+            return images_INH
+        return features_IVH[..., width:] if clvr.active_taps and clvr.kv_layers else features_IVH
 
     def _normalised(self, tiles_ICHW: torch.Tensor) -> torch.Tensor:
         """From [-1, 1] to the mean and deviation that the encoder was trained with."""
@@ -197,14 +227,16 @@ class VisionLanguageModel(MegatronModule):
         return layer
 
 
-def build_chunks(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, vision_trains: bool = True) -> list[VisionLanguageModel]:
+def build_chunks(
+    model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, vision_trains: bool = True, turn_token: int | None = None
+) -> list[VisionLanguageModel]:
     """This rank's parts of the model, in the order of the data, with weights drawn from `seed`, the same in every layout.
 
     A vision encoder that does not train is frozen, here and wherever a later stage has one of its own.
     """
     layout = context.layout
     stages = pipeline_stages(model, layout.pp, layout.vpp, vision_trains)
-    chunks = [VisionLanguageModel(model, image_token, context, stage) for stage in stages[context.pp_rank :: layout.pp]]
+    chunks = [VisionLanguageModel(model, image_token, context, stage, turn_token) for stage in stages[context.pp_rank :: layout.pp]]
     for vp, chunk in enumerate(chunks):
         chunk.vp_stage = vp if layout.vpp > 1 else None
         chunk.model_type = ModelType.encoder_or_decoder  # the schedules ask for both
@@ -215,9 +247,9 @@ def build_chunks(model: ModelConfig, image_token: int, context: ParallelContext,
     return chunks
 
 
-def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0) -> VisionLanguageModel:
+def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, turn_token: int | None = None) -> VisionLanguageModel:
     """The whole model on this rank, for layouts without pipeline stages."""
-    (whole,) = build_chunks(model, image_token, context, seed)
+    (whole,) = build_chunks(model, image_token, context, seed, turn_token=turn_token)
     if not (whole.stage.first and whole.stage.last):
         raise ValueError("build_model is for one pipeline stage: use build_chunks")
     return whole

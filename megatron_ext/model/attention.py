@@ -40,6 +40,13 @@ class SdpaCore(torch.nn.Module):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
 
+def unhidden(hidden_BK: torch.Tensor, queries: int) -> torch.Tensor:
+    """Bool [B, 1, Q, K]: each of the last Q positions attends to itself, and to those before it that are not hidden."""
+    place_K = torch.arange(hidden_BK.shape[1], device=hidden_BK.device)
+    place_Q1 = place_K[-queries:, None]
+    return ((place_K < place_Q1) & ~hidden_BK[:, None, None]) | (place_K == place_Q1)
+
+
 def over_samples(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, stops: list[int]) -> torch.Tensor:
     """Causal attention inside each of the samples of one row [1, heads, S, D] in a single call; sample n ends at `stops[n]`. On GPUs, for 16-bit numbers."""
     from torch.nn.attention.varlen import varlen_attn
@@ -95,12 +102,13 @@ class CausalSelfAttention(SelfAttention):
     def _over_spans(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, frame: Frame | None) -> torch.Tensor:
         if frame is None or frame.is_plain:
             return self.core_attention(query, keys, values, None)
-        if frame.order_S is None and kernels.uses_varlen(query.is_cuda, query.dtype.itemsize == 2):
+        if frame.order_S is None and frame.hidden_BS is None and kernels.uses_varlen(query.is_cuda, query.dtype.itemsize == 2):
             return over_samples(query, keys, values, [span.q_stop for span in frame.spans])
         parts = []
         for span in frame.spans:
             k_run = slice(span.k_start, span.k_stop)
-            parts.append(self.core_attention(query[:, :, span.q_start : span.q_stop], keys[:, :, k_run], values[:, :, k_run], None))
+            mask = None if frame.hidden_BS is None else unhidden(frame.hidden_BS[:, k_run], span.q_stop - span.q_start)
+            parts.append(self.core_attention(query[:, :, span.q_start : span.q_stop], keys[:, :, k_run], values[:, :, k_run], mask))
         return torch.cat(parts, dim=2)
 
     def _decode(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, memory: Memory) -> torch.Tensor:

@@ -14,14 +14,14 @@ A query uses only its own token's state, so the model stays strictly causal and 
 alone: they are computed once per image and shared by every rollout of a prompt.
 
 Tensor parallel: W_q, W_k, W_v by columns (heads), W_o by rows; under sequence parallelism W_q gathers the sequence and W_o scatters it.
-Where to read on: `clvr_block.py` (how taps meet the layers), `splice.py` (what a position may look at).
+This is the default; options and ablations (`config/clvr_schema.py`) are in `clvr_sources.py`, `clvr_gate.py`, `clvr_ffn.py`, `clvr_addition.py`.
+Where to read on: `sight.py` (the attention), `clvr_block.py` (how taps meet the layers), `splice.py` (what a position may look at).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +31,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
-from megatron_ext.config.schema import ClvrConfig
+from megatron_ext.config.clvr_sizes import kv_shape
+from megatron_ext.config.schema import ModelConfig
+from megatron_ext.model.clvr_ffn import RefinementFFN
+from megatron_ext.model.clvr_gate import gate_parameter, gate_values
+from megatron_ext.model.clvr_sources import VisionSources
 from megatron_ext.model.norm import RMSNorm
-from megatron_ext.model.seats import Seats
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the positions of a forward pass may look at. `from_BS`, `until_BS`: vision tokens [from, until) of the row are visible; `inject_BS`: where
-    refinement is added. `seats`, in decode: rows stand on the first axis of the hidden states, one token each; B counts prompts, S is 1, and all answers to a
-    prompt see the same."""
-
-    from_BS: torch.Tensor
-    until_BS: torch.Tensor
-    inject_BS: torch.Tensor
-    seats: Seats | None = None
-
-
-@dataclass(frozen=True)
-class VisionMemory:
-    """Keys and values [B, N_kv, V, D] of each tap for the rows of a batch (in decode, for its prompts), V counting all tiles of a row."""
-
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+from megatron_ext.model.sight import Sight, look
 
 
 def patch_positions(num_tokens: int, width: int, places_I5: torch.Tensor) -> torch.Tensor:
@@ -75,10 +59,10 @@ def patch_positions(num_tokens: int, width: int, places_I5: torch.Tensor) -> tor
 class ClvrTap(MegatronModule):
     """The adapter of one tap. `memory` makes keys and values once per image; `forward` refines queries with them."""
 
-    def __init__(self, config: TransformerConfig, clvr: ClvrConfig, vision_hidden: int, pgs: ProcessGroupCollection) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, tap: int, pgs: ProcessGroupCollection) -> None:
         super().__init__(config)
-        self.tp_group = pgs.tp
-        self.head_dim = clvr.head_dim
+        clvr, width = model.clvr, kv_shape(model)[1]
+        self.clvr, self.tp_group, self.head_dim = clvr, pgs.tp, clvr.head_dim
         replicated = copy.copy(config)
         replicated.sequence_parallel = False  # vision features are whole on every rank, never sequence slices
 
@@ -86,34 +70,33 @@ class ClvrTap(MegatronModule):
             width = heads * clvr.head_dim
             return ColumnParallelLinear(inputs, width, config=cfg, init_method=config.init_method, bias=False, gather_output=False, tp_group=pgs.tp)
 
-        self.vision_norm = nn.LayerNorm(vision_hidden, eps=1e-6)
-        self.thumbnail = nn.Parameter(torch.zeros(vision_hidden))
+        self.thumbnail = nn.Parameter(torch.zeros(width))
+        self.gate = gate_parameter(config, clvr)
+        self.sources = VisionSources(model, tap)
+        self.vision_norm = nn.LayerNorm(width, eps=1e-6)
         self.query_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
         self.linear_q = columns(config.hidden_size, clvr.num_heads, config)
-        self.linear_k = columns(vision_hidden, clvr.num_kv_heads, replicated)
-        self.linear_v = columns(vision_hidden, clvr.num_kv_heads, replicated)
+        self.linear_k = columns(width, clvr.num_kv_heads, replicated)
+        self.linear_v = columns(width, clvr.num_kv_heads, replicated)
         self.q_layernorm = RMSNorm(config, clvr.head_dim, config.layernorm_epsilon)
         self.k_layernorm = RMSNorm(config, clvr.head_dim, config.layernorm_epsilon)
-        zero_out = clvr.gate == "zero_out"
         self.linear_out = RowParallelLinear(
             clvr.num_heads * clvr.head_dim,
             config.hidden_size,
             config=config,
-            init_method=nn.init.zeros_ if zero_out else config.output_layer_init_method,
+            init_method=nn.init.zeros_ if clvr.gate == "zero_out" else config.output_layer_init_method,
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
             tp_group=pgs.tp,
         )
-        self.gate = None if zero_out else nn.Parameter(torch.zeros(()))
-        if self.gate is not None:
-            self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.ffn = RefinementFFN(config, clvr.ffn_hidden, pgs) if clvr.ffn_hidden else None
 
-    def memory(self, features_IVH: torch.Tensor, positions_IVH: torch.Tensor, is_thumbnail_I: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [I, V, N_kv, D] of every image tile. Positions and flags may be of one tile, for all."""
-        z = self.vision_norm(features_IVH)
-        placed = z + positions_IVH.to(z.dtype)
-        told = z + is_thumbnail_I[:, None, None].to(z.dtype) * self.thumbnail
+    def memory(self, sources_IVW: torch.Tensor, places_I5: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [I, V, N_kv, D] of every image tile. Places may be of one tile, for all."""
+        z = self.vision_norm(self.sources(sources_IVW))
+        placed = z + patch_positions(z.shape[1], z.shape[2], places_I5).to(z.dtype)
+        told = z + places_I5[:, 4, None, None].to(z.dtype) * self.thumbnail
         keys, values = (linear(x)[0].unflatten(-1, (-1, self.head_dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, told)))
         return self.k_layernorm(keys), values
 
@@ -122,25 +105,25 @@ class ClvrTap(MegatronModule):
 
         In decode, `hidden` is [R, 1, H], with rows beyond the memory's as padding for sequence parallelism.
         """
-        query = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
+        refined_SBH = self._answer(hidden_SBH, keys_BNVD, values_BNVD, sight)
+        for _ in range(self.clvr.inner_iterations - 1):
+            refined_SBH = self._answer(hidden_SBH + refined_SBH, keys_BNVD, values_BNVD, sight)
+        return refined_SBH
+
+    def query(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """[S, B, N, D] of the whole sequence, with this rank's heads."""
+        query: torch.Tensor = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
+        return query
+
+    def _answer(self, hidden_SBH: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
+        """g o of one look."""
+        query_SBND = self.query(hidden_SBH)
         if sight.seats is None:
-            flat = _look(query.permute(1, 2, 0, 3), keys_BNVD, values_BNVD, sight).permute(2, 0, 1, 3).flatten(2)
+            flat = look(query_SBND.permute(1, 2, 0, 3), keys_BNVD, values_BNVD, sight).permute(2, 0, 1, 3).flatten(2)
         else:
             rows = len(sight.seats.seat_R)
-            refined_PNGD = _look(sight.seats.by_prompt(query[:rows, 0]).transpose(1, 2), keys_BNVD, values_BNVD, sight)
-            flat = F.pad(sight.seats.by_row(refined_PNGD.transpose(1, 2)).flatten(1)[:, None], (0, 0, 0, 0, 0, len(query) - rows))
+            refined_PNGD = look(sight.seats.by_prompt(query_SBND[:rows, 0]).transpose(1, 2), keys_BNVD, values_BNVD, sight)
+            flat = F.pad(sight.seats.by_row(refined_PNGD.transpose(1, 2)).flatten(1)[:, None], (0, 0, 0, 0, 0, len(query_SBND) - rows))
         out, _ = self.linear_out(flat)
-        return out if self.gate is None else torch.tanh(self.gate) * out
-
-
-def _look(query_BNSD: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """Attention over the visible vision tokens; rows that see nothing or inject nothing give zero AFTER the softmax (a softmax over nothing is not a
-    number)."""
-    groups = query_BNSD.shape[1] // keys_BNVD.shape[1]
-    keys, values = keys_BNVD.repeat_interleave(groups, dim=1), values_BNVD.repeat_interleave(groups, dim=1)
-    from_BS1, until_BS1 = sight.from_BS[..., None], sight.until_BS[..., None]
-    token_V = torch.arange(keys.shape[2], device=keys.device)
-    seen_BSV = ((token_V >= from_BS1) & (token_V < until_BS1)) | (until_BS1 <= from_BS1)
-    refined = F.scaled_dot_product_attention(query_BNSD, keys, values, attn_mask=seen_BSV[:, None])
-    active_BS = sight.inject_BS & (sight.until_BS > sight.from_BS)
-    return refined * active_BS[:, None, :, None].to(refined.dtype)
+        out = out if self.ffn is None else self.ffn(out)
+        return out if self.gate is None else gate_values(self.clvr, self.gate, hidden_SBH) * out

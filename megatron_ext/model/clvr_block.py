@@ -3,7 +3,7 @@
     for layer l:
         hidden += refinement of every tap that ends at l          (zero, and absent, without images)
         hidden  = TransformerLayer l (attention, mixture of experts)
-        every tap that starts at l asks the vision memory with `hidden`
+        every tap that starts at l asks the vision memory with `hidden`     (those that start at -1, with the embeddings, before layer 0)
 
 What a tap answers waits in a local variable until its target layer, or leaves with the hidden states where that lies on a later stage: nothing is stashed on a
 module, so several micro-batches can be in flight. Layers and taps keep the names they have in the whole model, on whatever stage they live.
@@ -25,14 +25,16 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import nn
 
 from megatron_ext.batch.tiles import WHOLE
-from megatron_ext.config.schema import ClvrConfig, ParallelConfig
-from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory, patch_positions
+from megatron_ext.config.schema import ModelConfig, ParallelConfig
+from megatron_ext.model.clvr import ClvrTap
+from megatron_ext.model.clvr_addition import AdditionTap
 from megatron_ext.model.dispatch import LocalDispatcher, dispatches_locally
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.recompute import recomputed
 from megatron_ext.model.router import Router, pad_where_tokens_are_dropped
+from megatron_ext.model.sight import Sight, VisionMemory
 from megatron_ext.parallel.stages import Stage
 
 
@@ -89,8 +91,7 @@ class ClvrBlock(MegatronModule):
         self,
         config: TransformerConfig,
         layer_specs: Sequence[ModuleSpec],
-        clvr: ClvrConfig,
-        vision_hidden: int,
+        model: ModelConfig,
         pgs: ProcessGroupCollection,
         stage: Stage,
         parallel: ParallelConfig,
@@ -99,12 +100,13 @@ class ClvrBlock(MegatronModule):
         numbered = copy.copy(config)
         numbered.pipeline_model_parallel_size = 1  # layers are numbered here, over all stages: Megatron would add a stage's offset
         numbered.virtual_pipeline_model_parallel_size = None
-        self.stage, self.ends = stage, clvr.active_taps
+        self.stage, self.ends = stage, model.clvr.active_taps
         self._recompute_layers = parallel.recompute_layers if parallel.recompute == "full" else 0
         self.layers = Numbered(
             {number: build_module(layer_specs[number], config=numbered, layer_number=number + 1, pg_collection=pgs) for number in stage.layers}
         )
-        self.taps = Numbered({tap: ClvrTap(config, clvr, vision_hidden, pgs) for tap in stage.asks})
+        kind = AdditionTap if model.clvr.fusion == "addition" else ClvrTap
+        self.taps = Numbered({tap: kind(config, model, tap, pgs) for tap in stage.asks})
         self.injections = Numbered({tap: Injection(tap) for tap, (_, target) in enumerate(self.ends) if target in stage.layers})
         self.final_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if stage.last else None
         for layer in self.layers:
@@ -116,7 +118,7 @@ class ClvrBlock(MegatronModule):
             if config.moe_pad_expert_input_to_capacity:
                 layer.mlp.register_forward_pre_hook(pad_where_tokens_are_dropped)
 
-    def remember(self, features_IVH: torch.Tensor, row_tiles_BM: torch.Tensor, places_I5: torch.Tensor | None) -> VisionMemory:
+    def remember(self, sources_IVW: torch.Tensor, row_tiles_BM: torch.Tensor, places_I5: torch.Tensor | None) -> VisionMemory:
         """Keys and values of every tap here, once per tile, gathered for the rows that share them. Absent tiles (-1) repeat tile 0 and are never visible.
         `places_I5` None: every tile is a picture of its own."""
         tiles = row_tiles_BM.clamp(min=0)
@@ -125,9 +127,8 @@ class ClvrBlock(MegatronModule):
             return x_IVND[tiles].flatten(1, 2).transpose(1, 2)
 
         if places_I5 is None:
-            places_I5 = torch.tensor([WHOLE], device=features_IVH.device)
-        positions = patch_positions(features_IVH.shape[1], features_IVH.shape[2], places_I5)
-        made = [self.taps[tap].memory(features_IVH, positions, places_I5[:, 4]) for tap in self.stage.asks]
+            places_I5 = torch.tensor([WHOLE], device=sources_IVW.device)
+        made = [self.taps[tap].memory(sources_IVW, places_I5) for tap in self.stage.asks]
         return VisionMemory(tuple(rows(key) for key, _ in made), tuple(rows(value) for _, value in made))
 
     def forward(self, hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
@@ -178,13 +179,19 @@ class ClvrBlock(MegatronModule):
         for number in layers:
             for tap in [tap for tap in waiting if self.ends[tap][1] == number]:
                 hidden_SBH = self.injections[tap](hidden_SBH, waiting.pop(tap))
+            if number == 0:
+                self._ask(-1, hidden_SBH, waiting, memory, sight)
             hidden_SBH = layer(number, hidden_SBH)
-            if memory is None or sight is None:
-                continue
-            for place, tap in enumerate(self.stage.asks):
-                if self.ends[tap][0] == number:
-                    waiting[tap] = self.taps[tap](hidden_SBH, memory.keys[place], memory.values[place], sight)
+            self._ask(number, hidden_SBH, waiting, memory, sight)
         return hidden_SBH, waiting
+
+    def _ask(self, source: int, hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], memory: VisionMemory | None, sight: Sight | None) -> None:
+        """Every tap whose source this is puts its answer among what waits. Source -1: the embeddings."""
+        if memory is None or sight is None:
+            return
+        for place, tap in enumerate(self.stage.asks):
+            if self.ends[tap][0] == source:
+                waiting[tap] = self.taps[tap](hidden_SBH, memory.keys[place], memory.values[place], sight)
 
     def _recomputed(
         self, layers: range, hidden_SBH: torch.Tensor, waiting: dict[int, torch.Tensor], call: Call
@@ -195,7 +202,7 @@ class ClvrBlock(MegatronModule):
         left = [
             tap
             for tap, (source, target) in enumerate(self.ends)
-            if (tap in arrived or (source in layers and call.memory is not None)) and target >= layers.stop
+            if (tap in arrived or (max(source, 0) in layers and call.memory is not None)) and target >= layers.stop
         ]
 
         def run(hidden: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

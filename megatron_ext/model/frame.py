@@ -31,18 +31,20 @@ class Span:
 @dataclass(frozen=True)
 class Frame:
     """`local_S` int64: the positions of the row that this rank holds, in its order (None: all). `positions_S` int64: their places within their samples.
-    `order_S`: where position s of the row stands in the parts of all ranks laid end to end (None: in place)."""
+    `order_S`: where position s of the row stands in the parts of all ranks laid end to end (None: in place).
+    `hidden_BS` bool: positions of the whole row that no other one attends to (None: there are none)."""
 
     local_S: torch.Tensor | None
     positions_S: torch.Tensor
     order_S: torch.Tensor | None
     spans: tuple[Span, ...]
     cp_group: Any
+    hidden_BS: torch.Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
         """One causal run over everything."""
-        return len(self.spans) == 1
+        return len(self.spans) == 1 and self.hidden_BS is None
 
     def take(self, x_BS: torch.Tensor) -> torch.Tensor:
         """This rank's positions of a tensor whose second axis is the row."""
@@ -55,18 +57,19 @@ class Frame:
         return gather_from_sequence_parallel_region(x_S, tensor_parallel_output_grad=True, group=self.cp_group)[self.order_S]
 
 
-def frame_of(length: int, bounds: tuple[int, ...], cp_group: Any, device: torch.device) -> Frame:
+def frame_of(length: int, bounds: tuple[int, ...], cp_group: Any, device: torch.device, hidden_BS: torch.Tensor | None = None) -> Frame:
     """The frame of rows of `length` positions. Raises ValueError where a sample does not divide by 2 cp."""
     samples = list(pairwise(bounds or (0, length)))
     places_S = torch.cat([torch.arange(stop - start) for start, stop in samples])
     if cp_group.size() == 1:
         spans = tuple(Span(start, stop, start, stop) for start, stop in samples)
-        return Frame(None, places_S.to(device), None, spans, cp_group)
+        return Frame(None, places_S.to(device), None, spans, cp_group, hidden_BS)
     ranks = cp_group.size()
     parts = [_positions(samples, rank, ranks) for rank in range(ranks)]
     local_S = parts[cp_group.rank()]
     order_S = torch.argsort(torch.cat(parts))
-    return Frame(local_S.to(device), places_S[local_S].to(device), order_S.to(device), _spans(samples, cp_group.rank(), ranks), cp_group)
+    spans = _spans(samples, cp_group.rank(), ranks)
+    return Frame(local_S.to(device), places_S[local_S].to(device), order_S.to(device), spans, cp_group, hidden_BS)
 
 
 def _positions(samples: list[tuple[int, int]], rank: int, ranks: int) -> torch.Tensor:

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_ext.model.assembly import VisionLanguageModel
-from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call
 from megatron_ext.model.decode_step import decode_step
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.rope import rope_angles
+from megatron_ext.model.sight import Sight, VisionMemory
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray,
     length of a part. Their length divides by `parts` times the tensor-parallel size."""
     frame = model.frame(inputs)
     payload = model.embed(inputs, frame)
-    vision, sight = model.look(inputs, frame, payload.features_IVH)
+    vision, sight = model.look(inputs, frame, payload.sources_IVW)
     keys = PromptKeys()
     rows_P, last_P = torch.arange(len(lengths_P), device=inputs.tokens_BS.device), torch.from_numpy(lengths_P - 1).to(inputs.tokens_BS.device)
     last_PH = payload.hidden_SBH.new_empty(len(lengths_P), payload.hidden_SBH.shape[2])
@@ -59,7 +59,8 @@ def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray,
         last_PH[ends_P] = hidden_SBH[last_P[ends_P] - part.start, rows_P[ends_P]]
     until_P = np.zeros_like(lengths_P) if sight is None else sight.until_BS[rows_P, last_P].cpu().numpy()
     logits = model.logits(model.scatter(last_PH[:, None]))[: len(rows_P), 0]
-    return Reading(logits, lengths_P, keys, vision, until_P)
+    answers_look = model.model_config.clvr.fusion == "attention"
+    return Reading(logits, lengths_P, keys, vision if answers_look else None, until_P)
 
 
 def _parts(model: VisionLanguageModel, hidden_SBH: torch.Tensor, whole: Call, parts: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:
@@ -71,7 +72,7 @@ def _parts(model: VisionLanguageModel, hidden_SBH: torch.Tensor, whole: Call, pa
     hidden_SBH, cos, sin, sight = _gather(model, hidden_SBH), *whole.rope, whole.sight
     for start in range(0, length, length // parts):
         part = slice(start, start + length // parts)
-        seen = None if sight is None else Sight(sight.from_BS[:, part], sight.until_BS[:, part], sight.inject_BS[:, part])
+        seen = None if sight is None else sight.part(part)
         yield part, model.scatter(hidden_SBH[part]), Call((cos[part], sin[part]), whole.memory, seen, cache=whole.cache)
 
 

@@ -15,19 +15,21 @@ from megatron_ext.parallel.groups import ParallelContext
 from megatron_ext.parallel.shards import shard_of
 
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight", "attn.proj.weight", "mlp.fc2.weight", "linear_out.weight")
+_ZEROS = ("ffn.linear_down.weight", "lora_out")
 _EMBEDDINGS = ("class_embedding", "position_embedding")
 
 
 @torch.no_grad()
 def initialise(model: MegatronModule, context: ParallelContext, seed: int) -> None:
-    """Draws every matrix N(0, init_std), those that end a residual branch scaled by 1 / sqrt(2 layers) (GPT-2); biases are 0, other vectors keep what
-    their module gave them."""
+    """Draws every matrix N(0, init_std), those that end a residual branch scaled by 1 / sqrt(2 layers) (GPT-2); biases, and what must have no
+    effect at first, are 0, other vectors keep what their module gave them."""
     settings = model.model_config
+    zeros = (*_ZEROS, "linear_out.weight") if settings.clvr.gate == "zero_out" else _ZEROS
     experts_per_rank = settings.num_experts // context.layout.ep
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
-        if parameter.dim() < 2 or (settings.clvr.gate == "zero_out" and name.endswith("linear_out.weight")):
+        if parameter.dim() < 2 or name.endswith(zeros):
             continue
         shard = shard_of(name, parameter, experts_per_rank, context)
         depth = settings.vision.num_layers if name.startswith("vision.") else settings.num_layers

@@ -19,7 +19,8 @@ class ModelInputs:
 
     Packed samples stand one after another in a single row: sample n is the positions [bounds[n], bounds[n + 1]). Empty: every row is one sample.
     `padding_BS` is true where there is only padding, which balancing losses leave out (None: nowhere). `aux_weight` is what those losses are multiplied by:
-    the number of targets of the whole batch where the main loss is a sum over targets.
+    the number of targets of the whole batch where the main loss is a sum over targets. `hidden_BS` is true at image tokens that self-attention does without
+    (None: at none).
     """
 
     tokens_BS: torch.Tensor
@@ -29,6 +30,7 @@ class ModelInputs:
     padding_BS: torch.Tensor | None = None
     aux_weight: float = 1.0
     places_I5: torch.Tensor | None = None
+    hidden_BS: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, length = self.tokens_BS.shape
@@ -36,8 +38,9 @@ class ModelInputs:
         check_shape("row_tiles_BM", self.row_tiles_BM, rows, None)
         if self.places_I5 is not None:
             check_shape("places_I5", self.places_I5, len(self.tiles_ICHW), 5)
-        if self.padding_BS is not None:
-            check_shape("padding_BS", self.padding_BS, rows, length)
+        for name in ("padding_BS", "hidden_BS"):
+            if getattr(self, name) is not None:
+                check_shape(name, getattr(self, name), rows, length)
         if self.bounds and (rows != 1 or self.bounds[0] != 0 or self.bounds[-1] != length or list(self.bounds) != sorted(set(self.bounds))):
             raise ValueError(f"bounds {self.bounds} do not divide one row of {length} positions into samples (there are {rows} rows)")
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from megatron_ext.batch import Prompt
+from megatron_ext.config.clvr_sizes import kv_shape
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.config.sizes import vision_tokens
 from megatron_ext.model.attend import attend, hide_beyond, join
 from megatron_ext.model.seats import Seats
 from megatron_ext.model.shelf import Pair, Shelf, filled
@@ -54,7 +54,8 @@ class Footprint:
     @classmethod
     def of(cls, model: ModelConfig, tp: int) -> Footprint:
         pair, clvr = 2 * (2 if model.dtype == "bf16" else 4), model.clvr
-        tile = vision_tokens(model.vision) * len(clvr.active_taps) * clvr.num_kv_heads * clvr.head_dim if model.vision.enabled else 0
+        looks = model.vision.enabled and clvr.fusion == "attention"
+        tile = kv_shape(model)[0] * len(clvr.active_taps) * clvr.num_kv_heads * clvr.head_dim if looks else 0
         return cls(pair * model.num_layers * model.num_query_groups * model.head_dim // tp, pair * tile // tp)
 
 

@@ -8,6 +8,7 @@ from megatron_ext.model import decode_step
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.attention import CausalSelfAttention
 from megatron_ext.model.clvr import ClvrTap
+from megatron_ext.model.clvr_addition import AdditionTap
 from megatron_ext.model.clvr_block import ClvrBlock, Injection
 from megatron_ext.model.router import Router
 from megatron_ext.model.vision import InternViT
@@ -26,6 +27,7 @@ MODEL = (
     Phase("experts", decode_step, "_experts"),
     Phase("CLVR", ClvrBlock, "remember"),
     Phase("CLVR", ClvrTap, "forward"),
+    Phase("CLVR", AdditionTap, "forward"),
     Phase("CLVR", Injection, "forward"),
     Phase("head", VisionLanguageModel, "logits"),
 )

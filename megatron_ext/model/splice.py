@@ -24,12 +24,17 @@ def splice(
     if not torch.equal(placed_B, expected_B):
         row = int((placed_B != expected_B).nonzero()[0, 0])
         raise ValueError(f"row {row} has {int(placed_B[row])} image-context tokens for {int(expected_B[row])} image embeddings")
-    order_BS = (is_image_BS.cumsum(1) - 1).clamp(min=0)
+    order_BS = order_of(is_image_BS).clamp(min=0)
     tile_BS = row_tiles_BM.gather(1, (order_BS // tokens_per_tile).clamp(max=row_tiles_BM.shape[1] - 1)).clamp(min=0)
     source_BS = tile_BS * tokens_per_tile + order_BS % tokens_per_tile
     if local_S is not None:
         source_BS, is_image_BS = source_BS[:, local_S], is_image_BS[:, local_S]
     return torch.where(is_image_BS[..., None], image_INH.flatten(0, 1)[source_BS], text_BSH)
+
+
+def order_of(is_image_BS: torch.Tensor) -> torch.Tensor:
+    """Int64 [B, S]: which of its row's image tokens a position holds, from 0; -1 elsewhere."""
+    return torch.where(is_image_BS, is_image_BS.cumsum(1) - 1, -1)
 
 
 def visible_until(is_image_BS: torch.Tensor, tokens_per_tile: int, vision_tokens: int) -> torch.Tensor:
@@ -39,8 +44,30 @@ def visible_until(is_image_BS: torch.Tensor, tokens_per_tile: int, vision_tokens
 
 def visible_from(until_BS: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
     """Int64 [B, S]: the first vision token that position s may look at: none of the samples packed before its own."""
-    start_BS = torch.zeros_like(until_BS)
+    return _before_the_sample(until_BS, bounds)
+
+
+def inject_at(where: str, tokens_BS: torch.Tensor, is_image_BS: torch.Tensor, bounds: tuple[int, ...], turn_token: int | None) -> torch.Tensor:
+    """Bool [B, S]: the positions to whose residual stream refinements are added, as `model.clvr.inject` says. Made from the tokens alone, so that a rollout,
+    the learner and every later turn of a conversation agree.
+
+    A response is an assistant's turn from its header on: turns of user and assistant alternate, so every second `turn_token` of a sample begins one.
+    """
+    if where == "all":
+        return torch.ones_like(is_image_BS)
+    if where == "text":
+        return ~is_image_BS
+    if turn_token is None:
+        raise ValueError("model.clvr.inject = response needs the id of the piece that begins a turn: build the model with turn_token")
+    turns_BS = (tokens_BS == turn_token).cumsum(1)
+    turns_BS = turns_BS - _before_the_sample(turns_BS, bounds)
+    return (turns_BS > 0) & (turns_BS % 2 == 0) & ~is_image_BS
+
+
+def _before_the_sample(counts_BS: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tensor:
+    """Of a running count, what it was before the sample that a position belongs to."""
+    start_BS = torch.zeros_like(counts_BS)
     for start, stop in pairwise(bounds):
         if start:
-            start_BS[:, start:stop] = until_BS[:, start - 1 : start]
+            start_BS[:, start:stop] = counts_BS[:, start - 1 : start]
     return start_BS

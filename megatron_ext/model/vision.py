@@ -80,15 +80,19 @@ class Layer(nn.Module):
 
 
 class InternViT(nn.Module):
-    """Pixels float [I, 3, image_size, image_size], normalised -> features [I, V, H_vit] in row-major patch order."""
+    """Pixels float [I, 3, image_size, image_size], normalised -> features [I, V, H_vit] in row-major patch order; those of `also` layers, numbered from 0,
+    behind them along the last axis."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
 
-    def forward(self, pixels_ICHW: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels_ICHW: torch.Tensor, also: tuple[int, ...] = ()) -> torch.Tensor:
         x = self.embeddings(pixels_ICHW)
-        for layer in self.layers:
+        kept: dict[int, torch.Tensor] = {}
+        for number, layer in enumerate(self.layers):
             x = layer(x)
-        return x[:, 1:]
+            if number in also:
+                kept[number] = x[:, 1:]
+        return torch.cat([x[:, 1:], *(kept[number] for number in also)], dim=-1) if also else x[:, 1:]

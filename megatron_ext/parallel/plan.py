@@ -176,6 +176,7 @@ def _check_tensors(model: ModelConfig, layout: Layout, where: str) -> list[UserE
     if model.clvr.enabled:
         splits.append(("tp", layout.tp, "model.clvr.num_heads", model.clvr.num_heads))
         splits.append(("tp", layout.tp, "model.clvr.num_kv_heads", model.clvr.num_kv_heads))
+        splits.append(("tp", layout.tp, "model.clvr.ffn_hidden", model.clvr.ffn_hidden))
     return [
         UserError(f"{where}.{field}", f"{ranks} does not divide {name} = {size}", f"use {_choices(_divisors(size))}")
         for field, ranks, name, size in splits

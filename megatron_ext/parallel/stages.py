@@ -8,6 +8,7 @@ one of two ways:
 
     the ViT is frozen     a later stage that asks runs the ViT itself: no communication
     the ViT is trained    its features ride along with the hidden states, and the gradient comes back the same way
+                          (so do projected ones, whatever trains: the projector is on the first stage alone)
 """
 
 from __future__ import annotations
@@ -54,14 +55,16 @@ def pipeline_stages(model: ModelConfig, pp: int, vpp: int = 1, vision_trains: bo
     starts = [number * share + min(number, more) for number in range(count + 1)]
     layers = [range(starts[number], starts[number + 1]) for number in range(count)]
     taps = model.clvr.active_taps
-    asks = [tuple(index for index, (source, _) in enumerate(taps) if source in own) for own in layers]
+    asks = [tuple(index for index, (source, _) in enumerate(taps) if max(source, 0) in own) for own in layers]
     crosses = [
-        tuple(index for index, (source, target) in enumerate(taps) if source < own.start <= target) for own in layers
+        tuple(index for index, (source, target) in enumerate(taps) if max(source, 0) < own.start <= target) for own in layers
     ]  # refinements on their way into each stage
     last_asking = max((number for number in range(count) if asks[number]), default=0)
 
+    rides = vision_trains or model.clvr.kv_tokens == "projected"
+
     def stage(number: int) -> Stage:
-        riding = vision_trains and number <= last_asking
+        riding = rides and number <= last_asking
         return Stage(
             number,
             count,
@@ -69,7 +72,7 @@ def pipeline_stages(model: ModelConfig, pp: int, vpp: int = 1, vision_trains: bo
             asks[number],
             receives=crosses[number],
             sends=crosses[number + 1] if number + 1 < count else (),
-            runs_vision=model.vision.enabled and (number == 0 or (not vision_trains and bool(asks[number]))),
+            runs_vision=model.vision.enabled and (number == 0 or (not rides and bool(asks[number]))),
             receives_features=riding and number > 0,
             sends_features=riding and number < last_asking,
         )

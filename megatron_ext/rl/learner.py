@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
 from megatron_ext.checkpoint.saver import open_saver
 from megatron_ext.config.schema import RunConfig
-from megatron_ext.data.tokenizer import load_tokenizer
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.device import device_name
 from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.errors import WeightSyncError
@@ -80,8 +80,8 @@ class LearnerRank:
         world = open_parallel(config.parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S)
         self._context = self._world.enter_context(world)
         self._tokenizer = load_tokenizer(config.tokenizer_dir)
-        self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer.image_id, self._context)
-        self._reference = _reference(config, init_from, self._tokenizer.image_id, self._context) if config.rl.kl_coeff > 0 else []
+        self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer, self._context)
+        self._reference = _reference(config, init_from, self._tokenizer, self._context) if config.rl.kl_coeff > 0 else []
         self._memory: LearnerMemory | None = None
         self._policy = Policy(self._engine.wrapped, self._reference, config, self._tokenizer.vocab_size, self._context)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
@@ -176,14 +176,14 @@ class LearnerRank:
         return [policy_batch(part, self._context.device, self._finished) for part in parts]
 
 
-def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: int, context: ParallelContext) -> tuple[Engine, int]:
+def _engine(config: RunConfig, checkpoints: Path, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> tuple[Engine, int]:
     """The policy ready to train, and the steps it has finished. Nothing balances experts here: it would pull against what the reward teaches the router; and
     nothing is dropped, as rollouts drop nothing. An expert bias stays what fine-tuning left: the routes of a step are replayed, so that it could only
     answer the rollouts' load with a change of the next rollouts' routes that no gradient knows of."""
     resume = latest_step(checkpoints) is not None
     still = {"moe_balancing": "none", "moe_z_loss_coeff": 0.0, "moe_expert_bias_rate": 0.0, "moe_capacity_factor": None, "moe_pad_to_capacity": False}
     settings = config.model.model_copy(update=still)
-    chunks = build_chunks(settings, image_token, context, vision_trains=config.rl.train_vision)
+    chunks = build_chunks(settings, tokenizer.image_id, context, vision_trains=config.rl.train_vision, turn_token=tokenizer.turn_id)
     if not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     engine = start_engine(chunks, config.rl.optimizer, config.rl.steps * config.rl.minibatches, context, router_lr_scale=config.rl.router_lr_scale)
@@ -193,9 +193,9 @@ def _engine(config: RunConfig, checkpoints: Path, init_from: Path, image_token: 
     return engine, int(loaded["step"])
 
 
-def _reference(config: RunConfig, init_from: Path, image_token: int, context: ParallelContext) -> list[VisionLanguageModel]:
+def _reference(config: RunConfig, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> list[VisionLanguageModel]:
     """The frozen model that RL started from."""
-    chunks = build_chunks(config.model, image_token, context, vision_trains=False)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, turn_token=tokenizer.turn_id)
     load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     return [chunk.requires_grad_(False).eval() for chunk in chunks]
 

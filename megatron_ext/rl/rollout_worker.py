@@ -60,7 +60,7 @@ class RolloutRank:
         self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S))
         self._tokenizer = tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
-        self._model = build_model(config.model, tokenizer.image_id, self._context)
+        self._model = build_model(config.model, tokenizer.image_id, self._context, turn_token=tokenizer.turn_id)
         store_for_generation(self._model)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
         self._session = self._engine.session()

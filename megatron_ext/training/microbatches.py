@@ -51,13 +51,16 @@ def _slice(batch: TokenBatch, rows: slice | list[int]) -> TokenBatch:
     used, renumbered = np.unique(row_tiles_BM[row_tiles_BM >= 0], return_inverse=True)
     own_BM = np.full_like(row_tiles_BM, -1)
     own_BM[row_tiles_BM >= 0] = renumbered
-    return TokenBatch(batch.tokens_BS[rows], batch.loss_mask_BS[rows], batch.tiles[used], own_BM)
+    hidden_BS = None if batch.hidden_BS is None else batch.hidden_BS[rows]
+    return TokenBatch(batch.tokens_BS[rows], batch.loss_mask_BS[rows], batch.tiles[used], own_BM, hidden_BS=hidden_BS)
 
 
 def _padded(part: TokenBatch, pad_id: int, device: torch.device, bounds: tuple[int, ...] = (), samples: int | None = None) -> Microbatch:
     padding_BS = torch.from_numpy(part.tokens_BS == pad_id).to(device)
     targets = float(part.loss_mask_BS[:, 1:].sum())
-    inputs = model_inputs(part.tokens_BS, part.tiles, part.row_tiles_BM, device, bounds=bounds, padding_BS=padding_BS, aux_weight=targets)
+    hidden_BS = None if part.hidden_BS is None else torch.from_numpy(part.hidden_BS).to(device)
+    more = {"bounds": bounds, "padding_BS": padding_BS, "aux_weight": targets, "hidden_BS": hidden_BS}
+    inputs = model_inputs(part.tokens_BS, part.tiles, part.row_tiles_BM, device, **more)
     mask_BS = torch.from_numpy(part.loss_mask_BS.astype(np.float32)).to(device)
     return Microbatch(inputs, mask_BS, int((part.tokens_BS != pad_id).sum()), len(part.tokens_BS) if samples is None else samples)
 
@@ -67,10 +70,13 @@ def _packed(part: TokenBatch, pad_id: int, multiple: int, device: torch.device) 
     bounds = (0, *accumulate(lengths))
     tokens_1S = np.full((1, bounds[-1]), pad_id, part.tokens_BS.dtype)
     mask_1S = np.zeros((1, bounds[-1]), part.loss_mask_BS.dtype)
+    hidden_1S = None if part.hidden_BS is None else np.zeros((1, bounds[-1]), bool)
     for row, (start, length) in enumerate(zip(bounds, lengths, strict=False)):
         real = min(length, part.tokens_BS.shape[1])
         tokens_1S[0, start : start + real] = part.tokens_BS[row, :real]
         mask_1S[0, start + 1 : start + real] = part.loss_mask_BS[row, 1:real]  # its first token is no target: the token before it is another sample's
+        if hidden_1S is not None and part.hidden_BS is not None:
+            hidden_1S[0, start : start + real] = part.hidden_BS[row, :real]
     in_order = part.row_tiles_BM[part.row_tiles_BM >= 0]
     tiles_1M = in_order[None] if len(in_order) else np.full((1, 1), -1, part.row_tiles_BM.dtype)
-    return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles, tiles_1M), pad_id, device, bounds, len(lengths))
+    return _padded(TokenBatch(tokens_1S, mask_1S, part.tiles, tiles_1M, hidden_BS=hidden_1S), pad_id, device, bounds, len(lengths))

@@ -23,6 +23,7 @@ from megatron_ext.batch.metric import Metric
 from megatron_ext.checkpoint.dist import load_checkpoint
 from megatron_ext.checkpoint.folder import digest_of, find_checkpoint
 from megatron_ext.config.schema import MpoConfig, RunConfig
+from megatron_ext.data.pieces import Tokenizer
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.assembly import VisionLanguageModel, build_chunks
 from megatron_ext.model.heads import decided
@@ -165,13 +166,13 @@ def _weighed_by_pairs(rows: Microbatch) -> Microbatch:
 
 
 def open_preference(
-    config: RunConfig, engine: Engine, init_from: Path, image_token: int, resumed: Mapping[str, Any], context: ParallelContext
+    config: RunConfig, engine: Engine, init_from: Path, tokenizer: Tokenizer, resumed: Mapping[str, Any], context: ParallelContext
 ) -> MixedPreference:
     """The update with its reference, the model of `init_from`. `resumed`: what `kept` once gave, or nothing. Collective."""
     digest = digest_of(find_checkpoint(init_from))
     if resumed and resumed["reference"] != digest:
         raise CheckpointError(str(init_from), "is not the checkpoint that this stage began with, its reference", "put that one back, or begin again (--force)")
-    chunks = build_chunks(config.model, image_token, context, vision_trains=False)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, turn_token=tokenizer.turn_id)
     load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     rewards = RunningMean(**resumed["rewards"]) if resumed else RunningMean()
     return MixedPreference(engine, [chunk.requires_grad_(False).eval() for chunk in chunks], config.mpo, context, rewards)

@@ -42,16 +42,16 @@ def train_rank(
         open_parallel(config.parallel, rank, world_size, meeting, config.seed) as context,
     ):
         tokenizer = load_tokenizer(config.tokenizer_dir)
-        engine, resumed = _resumed_or_started(config, settings, tokenizer.image_id, checkpoints, init_from, context)
+        engine, resumed = _resumed_or_started(config, settings, tokenizer, checkpoints, init_from, context)
         stream = _stream(config, stage, tokenizer, stage_dir, context)
-        update, kept = _lesson(config, stage, engine, init_from, tokenizer.image_id, resumed, context)
+        update, kept = _lesson(config, stage, engine, init_from, tokenizer, resumed, context)
 
         def save(step: int) -> None:
             engine.settle()
             saver.save(step, engine.chunks, engine.optimizer_state, {"stage": stage, **kept()})
 
         with (
-            open_feed(stream, settings, tokenizer.pad_id, context) as feed,
+            open_feed(stream, settings, tokenizer, config.seed, context) as feed,
             open_saver(checkpoints, settings.keep, context, config.model, asynchronous=settings.async_save) as saver,
             observer.steps(engine.step, ("loss", "loss")) as report,
             closing(_profiler(rank, config, stage_dir, settings.steps - engine.step)) as profiler,
@@ -73,11 +73,11 @@ def train_rank(
 
 
 def _resumed_or_started(
-    config: RunConfig, settings: StageConfig, image_token: int, checkpoints: Path, init_from: Path | None, context: ParallelContext
+    config: RunConfig, settings: StageConfig, tokenizer: Tokenizer, checkpoints: Path, init_from: Path | None, context: ParallelContext
 ) -> tuple[Engine, dict[str, Any]]:
     """The stage's own latest checkpoint comes first, with what the stage kept there; without one, the weights of `init_from`, or those drawn from the seed."""
     resume = latest_step(checkpoints) is not None
-    chunks = build_chunks(config.model, image_token, context, config.seed, settings.train_vision)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, config.seed, settings.train_vision, tokenizer.turn_id)
     if init_from is not None and not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     engine = start_engine(chunks, settings.optimizer, settings.steps, context)
@@ -87,13 +87,13 @@ def _resumed_or_started(
 
 
 def _lesson(
-    config: RunConfig, stage: Stage, engine: Engine, init_from: Path | None, image_token: int, resumed: dict[str, Any], context: ParallelContext
+    config: RunConfig, stage: Stage, engine: Engine, init_from: Path | None, tokenizer: Tokenizer, resumed: dict[str, Any], context: ParallelContext
 ) -> tuple[Update, Callable[[], dict[str, Any]]]:
     """What a step learns, and what it keeps in a checkpoint."""
     if stage != "mpo":
         return supervised(engine, context), dict
     assert init_from is not None
-    preference, start = open_preference(config, engine, init_from, image_token, resumed, context), init_from
+    preference, start = open_preference(config, engine, init_from, tokenizer, resumed, context), init_from
     return preference.update, lambda: kept(preference, start)
 
 

@@ -31,6 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
 
 def test_an_evaluation_has_a_row_for_every_skill_and_writes_what_it_returns(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, checkpoint = run
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"clvr": True})})
     clusters = save_clusters(config, tmp_path / "expert_clusters.json")
     table = run_evaluation(config, checkpoint, tmp_path / "sft.json", clusters)
     assert json.loads((tmp_path / "sft.json").read_text()) == table
@@ -39,6 +40,10 @@ def test_an_evaluation_has_a_row_for_every_skill_and_writes_what_it_returns(run:
         assert row["n"] == 12 and 0 <= row["greedy"] <= 1 and row["pass@3"] >= row["mean@3"] and row["blind"] is not None
     assert 0 < table["skills"]["count"]["cluster_mass"] < 1 and table["skills"]["composite"]["cluster_mass"] is None
     assert table["macro"]["greedy"] == pytest.approx(np.mean([row["greedy"] for row in table["skills"].values()]))
+    looks = table["clvr"]
+    assert looks["n"] == 12 * len(ALL_SKILLS) and len(looks["taps"]) == len(config.model.clvr.taps)
+    assert 0 < looks["pointing_chance"] < 0.5 and all(0 < tap["pointing"] < 1 and 0 < tap["attention_entropy"] <= 1.001 for tap in looks["taps"])
+    assert looks["zeroed_drop"] == pytest.approx(looks["greedy"] - looks["zeroed"])
 
 
 def test_two_ranks_and_one_rank_give_the_same_evaluation(run: tuple[RunConfig, Path], tmp_path: Path) -> None:

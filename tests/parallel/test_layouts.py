@@ -11,6 +11,7 @@ from megatron_ext.config.schema import ClvrConfig, ParallelConfig, VisionConfig
 from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.local import run_ranks
 from tests.support.layouts import TAPS, Case, train
+from tests.support.models import small_config
 
 
 def layout(ranks: int, **parallel: Any) -> ParallelConfig:
@@ -19,6 +20,9 @@ def layout(ranks: int, **parallel: Any) -> ParallelConfig:
 
 TP2, EP2, DP2, PP2, CP2 = layout(2, tp=2), layout(2, ep=2), layout(2), layout(2, pp=2), layout(2, cp=2)
 DENSE = {"num_experts": 0, "ffn_hidden_size": 96}
+OPTIONS = {"gate_kind": "dynamic", "kv_tokens": "unshuffled", "kv_layers": (0, 1), "ffn_hidden": 16, "inner_iterations": 2, "query_source": "input_embedding"}
+TWO_VIT_LAYERS = {"vision": small_config().vision.model_copy(update={"num_layers": 2})}
+ADDED = {"taps": ((0, 1), (1, 2), (2, 3)), "fusion": "addition", "kv_tokens": "projected", "gate_kind": "channel"}
 ALONE = {"vision": VisionConfig(enabled=False), "clvr": ClvrConfig(enabled=False, taps=())}
 CASES = {
     "TP2": Case(TP2),
@@ -64,13 +68,18 @@ CASES = {
     "EP2, every other layer dense": Case(EP2, changes={"dense_layers": (0, 2)}),
     "TP2 EP2 DP2, a language model alone": Case(layout(4, tp=2, ep=2), changes=ALONE),
     "PP2, a language model alone": Case(PP2, changes=ALONE),
+    "TP2, options of CLVR": Case(TP2, changes={"clvr": TAPS.model_copy(update={**OPTIONS, "taps": ((0, 1), (0, 2), (0, 3))}), **TWO_VIT_LAYERS}),
+    "PP2, projected tokens for a frozen ViT, recompute full": Case(
+        layout(2, pp=2, recompute="full"), train_vision=False, changes={"clvr": TAPS.model_copy(update={"kv_tokens": "projected", "memory": "shuffled"})}
+    ),
+    "PP2 TP2, addition": Case(layout(4, pp=2, tp=2), changes={"clvr": TAPS.model_copy(update=ADDED)}),
     "PP2, without CLVR": Case(PP2, changes={"clvr": ClvrConfig(enabled=False, taps=())}),
 }
 
 
 LONG = {
     "PP4", "PP2 DP2", "CP2 DP2", "DP2, packed", "PP2 VPP2, packed", "one rank, recompute selective", "PP2 VPP2, recompute full", "CP2, recompute selective",
-    "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT", "PP2, a language model alone", "EP2, every other layer dense",
+    "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT", "PP2, a language model alone", "EP2, every other layer dense", "PP2 TP2, addition",
     "CP2 TP2", "PP2 TP2", "PP2 EP2", "TP2 EP2", "TP2 ETP2", "one rank, recompute full",
 }  # fmt: skip
 """Journeys: each of their features is in another case too, or with the same layout in test_experts_kernels.py and test_moe_balancing.py."""

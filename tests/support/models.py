@@ -32,9 +32,12 @@ def small_config(**changes: object) -> ModelConfig:
 
 
 def open_gates(model: torch.nn.Module, value: float = 0.7) -> None:
-    """Opens the tanh gates, which start shut, so that CLVR takes part."""
+    """Opens the tanh gates, which start shut, so that CLVR takes part, and whatever else of an adapter starts at 0."""
     for tap in model.decoder.taps:
-        tap.gate.data.fill_(value)
+        tap.gate.data.fill_(value / 10 if tap.clvr.gate_kind == "dynamic" else value)
+        for name, parameter in tap.named_parameters():
+            if name.endswith(("lora_out", "linear_down.weight")):
+                parameter.data.fill_(value / 20)
 
 
 def small_batch(rows: int = 3, length: int = 24, seed: int = 0) -> ModelInputs:

@@ -45,6 +45,7 @@ _CARRIED = (".json", ".txt", ".model", ".jinja")
 
 
 MODELING = "modeling_internvl_clvr"
+_EXPORTED = {"fusion": ("attention",), "memory": ("image", "learned"), "inject": ("text", "all")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def megatron_to_hf(
     reader = Reader(step)
     tensors = dict(_plain(model, described.spelling if clvr is None else "transformers", reader))
     if clvr is not None:
+        _require_known(clvr, step)
         if described.spelling != "transformers":
             raise CheckpointError(
                 str(step), f"has {len(clvr.taps)} CLVR adapters, for which the original InternVL code has no place", "leave them out with --without-clvr"
@@ -100,6 +102,14 @@ def megatron_to_hf(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return described
+
+
+def _require_known(clvr: ClvrConfig, step: Path) -> None:
+    """The code that is exported beside the weights computes all options but these."""
+    unknown = [f"{field} = {getattr(clvr, field)}" for field, known in _EXPORTED.items() if getattr(clvr, field) not in known]
+    if unknown:
+        problem = f"has CLVR options that the code for transformers does not compute: {', '.join(unknown)}"
+        raise CheckpointError(str(step), problem, "leave the adapters out with --without-clvr")
 
 
 def _write_companions(config: Mapping[str, Any], clvr: ClvrConfig | None, like: Path | None, draft: Path) -> None:
@@ -221,7 +231,8 @@ def _with_clvr(config: Mapping[str, Any], clvr: ClvrConfig) -> dict[str, Any]:
     """`config.json` of a model whose code lies beside it."""
     name = "InternVLClvrForConditionalGeneration"
     classes = {"AutoConfig": f"{MODELING}.InternVLClvrConfig", "AutoModelForImageTextToText": f"{MODELING}.{name}"}
-    return {**config, "architectures": [name], "model_type": "internvl_clvr", "auto_map": classes, "clvr": clvr.model_dump(mode="json", exclude={"enabled"})}
+    told = {**clvr.model_dump(mode="json", exclude={"enabled"}), "ends": [list(ends) for ends in clvr.active_taps]}
+    return {**config, "architectures": [name], "model_type": "internvl_clvr", "auto_map": classes, "clvr": told}
 
 
 def _carry(like: Path | None, draft: Path) -> None:

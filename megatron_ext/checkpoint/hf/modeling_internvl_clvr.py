@@ -25,7 +25,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 
 class InternVLClvrConfig(InternVLConfig):
-    """InternVL's configuration and `clvr`: taps, num_heads, num_kv_heads, head_dim, gate, inject."""
+    """InternVL's configuration and `clvr`: what megatron_ext calls `model.clvr`, and `ends`, the layers between which each tap lies."""
 
     model_type = "internvl_clvr"
 
@@ -65,28 +65,96 @@ def patch_positions(num_tokens: int, width: int, places: torch.Tensor) -> torch.
     return torch.cat([rows, columns], dim=-1).flatten(1, 2)
 
 
+def pixel_unshuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Folds factor x factor neighbouring tokens into one, as InternVL does before its projector."""
+    images, tokens, channels = features.shape
+    side = int(tokens**0.5)
+    x = features.reshape(images, side, side // factor, channels * factor).transpose(1, 2)
+    x = x.reshape(images, side // factor, side // factor, channels * factor**2).transpose(1, 2)
+    return x.reshape(images, (side // factor) ** 2, channels * factor**2)
+
+
+class LayerMixture(nn.Module):
+    """Several ViT layers side by side become one: each normalised, turned by a low-rank map, and weighed."""
+
+    def __init__(self, num_layers: int, width: int, rank: int = 8) -> None:
+        super().__init__()
+        self.share = nn.Parameter(torch.full((num_layers,), 1 / num_layers))
+        self.lora_in = nn.Parameter(torch.zeros(num_layers, width, rank))
+        self.lora_out = nn.Parameter(torch.zeros(num_layers, rank, width))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        layers = features.unflatten(-1, (len(self.share), -1))
+        normed = F.layer_norm(layers, layers.shape[-1:]).movedim(2, 0)
+        return torch.einsum("l,livh->ivh", self.share, normed + normed @ self.lora_in[:, None] @ self.lora_out[:, None])
+
+
+class VisionSources(nn.Module):
+    """What a tap looks at: the features as they are, folded, mixed of several layers, or learned vectors in their place."""
+
+    def __init__(self, config: InternVLClvrConfig) -> None:
+        super().__init__()
+        clvr, vision = config.clvr, config.vision_config
+        layers, self.fold = clvr.get("kv_layers", []), round(1 / config.downsample_ratio) if clvr.get("kv_tokens") == "unshuffled" else 1
+        self.learned = nn.Parameter(torch.zeros(kv_shape(config))) if clvr.get("memory") == "learned" else None
+        self.mixture = LayerMixture(len(layers), vision.hidden_size) if layers else None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.learned is not None:
+            return self.learned.expand(len(features), -1, -1)
+        features = features if self.mixture is None else self.mixture(features)
+        return features if self.fold == 1 else pixel_unshuffle(features, self.fold)
+
+
+def kv_shape(config: InternVLClvrConfig) -> tuple[int, int]:
+    """(tokens of a tile, width) of what taps look at."""
+    side, width = config.vision_config.image_size[0] // config.vision_config.patch_size[0], config.vision_config.hidden_size
+    kind = config.clvr.get("kv_tokens", "raw")
+    if kind == "raw":
+        return side**2, width
+    small = int(side * config.downsample_ratio)
+    return small**2, config.text_config.hidden_size if kind == "projected" else width * (side // small) ** 2
+
+
+class RefinementFFN(nn.Module):
+    """The MLP behind a tap's attention."""
+
+    def __init__(self, hidden: int, ffn_hidden: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=eps)
+        self.linear_up = nn.Linear(hidden, ffn_hidden, bias=False)
+        self.linear_down = nn.Linear(ffn_hidden, hidden, bias=False)
+
+    def forward(self, refined: torch.Tensor) -> torch.Tensor:
+        return refined + self.linear_down(F.gelu(self.linear_up(self.norm(refined))))
+
+
 class ClvrTap(nn.Module):
     """The adapter of one tap."""
 
     def __init__(self, config: InternVLClvrConfig) -> None:
         super().__init__()
-        clvr, text = config.clvr, config.text_config
-        hidden, vision_hidden, dim = text.hidden_size, config.vision_config.hidden_size, clvr["head_dim"]
+        self.clvr, text, width = config.clvr, config.text_config, kv_shape(config)[1]
+        clvr, hidden, eps = self.clvr, text.hidden_size, text.rms_norm_eps
+        dim, ffn = clvr["head_dim"], clvr.get("ffn_hidden", 0)
         self.dim, self.groups = dim, clvr["num_heads"] // clvr["num_kv_heads"]
-        self.vision_norm = nn.LayerNorm(vision_hidden, eps=1e-6)
-        self.thumbnail = nn.Parameter(torch.zeros(vision_hidden))
-        self.query_norm = nn.RMSNorm(hidden, eps=text.rms_norm_eps)
+        self.sources = VisionSources(config)
+        self.vision_norm = nn.LayerNorm(width, eps=1e-6)
+        self.thumbnail = nn.Parameter(torch.zeros(width))
+        self.query_norm = nn.RMSNorm(hidden, eps=eps)
         self.linear_q = nn.Linear(hidden, clvr["num_heads"] * dim, bias=False)
-        self.linear_k = nn.Linear(vision_hidden, clvr["num_kv_heads"] * dim, bias=False)
-        self.linear_v = nn.Linear(vision_hidden, clvr["num_kv_heads"] * dim, bias=False)
-        self.q_layernorm = nn.RMSNorm(dim, eps=text.rms_norm_eps)
-        self.k_layernorm = nn.RMSNorm(dim, eps=text.rms_norm_eps)
+        self.linear_k = nn.Linear(width, clvr["num_kv_heads"] * dim, bias=False)
+        self.linear_v = nn.Linear(width, clvr["num_kv_heads"] * dim, bias=False)
+        self.q_layernorm, self.k_layernorm = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
         self.linear_out = nn.Linear(clvr["num_heads"] * dim, hidden, bias=False)
-        self.gate = nn.Parameter(torch.zeros(())) if clvr["gate"] == "tanh_gate" else None
+        kind = clvr.get("gate_kind", "scalar")
+        sizes = {"scalar": (), "channel": (hidden,), "dynamic": (hidden + 1,)}
+        self.gate = nn.Parameter(torch.zeros(sizes[kind])) if clvr["gate"] == "tanh_gate" or kind != "scalar" else None
+        self.ffn = RefinementFFN(hidden, ffn, eps) if ffn else None
 
     def memory(self, features: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [tiles, tokens, kv heads, dim] of ViT features [tiles, tokens, width]."""
-        z = self.vision_norm(features)
+        z = self.vision_norm(self.sources(features))
         placed = z + patch_positions(z.shape[1], z.shape[2], places).to(z.dtype)
         told = z + places[:, 4, None, None].to(z.dtype) * self.thumbnail
         keys, values = (linear(x).unflatten(-1, (-1, self.dim)) for linear, x in ((self.linear_k, placed), (self.linear_v, told)))
@@ -95,13 +163,28 @@ class ClvrTap(nn.Module):
     def forward(self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, until: torch.Tensor, inject: torch.Tensor) -> torch.Tensor:
         """`hidden` [rows, positions, width]; keys and values [rows, kv heads, tokens, dim]; positions see the vision tokens before `until` [rows,
         positions]."""
+        refined = self.look(hidden, keys, values, until, inject)
+        for _ in range(self.clvr.get("inner_iterations", 1) - 1):
+            refined = self.look(hidden + refined, keys, values, until, inject)
+        return refined
+
+    def look(self, hidden: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, until: torch.Tensor, inject: torch.Tensor) -> torch.Tensor:
         query = self.q_layernorm(self.linear_q(self.query_norm(hidden)).unflatten(-1, (-1, self.dim))).transpose(1, 2)
         keys, values = keys.repeat_interleave(self.groups, dim=1), values.repeat_interleave(self.groups, dim=1)
         seen = (torch.arange(keys.shape[2], device=keys.device) < until[..., None]) | (until[..., None] == 0)
         answer = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen[:, None])
         answer = answer * (inject & (until > 0))[:, None, :, None].to(answer.dtype)
         out = self.linear_out(answer.transpose(1, 2).flatten(2))
-        return out if self.gate is None else torch.tanh(self.gate) * out
+        out = out if self.ffn is None else self.ffn(out)
+        return out if self.gate is None else self.gate_values(self.gate, hidden) * out
+
+    def gate_values(self, gate: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        dynamic = self.clvr.get("gate_kind") == "dynamic"
+        if dynamic:
+            gate = (F.rms_norm(hidden, hidden.shape[-1:]) * gate[:-1]).sum(-1, keepdim=True) + gate[-1]
+        if self.clvr["gate"] == "tanh_gate":
+            return torch.tanh(gate)
+        return 2 * torch.sigmoid(gate) if dynamic else gate
 
 
 class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
@@ -111,8 +194,8 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
 
     def __init__(self, config: InternVLClvrConfig) -> None:
         super().__init__(config)
-        taps = config.clvr.get("taps", [])
-        self.clvr = nn.ModuleList(ClvrTap(config) for _ in taps)
+        ends = config.clvr.get("ends", config.clvr.get("taps", []))
+        self.clvr = nn.ModuleList(ClvrTap(config) for _ in ends)
         self._memory: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._sight: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last: torch.Tensor | None = None
@@ -120,10 +203,18 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
         self._answers: dict[int, torch.Tensor] = {}
         self._features: torch.Tensor | None = None
         self._places: torch.Tensor | None = None
-        self.model.vision_tower.register_forward_hook(self._keep_features)
-        for tap, (source, target) in enumerate(taps):
-            self.model.language_model.layers[source].register_forward_hook(self._ask(tap))
-            self.model.language_model.layers[target].register_forward_pre_hook(self._inject(tap))
+        self._layers: dict[int, torch.Tensor] = {}
+        for number in config.clvr.get("kv_layers", []):
+            self.model.vision_tower.encoder.layer[number].register_forward_hook(self._keep_layer(number))
+        shown = self.model.multi_modal_projector if config.clvr.get("kv_tokens") == "projected" else self.model.vision_tower
+        shown.register_forward_hook(self._keep_features)
+        layers = self.model.language_model.layers
+        for tap, (source, target) in enumerate(ends):
+            if source < 0:
+                layers[0].register_forward_pre_hook(self._ask_first(tap))
+            else:
+                layers[source].register_forward_hook(self._ask(tap))
+            layers[target].register_forward_pre_hook(self._inject(tap))
         self.model.language_model.register_forward_pre_hook(self._remember)
 
     def forward(
@@ -150,7 +241,7 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
             is_image = input_ids == self.config.image_token_id
             side = self.config.vision_config.image_size[0] // self.config.vision_config.patch_size[0]
             per_tile = int(side * self.config.downsample_ratio) ** 2
-            until = torch.cumsum(is_image, 1) // per_tile * side**2
+            until = torch.cumsum(is_image, 1) // per_tile * kv_shape(self.config)[0]
             inject = torch.ones_like(is_image) if self.config.clvr.get("inject") == "all" else ~is_image
             self._sight, self._last = (until, inject), until[:, -1]
             self._tiles, self._places = is_image.sum(1) // per_tile, tile_places
@@ -159,8 +250,18 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
                 raise ValueError(f"{int(self._tiles.sum())} tiles of {pictures} pictures: CLVR needs tile_places to know where each lies")
         return super().forward(input_ids=input_ids, pixel_values=pixel_values, past_key_values=past_key_values, **kwargs)
 
+    def _keep_layer(self, number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._layers[number] = (output[0] if isinstance(output, tuple) else output)[:, 1:]
+
+        return hook
+
     def _keep_features(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._features = output.last_hidden_state[:, 1:]
+        layers = self.config.clvr.get("kv_layers", [])
+        if layers:
+            self._features = torch.cat([self._layers[number] for number in layers], dim=-1)
+        else:
+            self._features = output if isinstance(output, torch.Tensor) else output.last_hidden_state[:, 1:]
 
     def _remember(self, _module: nn.Module, _inputs: Any) -> None:
         """Keys and values of every tap, once per image, for the rows that show them."""
@@ -179,11 +280,19 @@ class InternVLClvrForConditionalGeneration(InternVLForConditionalGeneration):
         longest = max(len(row) for row in rows)
         return torch.stack([F.pad(row, (0, 0, 0, 0, 0, longest - len(row))) for row in rows]).transpose(1, 2)
 
+    def _look(self, tap: int, hidden: torch.Tensor) -> None:
+        if self._memory is not None and self._sight is not None:
+            self._answers[tap] = self.clvr[tap](hidden, *self._memory[tap], *self._sight)
+
     def _ask(self, tap: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._memory is not None and self._sight is not None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self._answers[tap] = self.clvr[tap](hidden, *self._memory[tap], *self._sight)
+            self._look(tap, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    def _ask_first(self, tap: int) -> Any:
+        def hook(_module: nn.Module, inputs: Any) -> None:
+            self._look(tap, inputs[0])
 
         return hook
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_ext.config.clvr_sizes import kv_shape, source_shape
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.parallel.plan import Layout
@@ -133,22 +134,29 @@ class Activations:
 
     @cached_property
     def tap_image_bytes(self) -> int:
-        """Its keys and values, once a tile and gathered for the rows; kept whatever is recomputed."""
-        clvr, b, seen, tiles = self.model.clvr, self.width, vision_tokens(self.model.vision), self.batch.tiles
+        """Its keys and values, once a tile and gathered for the rows; kept whatever is recomputed. Of several ViT layers, those with their low-rank maps."""
+        clvr, b, tiles, (seen, width) = self.model.clvr, self.width, self.batch.tiles, kv_shape(self.model)
+        mixed = 3 * tiles * vision_tokens(self.model.vision) * self.model.vision.hidden_size * len(clvr.kv_layers) * b if clvr.fusion == "attention" else 0
+        if clvr.fusion == "addition":
+            return tiles * seen * (2 * width + 2 * self.model.hidden_size) * b
         keys = clvr.num_kv_heads * clvr.head_dim // self.layout.tp
-        return tiles * seen * (2 * self.model.vision.hidden_size + keys) * b + self._normed(tiles * seen * keys)
+        return mixed + tiles * seen * (2 * width + keys) * b + self._normed(tiles * seen * keys)
 
     @cached_property
     def tap_query_bytes(self) -> int:
-        """Its query and mask for all positions, keys and values repeated for its heads."""
-        clvr, b, T, seen = self.model.clvr, self.width, self.positions, vision_tokens(self.model.vision)
+        """Its query and mask for all positions, keys and values repeated for its heads; as often as it looks."""
+        clvr, b, T, seen = self.model.clvr, self.width, self.positions, kv_shape(self.model)[0]
+        gated = self.stream_bytes * (2 if clvr.gate_kind == "dynamic" else 1) if clvr.has_gate else 0
+        if clvr.fusion == "addition":
+            return T * self.model.hidden_size * b + gated
         heads = clvr.num_heads * clvr.head_dim // self.layout.tp
         rows, tiles = self.batch.visible
         memory = 2 * rows * tiles * seen * heads * b
         mask = T * tiles * seen * b
         query = self.stream_bytes + self._normed(self.slice * self.model.hidden_size) + 4 * T * heads * b + self._normed(T * heads)
-        gated = self.stream_bytes if clvr.gate == "tanh_gate" else 0
-        return memory + mask + query + gated + 4 * T * clvr.num_heads // self.layout.tp
+        behind = self._normed(self.slice * self.model.hidden_size) + 2 * T * clvr.ffn_hidden // self.layout.tp * b + self.stream_bytes if clvr.ffn_hidden else 0
+        look = memory + mask + query + gated + behind + 4 * T * clvr.num_heads // self.layout.tp
+        return clvr.inner_iterations * look
 
     def vision_bytes(self, runs: bool) -> int:
         """The encoder and the pictures: a frozen one keeps its features alone."""
@@ -174,7 +182,8 @@ class Activations:
         """What a stage sends to the next."""
         if stage.last:
             return 0
-        features = self.batch.tiles * vision_tokens(self.model.vision) * self.model.vision.hidden_size * self.width if stage.sends_features else 0
+        tokens, width = source_shape(self.model)
+        features = self.batch.tiles * tokens * width * self.width if stage.sends_features else 0
         return (1 + len(stage.sends)) * self.stream_bytes + features
 
     @cached_property

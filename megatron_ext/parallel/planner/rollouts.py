@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_ext.config.clvr_sizes import kv_shape
 from megatron_ext.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_ext.config.sizes import count_parameters, expert_layers, vision_tokens
 from megatron_ext.parallel.plan import Layout
@@ -102,9 +103,9 @@ class Replica:
         weights, width = _width(model) * sum(self.numels), _width(model)
         prompts, token = answers.together(rows), self._cache_token_bytes()
         cache = (prompts * answers.prompt_tokens + rows * answers.most_tokens) * token
-        taps = len(model.clvr.active_taps)
+        taps = len(model.clvr.active_taps) if model.clvr.fusion == "attention" else 0
         keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
-        vision = prompts * taps * 2 * answers.tiles * vision_tokens(model.vision) * keys * width
+        vision = prompts * taps * 2 * answers.tiles * kv_shape(model)[0] * keys * width
         growth = rows * answers.most_tokens * token // (2 * model.num_layers)
         workspace = max(self._decode_bytes(), self._prefill_bytes())
         groups = sum(size > 1 for size in (layout.tp, layout.dp, layout.ep, layout.etp, layout.edp, layout.num_ranks))

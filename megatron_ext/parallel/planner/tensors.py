@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ext.config.schema import ClvrConfig, ModelConfig, VisionConfig
+from megatron_ext.config.clvr_sizes import tap_numels
+from megatron_ext.config.schema import ModelConfig, VisionConfig
 from megatron_ext.config.sizes import vision_tokens
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.layers import Kind, layer_kinds, rows_of
@@ -95,7 +96,7 @@ def chunk_runs(model: ModelConfig, layout: Layout, stage: Stage, training: Train
         before.append(Run("embeddings", (model.vocab_size // layout.tp * model.hidden_size,)))
     kinds = rows_of(layer_kinds(model)[stage.layers.start : stage.layers.stop])
     layers = tuple(Layers(tuple(_layer(model, layout, kind, training.routers)), count) for kind, count in kinds)
-    after = [_tap(model.clvr, model.hidden_size, model.vision.hidden_size, layout.tp) for _ in stage.asks]
+    after = [Run("clvr", tap_numels(model, layout.tp)) for _ in stage.asks]
     if stage.last:
         after += [Run("norms", (model.hidden_size,)), *_output(model, layout.tp, stage.first)]
     return ChunkRuns(tuple(before), layers, tuple(after))
@@ -141,15 +142,6 @@ def _vision(vision: VisionConfig, trains: bool) -> Iterator[Run]:
 def _projector(vision: VisionConfig, hidden: int) -> Run:
     width = vision.hidden_size * vision.downsample**2
     return Run("projector", (width, width, width * hidden, hidden, hidden**2, hidden))
-
-
-def _tap(clvr: ClvrConfig, hidden: int, vision_hidden: int, tp: int) -> Run:
-    query, key_value = clvr.num_heads * clvr.head_dim // tp, clvr.num_kv_heads * clvr.head_dim // tp
-    gate = (1,) if clvr.gate == "tanh_gate" else ()
-    norms, thumbnail = (vision_hidden, vision_hidden, hidden), vision_hidden
-    return Run(
-        "clvr", (thumbnail, *gate, *norms, hidden * query, vision_hidden * key_value, vision_hidden * key_value, clvr.head_dim, clvr.head_dim, query * hidden)
-    )
 
 
 def _output(model: ModelConfig, tp: int, with_embedding: bool) -> list[Run]:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 
+from megatron_ext.config.clvr_sizes import source_shape
 from megatron_ext.config.schema import ModelConfig
-from megatron_ext.config.sizes import vision_tokens
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.activations import CPU, GPU, Activations, Microbatch
 from megatron_ext.parallel.planner.hardware import Cluster
@@ -112,8 +112,8 @@ class Timer:
     def _sends_s(self, layout: Layout, shapes: Activations, held: Held) -> float:
         if not held.messages:
             return 0.0
-        vision = self.model.vision
-        features = held.features * shapes.batch.tiles * vision_tokens(vision) * vision.hidden_size * shapes.width
+        tokens, width = source_shape(self.model)
+        features = held.features * shapes.batch.tiles * tokens * width * shapes.width
         stride = layout.num_ranks // layout.pp
         first = self.cluster.send_s(held.streams * shapes.stream_bytes + features, stride)
         return first + (_SENDS * held.messages - 1) * self.cluster.send_s(0, stride)

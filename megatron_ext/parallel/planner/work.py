@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_ext.config.clvr_sizes import LORA_RANK, kv_shape
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
 from megatron_ext.parallel.planner.activations import Activations
 from megatron_ext.parallel.planner.hardware import Cluster
@@ -95,17 +96,23 @@ class Work:
 
     def tap(self) -> Costs:
         clvr, layout, T = self.shapes.model.clvr, self.shapes.layout, self.shapes.positions
-        vision, hidden = self.shapes.model.vision, self.shapes.model.hidden_size
+        hidden, (seen, width) = self.shapes.model.hidden_size, kv_shape(self.shapes.model)
+        tiles, looks = self.shapes.batch.tiles, clvr.inner_iterations
+        if clvr.fusion == "addition":
+            return Costs(2 * tiles * seen * width * hidden, passes=DENSE)
         heads, keys = clvr.num_heads * clvr.head_dim / layout.tp, clvr.num_kv_heads * clvr.head_dim / layout.tp
-        seen = vision_tokens(vision)
-        image = 4 * self.shapes.batch.tiles * seen * vision.hidden_size * keys
-        query = 4 * T * hidden * heads + 4 * T * self.shapes.batch.visible[1] * seen * heads
-        return Costs(image + query, tp_s=2 * self.cluster.collective_s(T * hidden * self.shapes.width, layout.tp, 1), passes=TAP)
+        mixed = 4 * tiles * vision_tokens(self.shapes.model.vision) * self.shapes.model.vision.hidden_size * LORA_RANK * len(clvr.kv_layers)
+        image = 4 * tiles * seen * width * keys + mixed
+        query = 4 * T * hidden * heads + 4 * T * self.shapes.batch.visible[1] * seen * heads + 4 * T * hidden * clvr.ffn_hidden / layout.tp
+        exchanges = 2 * looks * (2 if clvr.ffn_hidden else 1)
+        return Costs(image + looks * query, tp_s=exchanges * self.cluster.collective_s(T * hidden * self.shapes.width, layout.tp, 1), passes=looks * TAP)
 
     def tap_images(self) -> Costs:
         """In the backward pass of a tap: gradients of what its keys and its values see, summed over tensor parallelism."""
-        vision, tiles = self.shapes.model.vision, self.shapes.batch.tiles
-        summed = tiles * vision_tokens(vision) * vision.hidden_size * self.shapes.width
+        if self.shapes.model.clvr.fusion == "addition":
+            return Costs()
+        tokens, width = kv_shape(self.shapes.model)
+        summed = self.shapes.batch.tiles * tokens * width * self.shapes.width
         return Costs(tp_s=2 * self.cluster.all_reduce_s(summed, self.shapes.layout.tp, 1))
 
     def embedding(self, gradients: bool) -> Costs:
@@ -119,7 +126,8 @@ class Work:
         tokens, wide = vision_tokens(vision) + 1, vision.hidden_size
         layer = 2 * tokens * (4 * wide**2 + 2 * wide * vision.ffn_hidden_size) + 4 * tokens**2 * wide
         patches = 2 * tokens * 3 * vision.patch_size**2 * wide
-        return Costs(self.shapes.batch.tiles * (vision.num_layers * layer + patches), passes=VIT_LAYER * vision.num_layers)
+        pictures = 2 if self.shapes.model.clvr.active_taps and self.shapes.model.clvr.memory == "shuffled" else 1
+        return Costs(pictures * self.shapes.batch.tiles * (vision.num_layers * layer + patches), passes=VIT_LAYER * vision.num_layers)
 
     def projector(self) -> Costs:
         vision, hidden = self.shapes.model.vision, self.shapes.model.hidden_size

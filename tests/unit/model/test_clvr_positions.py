@@ -37,10 +37,10 @@ def test_a_thumbnail_stands_where_its_picture_stands_and_tiles_where_they_were_c
 
 def test_only_the_values_of_a_thumbnail_are_told_what_it_is(context: ParallelContext) -> None:
     tap = build_model(small_config(), IMAGE, context).decoder.taps[0]
-    features, positions = torch.randn(1, 16, 32).expand(6, -1, -1), patch_positions(SIDE**2, WIDTH, PLACES)
+    features = torch.randn(1, 16, 32).expand(6, -1, -1)
     with torch.no_grad():
-        before = tap.memory(features, positions, PLACES[:, 4])
+        before = tap.memory(features, PLACES)
         tap.thumbnail.fill_(0.5)
-        keys, values = tap.memory(features, positions, PLACES[:, 4])
+        keys, values = tap.memory(features, PLACES)
     assert torch.equal(keys, before[0])
     assert torch.equal(values[:5], before[1][:5]) and not torch.allclose(values[5], before[1][5])

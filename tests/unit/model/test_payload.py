@@ -26,16 +26,16 @@ def test_a_payload_comes_back_whole(length: int, rows: int, hidden: int, taps: s
     back = unpack(pack(made, sender), receiver, length, tiles, 5, 3)
     assert torch.equal(back.hidden_SBH, made.hidden_SBH)
     assert back.waiting.keys() == taps and all(torch.equal(back.waiting[tap], made.waiting[tap]) for tap in taps)
-    assert (back.features_IVH is not None) == features
-    assert back.features_IVH is None or torch.equal(back.features_IVH, made.features_IVH)
+    assert (back.sources_IVW is not None) == features
+    assert back.sources_IVW is None or torch.equal(back.sources_IVW, made.sources_IVW)
 
 
 def test_gradients_reach_every_part() -> None:
     sender, receiver = ends((1,), True)
     hidden, refinement, features = (torch.randn(*shape, requires_grad=True) for shape in ((2, 1, 4), (2, 1, 4), (1, 3, 3)))
     back = unpack(pack(Payload(hidden, {1: refinement}, features), sender), receiver, 2, 1, 3, 3)
-    assert back.features_IVH is not None
-    (back.hidden_SBH.sum() + 2 * back.waiting[1].sum() + 3 * back.features_IVH.sum()).backward()
+    assert back.sources_IVW is not None
+    (back.hidden_SBH.sum() + 2 * back.waiting[1].sum() + 3 * back.sources_IVW.sum()).backward()
     assert [float(x.grad.unique()) for x in (hidden, refinement, features) if x.grad is not None] == [1.0, 2.0, 3.0]
 
 

@@ -37,6 +37,22 @@ def test_a_frozen_vit_runs_again_where_a_tap_asks_and_nothing_rides() -> None:
     assert not any(stage.sends_features or stage.receives_features for stage in stages)
 
 
+def test_projected_features_ride_even_from_a_frozen_vit() -> None:
+    """The projector is on the first stage alone."""
+    config = ModelConfig(num_layers=6, clvr=ClvrConfig(taps=((2, 3),), kv_tokens="projected"))
+    stages = pipeline_stages(config, pp=3, vision_trains=False)
+    assert [stage.sends_features for stage in stages] == [True, False, False]
+    assert [stage.runs_vision for stage in stages] == [True, False, False]
+
+
+def test_embeddings_ask_on_the_first_stage_and_the_input_of_a_layer_where_the_layer_before_it_is() -> None:
+    embeddings, same = (ModelConfig(num_layers=6, clvr=ClvrConfig(taps=((1, 4),), query_source=source)) for source in ("input_embedding", "same_layer"))
+    assert [stage.asks for stage in pipeline_stages(embeddings, pp=3)] == [(0,), (), ()]
+    assert [stage.receives for stage in pipeline_stages(embeddings, pp=3)] == [(), (0,), (0,)]
+    assert [stage.asks for stage in pipeline_stages(same, pp=3)] == [(), (0,), ()]
+    assert [stage.receives for stage in pipeline_stages(same, pp=3)] == [(), (), (0,)]
+
+
 def test_without_clvr_only_hidden_states_travel() -> None:
     plain = ModelConfig(num_layers=4, clvr=ClvrConfig(enabled=False))
     assert all(not (stage.asks or stage.sends or stage.sends_features) for stage in pipeline_stages(plain, pp=2, vpp=2))

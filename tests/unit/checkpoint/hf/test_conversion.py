@@ -266,11 +266,11 @@ def test_fresh_clvr_adapters_change_no_logit_of_a_converted_checkpoint(context: 
     assert (logits[0] - logits[1]).abs().max() == 0
 
 
-def looking_again(context: ParallelContext, folder: Path, gate: str, inject: str = "text") -> tuple[VisionLanguageModel, ModelConfig]:
+def looking_again(context: ParallelContext, folder: Path, gate: str, inject: str = "text", **options: Any) -> tuple[VisionLanguageModel, ModelConfig]:
     """A converted checkpoint with CLVR adapters that do something, saved as if it had been trained, in `folder / "trained"`."""
     hf.save(folder / "hf")
     described = hf_to_megatron(folder / "hf", folder / "ours")
-    clvr = ClvrConfig(taps=((0, 1), (0, 2)), num_heads=4, num_kv_heads=2, head_dim=8, gate=gate, inject=inject)  # type: ignore[arg-type]
+    clvr = ClvrConfig(taps=((0, 1), (0, 2)), num_heads=4, num_kv_heads=2, head_dim=8, gate=gate, inject=inject, **options)  # type: ignore[arg-type]
     looking = described.model.model_copy(update={"clvr": clvr})
     model = loaded(folder / "ours", looking, context)
     with torch.no_grad():
@@ -280,13 +280,25 @@ def looking_again(context: ParallelContext, folder: Path, gate: str, inject: str
     return model, looking
 
 
-@pytest.mark.parametrize(("gate", "inject"), [("zero_out", "text"), ("tanh_gate", "all")])
+MORE = {"inner_iterations": 2, "ffn_hidden": 16}
+
+
+@pytest.mark.parametrize(
+    ("gate", "inject", "options"),
+    [
+        ("zero_out", "text", {}),
+        ("tanh_gate", "all", {}),
+        ("tanh_gate", "text", {"kv_layers": (0,), "kv_tokens": "unshuffled", "gate_kind": "dynamic", "query_source": "input_embedding", **MORE}),
+        ("zero_out", "text", {"kv_tokens": "projected", "gate_kind": "channel", "query_source": "same_layer"}),
+    ],
+    ids=["as published", "gates", "layers, folded, asked first", "projected"],
+)
 def test_an_exported_clvr_model_computes_our_logits_in_transformers_and_generates_with_its_cache(
-    context: ParallelContext, tmp_path: Path, gate: str, inject: str
+    context: ParallelContext, tmp_path: Path, gate: str, inject: str, options: dict[str, Any]
 ) -> None:
     from transformers import AutoModelForImageTextToText
 
-    ours, _ = looking_again(context, tmp_path, gate, inject)
+    ours, _ = looking_again(context, tmp_path, gate, inject, **options)
     megatron_to_hf(tmp_path / "trained", tmp_path / "exported", tmp_path / "hf", max_shard_bytes=60_000)
     theirs, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "exported", trust_remote_code=True, output_loading_info=True, attn_implementation="eager"
@@ -324,6 +336,12 @@ def test_an_exported_clvr_model_knows_where_the_tiles_of_a_picture_lie(context: 
         theirs.generate(input_ids=tokens, pixel_values=pixels, tile_places=places, max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0)
         with pytest.raises(ValueError, match="4 tiles of 2 pictures: CLVR needs tile_places"):
             theirs(input_ids=tokens, pixel_values=pixels)
+
+
+def test_options_that_transformers_would_compute_otherwise_are_refused(context: ParallelContext, tmp_path: Path) -> None:
+    looking_again(context, tmp_path, "zero_out", memory="shuffled")
+    with pytest.raises(CheckpointError, match="the code for transformers does not compute: memory = shuffled"):
+        megatron_to_hf(tmp_path / "trained", tmp_path / "back", tmp_path / "hf")
 
 
 def test_adapters_are_left_out_when_asked(context: ParallelContext, tmp_path: Path) -> None:
