@@ -23,7 +23,7 @@ from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.earl.clusters import ExpertClusters
-from megatron_ext.earl.files import read_clusters
+from megatron_ext.earl.files import read_paid_clusters
 from megatron_ext.errors import LearnerLost, RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics_file import read_metrics
 from megatron_ext.observe.observer import Observer, Report, observe_stage
@@ -168,7 +168,7 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
         return None
     if path is None:
         raise UserError("earl.enabled", "is true, but there are no expert clusters", "run `discover` first, or set earl.enabled=false")
-    return read_clusters(path, config.model)
+    return read_paid_clusters(path, config)
 
 
 @contextmanager

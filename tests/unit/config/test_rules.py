@@ -97,6 +97,12 @@ BROKEN = [
     (["discover.experts_per_layer=8"], "discover.experts_per_layer", "8 is not fewer than model.num_experts = 8"),
     (["discover.permutations=10"], "discover.permutations", "10 cannot show significance at discover.fwer = 0.05"),
     (["earl.warmup=0.8"], "earl.warmup", "0.8 and earl.cooldown = 0.3 are more than the whole run"),
+    (["earl.force_correlational=true", "discover.causal_gate=report"], "earl.force_correlational", "true, and discover.causal_gate = report holds no bonus"),
+    (
+        ["discover.causal_gate=report", "discover.experts_per_layer=7"],
+        "discover.experts_per_layer",
+        "7 masked of model.num_experts = 8 leave fewer than experts_per_token = 2",
+    ),
     (["earl.min_correct=9"], "earl.min_correct", "9 is more than rl.rollouts_per_prompt = 8"),
     (["rl.rollouts_per_prompt=1", "earl.enabled=false"], "rl.rollouts_per_prompt", "1 rollout has nothing to be compared with"),
     (["rl.minibatches=7"], "rl.prompts_per_step", "64 prompts x 8 rollouts do not divide into rl.minibatches = 7"),
