@@ -85,6 +85,12 @@ class EarlConfig(Section):
     """The span whose routes are scored: the whole response as the prompt's skill, or every `<skill>..</skill>` span as its own."""
     force_correlational: bool = False
     """Clusters that `discover.causal_gate = enforce` found correlational get the bonus all the same."""
+    reestimate_every: int = Field(0, ge=0)
+    """Steps after which clusters are looked for again, in the correct answers of these steps, and compared with those that get the bonus: how stale they have
+    become is in `earl/drift/*`, `earl/cluster_stale` and drift.jsonl. Costs no answer: the steps' rollouts are read back, and discovery runs on them. 0: never.
+    """
+    follow: bool = False
+    """Clusters that are found again take the place of the old ones in the bonus, their sigma too, from the next step on. False: they are reported only."""
 
 
 class RLConfig(Section):

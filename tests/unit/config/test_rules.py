@@ -97,7 +97,9 @@ BROKEN = [
     (["discover.experts_per_layer=8"], "discover.experts_per_layer", "8 is not fewer than model.num_experts = 8"),
     (["discover.permutations=10"], "discover.permutations", "10 cannot show significance at discover.fwer = 0.05"),
     (["earl.warmup=0.8"], "earl.warmup", "0.8 and earl.cooldown = 0.3 are more than the whole run"),
+    (["earl.follow=true"], "earl.follow", "true with earl.reestimate_every = 0"),
     (["earl.force_correlational=true", "discover.causal_gate=report"], "earl.force_correlational", "true, and discover.causal_gate = report holds no bonus"),
+    (["earl.reestimate_every=5", "rl.environment=megatron_ext.rl.environments:zoom"], "earl.reestimate_every", "5 with rl.environment"),
     (
         ["discover.causal_gate=report", "discover.experts_per_layer=7"],
         "discover.experts_per_layer",
