@@ -95,7 +95,18 @@ def gate_mass(trace: RouteTrace, num_experts: int, start: int, stop: int) -> np.
     """
     if not 0 <= start < stop <= len(trace):
         raise ValueError(f"span [{start}, {stop}) is empty or outside the {len(trace)} recorded positions")
-    span = trace.rows(start, stop)
+    return _mean_mass(trace.rows(start, stop), num_experts)
+
+
+def gate_mass_at(trace: RouteTrace, num_experts: int, chosen_S: np.ndarray) -> np.ndarray:
+    """`gate_mass` over positions that need not lie together: `chosen_S` bool, of the first positions. nan where none is chosen."""
+    first = trace.rows(0, len(chosen_S))
+    if not chosen_S.any():
+        return np.full((trace.shape[1], num_experts), np.nan)
+    return _mean_mass(RouteTrace(first.experts_SLK[chosen_S], first.gates_SLK[chosen_S]), num_experts)
+
+
+def _mean_mass(span: RouteTrace, num_experts: int) -> np.ndarray:
     experts = span.experts_SLK.astype(np.int64)
     num_tokens, num_layers, _ = experts.shape
     mass = np.zeros((num_layers, num_experts))

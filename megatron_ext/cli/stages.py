@@ -75,7 +75,9 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
 
         from megatron_ext.earl.clusters import discover
         from megatron_ext.earl.files import write_clusters
-        from megatron_ext.inference.survey import run_discovery_survey
+        from megatron_ext.earl.span_information import with_spans
+        from megatron_ext.inference.causal import run_causal_gate
+        from megatron_ext.inference.survey import SPANS, run_discovery_survey
 
         def poll() -> None:
             if stop.asked:
@@ -92,9 +94,14 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
                 checkpoint=str(checkpoint),
                 poll=poll,
             )
+            clusters = with_spans(clusters, {span: survey[name] for span, name in SPANS.items()}, survey["skill_N"], survey["template_N"])
+        if config.discover.causal_gate != "off":
+            clusters = run_causal_gate(config, clusters, checkpoint, run.discover, stop)
         write_clusters(clusters, run.clusters)
     for found in clusters.skills:
         print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
+        if found.causal is not None and found.status == "ok":
+            print(f"  {'':<10} {found.causal.verdict}: {found.causal.reason}")
     return {"clusters": {found.skill: found.status for found in clusters.skills}}
 
 

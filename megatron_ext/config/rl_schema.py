@@ -57,6 +57,15 @@ class DiscoverConfig(Section):
     stability_jaccard: float = Field(0.6, ge=0, le=1)
     bootstrap_frequency: float = Field(0.8, ge=0, le=1)
     bootstraps: int = Field(200, gt=0)
+    causal_gate: Literal["off", "report", "enforce"] = "off"
+    """Whether masking a cluster in the router must hurt its skill, more than it hurts other skills and more than masking random experts does
+    (`earl/causal.py`). `report`: what it does is measured and said; `enforce`: a cluster that does not is correlational, and gets no bonus. Costs one greedy
+    answer to each of `causal_prompts` prompts of every skill for nothing masked, for every cluster, and for every one of `causal_masks`:
+    docs/studies/causal_gate.md."""
+    causal_prompts: int = Field(96, gt=1)
+    """Prompts of every skill, of the validation split."""
+    causal_masks: int = Field(8, gt=0)
+    """Random masks for each cluster."""
 
 
 class EarlConfig(Section):
@@ -74,6 +83,14 @@ class EarlConfig(Section):
     """Groups with fewer correct rollouts get no bonus."""
     subtask: Literal["prompt", "tags"] = "prompt"
     """The span whose routes are scored: the whole response as the prompt's skill, or every `<skill>..</skill>` span as its own."""
+    force_correlational: bool = False
+    """Clusters that `discover.causal_gate = enforce` found correlational get the bonus all the same."""
+    reestimate_every: int = Field(0, ge=0)
+    """Steps after which clusters are looked for again, in the correct answers of these steps, and compared with those that get the bonus: how stale they have
+    become is in `earl/drift/*`, `earl/cluster_stale` and drift.jsonl. Costs no answer: the steps' rollouts are read back, and discovery runs on them. 0: never.
+    """
+    follow: bool = False
+    """Clusters that are found again take the place of the old ones in the bonus, their sigma too, from the next step on. False: they are reported only."""
 
 
 class RLConfig(Section):

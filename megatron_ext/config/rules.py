@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
 from megatron_ext.config.clvr_rules import clvr_rules
+from megatron_ext.config.cluster_rules import cluster_rules
 from megatron_ext.config.data_rules import image_rules
 from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.fleet_rules import fleet_rules
@@ -37,6 +38,7 @@ def check_rules(config: RunConfig) -> list[UserError]:
         _rollout,
         _discover,
         _earl,
+        cluster_rules,
         _rl,
         _evaluate,
         _observe,

@@ -37,9 +37,14 @@ def correctness(path: str, threshold: float) -> Callable[[Prompt, str], bool]:
         except Exception as error:  # whatever a user's function raises
             print(f"{_WHERE} {path} failed on prompt {prompt.key!r}, whose answer counts as wrong: {error!r}", file=sys.stderr, flush=True)
             return False
-        return parts["correct"] >= 1 if "correct" in parts else total >= threshold
+        return is_right(total, parts, threshold)
 
     return right
+
+
+def is_right(total: float, parts: Mapping[str, float], threshold: float) -> bool:
+    """What a reward, read, says of its answer."""
+    return parts["correct"] >= 1 if "correct" in parts else total >= threshold
 
 
 class BadReward(Exception):

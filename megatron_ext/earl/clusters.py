@@ -12,13 +12,14 @@ give the same clusters, and renaming skills renames clusters and changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
 from megatron_ext.config.schema import DiscoverConfig
+from megatron_ext.earl.causal_effect import CausalEffect
 from megatron_ext.earl.selection import Sample, bootstrap_frequency, select, split_half_jaccard, standing_committee, transfer_auroc, within_budget
 from megatron_ext.earl.statistics import Effects, auroc, cluster_mass, critical_z, excess_information, family_wise_p, max_z_null, permuted_labels, sigma_from
 from megatron_ext.errors import UserError
@@ -27,7 +28,7 @@ from megatron_ext.shapes import check_shape
 MIN_PROMPTS = 8
 _INFORMATION_PERMUTATIONS = 100
 
-Status = Literal["ok", "unstable", "empty"]
+Status = Literal["ok", "correlational", "unstable", "empty"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class PairEffect:
 @dataclass(frozen=True)
 class SkillCluster:
     """A skill and its cluster. `ok`: `pairs` get the bonus. `unstable`: `pairs` were found but not again and again. `empty`: nothing was found.
+    `correlational`: masking `pairs` does not hurt the skill as it should (`causal.py`), and discovery was told to hold the bonus back then.
 
     `sigma` is the standard deviation of the cluster's mass over the skill's prompts (None: no pairs); `auroc` tells the skill's prompts from others by it;
     `transfer_auroc` does so on templates that the selection had not seen (None: no template could be left out); `uncontrolled_pairs` are what would
-    have been selected without token control (None: there was no control).
+    have been selected without token control (None: there was no control). `causal`: what masking the cluster did (None: it was not tried).
     """
 
     skill: str
@@ -62,11 +64,13 @@ class SkillCluster:
     transfer_auroc: float | None
     jaccard: float
     uncontrolled_pairs: tuple[tuple[int, int], ...] | None
+    causal: CausalEffect | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertClusters:
-    """The clusters of every skill and the tables behind them. `information_L`: bits that the expert tells about the skill, chance taken off."""
+    """The clusters of every skill and the tables behind them. `information_L`: bits that the expert tells about the skill, chance taken off, at the positions
+    of the response; `span_information`: the same [L] at those of other spans, by their names."""
 
     num_layers: int
     num_experts: int
@@ -78,12 +82,15 @@ class ExpertClusters:
     settings: DiscoverConfig
     seed: int
     checkpoint: str
+    span_information: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         table = (len(self.skills), self.num_layers, self.num_experts)
         check_shape("mean_mass_XLE", self.mean_mass_XLE, *table)
         check_shape("risk_difference_XLE", self.risk_difference_XLE, *table)
         check_shape("information_L", self.information_L, self.num_layers)
+        for span, bits_L in self.span_information.items():
+            check_shape(f"span_information[{span!r}]", bits_L, self.num_layers)
 
     def pairs(self, skill: str) -> tuple[tuple[int, int], ...]:
         """The (layer, expert) pairs that get the bonus: empty for a skill that is unknown or whose status is not ok."""
@@ -96,6 +103,10 @@ class ExpertClusters:
     def sigmas(self) -> dict[str, float]:
         """sigma of every skill whose status is ok."""
         return {found.skill: found.sigma for found in self.skills if found.status == "ok" and found.sigma is not None}
+
+    def forced(self) -> ExpertClusters:
+        """With the clusters that are correlational as if they were ok."""
+        return replace(self, skills=tuple(replace(found, status="ok") if found.status == "correlational" else found for found in self.skills))
 
 
 def discover(

@@ -1,7 +1,10 @@
 """`expert_clusters.json`: the clusters of one checkpoint, written once by discovery and read strictly by everything after it.
 
-    {"schema_version": 1, "model": {"num_layers", "num_experts"}, "checkpoint", "seed", "settings": {...}, "critical_z",
-     "information_L": [L], "skills": [{"skill", "status", "reason", "pairs": [...], ..., "mean_mass_LE": [L][E], "risk_difference_LE": [L][E]}]}
+    {"schema_version": 2, "model": {"num_layers", "num_experts"}, "checkpoint", "seed", "settings": {...}, "critical_z",
+     "information_L": [L], "span_information": {"image": [L], "question": [L]},
+     "skills": [{"skill", "status", "reason", "pairs": [...], ..., "causal": {...} or null, "mean_mass_LE": [L][E], "risk_difference_LE": [L][E]}]}
+
+Layers are those with experts, in order.
 
 A file of another schema, another model, or with a missing, unknown or impossible field is a UserError that names the field.
 """
@@ -17,11 +20,13 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_ext.config.schema import DiscoverConfig, ModelConfig
+from megatron_ext.config.schema import DiscoverConfig, ModelConfig, RunConfig
+from megatron_ext.config.sizes import expert_layers
+from megatron_ext.earl.causal_effect import CausalEffect
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
 from megatron_ext.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _REMEDY = "run `discover` again"
 
 
@@ -39,6 +44,7 @@ def write_clusters(clusters: ExpertClusters, path: Path) -> None:
         "settings": clusters.settings.model_dump(mode="json"),
         "critical_z": clusters.critical_z,
         "information_L": clusters.information_L.tolist(),
+        "span_information": {span: bits_L.tolist() for span, bits_L in clusters.span_information.items()},
         "skills": skills,
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
@@ -61,11 +67,17 @@ def read_clusters(path: Path, model: ModelConfig) -> ExpertClusters:
         content = _File.model_validate_json(text)
     except ValidationError as error:
         raise _first_problem(path, error) from None
-    for name in ("num_layers", "num_experts"):
-        ours, theirs = getattr(model, name), getattr(content.model, name)
+    for name, ours in (("num_layers", len(expert_layers(model))), ("num_experts", model.num_experts)):
+        theirs = getattr(content.model, name)
         if ours != theirs:
             raise UserError(f"{path}: model.{name}", f"the clusters are of a model with {theirs}, this model has {ours}", f"{_REMEDY} for this model")
     return _clusters(content)
+
+
+def read_paid_clusters(path: Path, config: RunConfig) -> ExpertClusters:
+    """The same for whoever pays for them, or measures what is paid for: `earl.force_correlational` is obeyed."""
+    found = read_clusters(path, config.model)
+    return found.forced() if config.earl.force_correlational else found
 
 
 def _first_problem(path: Path, error: ValidationError) -> UserError:
@@ -77,7 +89,11 @@ def _first_problem(path: Path, error: ValidationError) -> UserError:
 def _clusters(content: _File) -> ExpertClusters:
     skills = tuple(
         SkillCluster(
-            **{**skill.model_dump(exclude={"mean_mass_LE", "risk_difference_LE"}), "pairs": tuple(PairEffect(**pair.model_dump()) for pair in skill.pairs)}
+            **{
+                **skill.model_dump(exclude={"mean_mass_LE", "risk_difference_LE"}),
+                "pairs": tuple(PairEffect(**pair.model_dump()) for pair in skill.pairs),
+                "causal": None if skill.causal is None else CausalEffect(**skill.causal.model_dump()),
+            }
         )
         for skill in content.skills
     )
@@ -92,6 +108,7 @@ def _clusters(content: _File) -> ExpertClusters:
         settings=content.settings,
         seed=content.seed,
         checkpoint=content.checkpoint,
+        span_information={span: np.array(bits) for span, bits in content.span_information.items()},
     )
 
 
@@ -118,9 +135,25 @@ class _Pair(_Strict):
     bootstrap_frequency: Share
 
 
+class _Causal(_Strict):
+    num_prompts: Annotated[int, Field(gt=0)]
+    accuracy: Share
+    drop_own: float
+    drop_others: float
+    drop_random: float
+    random_drops: tuple[float, ...]
+    beyond_others: tuple[float, float]
+    beyond_random: tuple[float, float]
+    cluster_mass: Share
+    random_mass: Share
+    random_overlap: Share
+    verdict: Literal["causal", "correlational"]
+    reason: str
+
+
 class _Skill(_Strict):
     skill: str
-    status: Literal["ok", "unstable", "empty"]
+    status: Literal["ok", "correlational", "unstable", "empty"]
     reason: str
     num_prompts: Index
     pairs: tuple[_Pair, ...]
@@ -129,24 +162,28 @@ class _Skill(_Strict):
     transfer_auroc: Share | None
     jaccard: Share
     uncontrolled_pairs: tuple[tuple[Index, Index], ...] | None
+    causal: _Causal | None
     mean_mass_LE: list[list[float]]
     risk_difference_LE: list[list[float]]
 
 
 class _File(_Strict):
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model: _Shape
     checkpoint: str
     seed: int
     settings: DiscoverConfig
     critical_z: float
     information_L: list[float]
+    span_information: dict[str, list[float]]
     skills: list[_Skill] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _fits_the_model(self) -> _File:
         layers, experts = self.model.num_layers, self.model.num_experts
         _demand(len(self.information_L) == layers, f"information_L has {len(self.information_L)} layers, model.num_layers is {layers}")
+        for span, bits in self.span_information.items():
+            _demand(len(bits) == layers, f"span_information.{span} has {len(bits)} layers, model.num_layers is {layers}")
         names = [skill.skill for skill in self.skills]
         _demand(len(set(names)) == len(names), "skills names a skill twice")
         for index, skill in enumerate(self.skills):

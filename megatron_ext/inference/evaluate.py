@@ -28,7 +28,7 @@ from megatron_ext.data.rewards import correctness
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.device import session
 from megatron_ext.earl.bonus import EarlBonus
-from megatron_ext.earl.files import read_clusters
+from megatron_ext.earl.files import read_paid_clusters
 from megatron_ext.inference.chunks import NEVER, Chunks, answer_chunks, facts_of, in_order, open_chunks
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.looks import Instead, Look, instead_of, look, summarise_looks
@@ -229,5 +229,5 @@ def _blinded(prompt: Prompt) -> Prompt:
 
 
 def _bonus(config: RunConfig, clusters: Path) -> EarlBonus:
-    found = read_clusters(clusters, config.model)
+    found = read_paid_clusters(clusters, config)
     return EarlBonus(found, config.earl, found.sigmas())

@@ -3,8 +3,9 @@
     train-split prompts of every skill -> sampled answers, in chunks that a stop does not lose (chunks.py) -> the correct ones
       -> gate mass [L, E] of each answer's positions -> survey.npz
 
-Prompt and response are logged apart and never pooled: `mass_NLE` is the answer's, `prompt_mass_NLE` the prompt's. `control_NLE` is what the token ids
-alone explain (`earl/token_control.py`). The unit is the prompt: one answer each.
+Spans are logged apart and never pooled: `mass_NLE` is the answer's, `image_mass_NLE` that of the prompt's image tokens (nan without an image),
+`question_mass_NLE` that of the prompt's other tokens, and `prompt_mass_NLE` that of both. The prompt's last position, which chooses the answer's first token,
+is the answer's. `control_NLE` is what the token ids alone explain (`earl/token_control.py`). The unit is the prompt: one answer each.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.batch import Prompt, Rollout, RouteTrace, gate_mass
+from megatron_ext.batch import Prompt, Rollout, RouteTrace, gate_mass, gate_mass_at
 from megatron_ext.checkpoint.folder import find_checkpoint
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.prompts import draw_skills, num_prompts
 from megatron_ext.data.rewards import correctness
+from megatron_ext.data.tokenizer import load_tokenizer
 from megatron_ext.device import session
 from megatron_ext.earl.token_control import TokenTable
 from megatron_ext.errors import UserError
@@ -33,6 +35,10 @@ from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
 
 SURVEY_FILE = "survey.npz"
+SPANS = {"image": "image_mass_NLE", "question": "question_mass_NLE"}
+"""Spans of the prompt, and what the file calls their masses."""
+_VERSION = 2
+"""Of the file; 1 knew no spans of the prompt."""
 PROMPT_SEED = 1_000_003
 """Train-split prompts that training streams and RL do not draw with their own seeds."""
 
@@ -48,6 +54,11 @@ class Correct:
     tokens_S: np.ndarray
     routes: RouteTrace
 
+    @property
+    def asked_S(self) -> np.ndarray:
+        """The prompt, up to the position that chooses the answer's first token."""
+        return self.tokens_S[: self.rows[0]]
+
     @classmethod
     def of(cls, rollout: Rollout) -> Correct:
         prompt = rollout.prompt
@@ -62,7 +73,7 @@ def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path, stop
     Raises StoppedForRequeue when asked to stop; run again it goes on.
     """
     count, step = num_prompts("train", config.discover.prompts_per_skill, config.data), find_checkpoint(checkpoint)
-    facts = facts_of(config, ["discover.prompts_per_skill", "discover.token_control_kappa"], step)
+    facts = facts_of(config, ["discover.prompts_per_skill", "discover.token_control_kappa"], step) | {"the survey's version": _VERSION}
     path, draft = folder / SURVEY_FILE, folder / f"partial-{SURVEY_FILE}"
     if path.exists() and _facts(path) == facts:
         return path
@@ -70,7 +81,8 @@ def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path, stop
     contents = answer_chunks("discover", chunks, config, survey_rank, step, stop=stop)
     correct = [answer for content in contents for answer in unpacked(content)]
     if correct:
-        np.savez_compressed(draft, allow_pickle=False, **survey_table(correct, config), asked=np.array(count), facts=np.array(json.dumps(facts)))
+        table = survey_table(correct, config, load_tokenizer(config.tokenizer_dir).image_id)
+        np.savez_compressed(draft, allow_pickle=False, **table, asked=np.array(count), facts=np.array(json.dumps(facts)))
         draft.replace(path)
     chunks.discard()
     if not correct:
@@ -123,7 +135,7 @@ def unpacked(content: bytes) -> list[Correct]:
         ]
 
 
-def survey_table(answers: Sequence[Correct], config: RunConfig) -> dict[str, np.ndarray]:
+def survey_table(answers: Sequence[Correct], config: RunConfig, image_id: int) -> dict[str, np.ndarray]:
     """The arrays of `survey.npz`, one row an answer, in the order of their keys whatever rank answered."""
     answers = sorted(answers, key=lambda answer: answer.key)
     experts = config.model.num_experts
@@ -133,6 +145,8 @@ def survey_table(answers: Sequence[Correct], config: RunConfig) -> dict[str, np.
     return {
         "mass_NLE": np.stack([gate_mass(answer.routes, experts, *answer.rows) for answer in answers]),
         "prompt_mass_NLE": np.stack([gate_mass(answer.routes, experts, 0, answer.rows[0]) for answer in answers]),
+        SPANS["image"]: np.stack([gate_mass_at(answer.routes, experts, answer.asked_S == image_id) for answer in answers]),
+        SPANS["question"]: np.stack([gate_mass_at(answer.routes, experts, answer.asked_S != image_id) for answer in answers]),
         "control_NLE": np.stack([table.expected(answer.tokens_S[slice(*answer.rows)]) for answer in answers]),
         "skill_N": np.array([answer.skill for answer in answers]),
         "template_N": np.array([answer.template for answer in answers]),

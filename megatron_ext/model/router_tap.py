@@ -1,4 +1,4 @@
-"""The router tap: records, or replays, which experts every token goes to. Where EARL begins.
+"""The router tap: records, replays or restricts which experts every token goes to. Where EARL begins.
 
 Megatron's router calls `router_replay.get_replay_topk` where it would take its top-k; a `LayerTap` answers. By default it changes nothing. Megatron's
 own `RouterReplay` keeps one
@@ -8,18 +8,23 @@ list per process, in which policy, reference and rollout would collide; ours bel
         model(inputs)                                      model(inputs)
     routes.experts(tokens)  # what was used            routes.experts(tokens)  # what was used: the given ids, live where -1
 
+    with model.router_tap.mask([(0, 3), (1, 5)]):      whoever runs the model, training, generation or evaluation, does without
+        engine.generate(...)                           expert 3 of layer 0 and expert 5 of layer 1
+
 Only ids are replayed, in their top-k order; gates come from the live logits, so gradients reach the router. Read on: `batch/routing.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from megatron.core.transformer.module import MegatronModule
 
+from megatron_ext.config.sizes import expert_layers, expert_layers_among
+from megatron_ext.errors import UserError
 from megatron_ext.model.router import Router
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -31,17 +36,20 @@ class LayerTap:
     def __init__(self) -> None:
         self.listening = False
         self.targets: torch.Tensor | None = None
+        self.masked_E: torch.Tensor | None = None
         self.experts: list[torch.Tensor] = []
         self.gates: list[torch.Tensor] = []
 
     def get_replay_topk(
         self, scores: torch.Tensor, topk: int, num_groups: int | None, group_topk: int | None, default: TopK
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Megatron's hook: scores [tokens, E], with the expert bias where there is one -> (values, ids), both [tokens, K]."""
+        """Megatron's hook: scores [tokens, E], with the expert bias where there is one -> (values, ids), both [tokens, K]. A masked expert scores -inf where
+        the router chooses, so that the gates are those of whom it chose instead."""
+        open_to = scores if self.masked_E is None else scores.masked_fill(self.masked_E, -torch.inf)
         if self.targets is None:
-            values, experts = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            values, experts = default(open_to, topk, num_groups=num_groups, group_topk=group_topk)
         else:
-            experts = self._replayed(self.targets, scores, topk, num_groups, group_topk, default)
+            experts = self._replayed(self.targets, open_to, topk, num_groups, group_topk, default)
             values = scores.gather(1, experts)
         if self.listening:
             self.experts.append(experts.detach())
@@ -95,15 +103,16 @@ class Routes:
 
 
 class RouterTap:
-    """The taps of one model's MoE layers, or of those that a pipeline stage holds."""
+    """The taps of one `VisionLanguageModel`'s MoE layers, or of those that a pipeline stage holds."""
 
-    def __init__(self, model: MegatronModule, tp_group: Any) -> None:
+    def __init__(self, model: Any, tp_group: Any) -> None:
         self._topk, self._tp_group = model.config.moe_router_topk, tp_group
-        self._taps: list[LayerTap] = []
-        for module in model.modules():
-            if isinstance(module, Router):
-                module.router_replay = LayerTap()
-                self._taps.append(module.router_replay)
+        self._num_layers, self._num_experts = len(expert_layers(model.model_config)), model.model_config.num_experts
+        self._first = expert_layers_among(model.model_config, model.stage.layers).start
+        self._routers = [module for module in model.modules() if isinstance(module, Router)]
+        self._taps = [LayerTap() for _ in self._routers]
+        for router, tap in zip(self._routers, self._taps, strict=True):
+            router.router_replay = tap
 
     @contextmanager
     def record(self) -> Iterator[Routes]:
@@ -129,6 +138,37 @@ class RouterTap:
             runs = [len(tap.experts) for tap in self._taps]
             if any(run != 1 for run in runs):
                 raise RuntimeError(f"replayed routes must be consumed once per layer, were consumed {runs} times")
+
+    @contextmanager
+    def mask(self, pairs: Iterable[tuple[int, int]]) -> Iterator[None]:
+        """Inside, the routers cannot choose these (layer, expert) pairs. Layers count as in routes: those with experts, over the whole model. A pipeline stage
+        takes what concerns it, so that every rank can be told the same. Routes that are replayed are obeyed nevertheless.
+
+        Raises UserError for a pair that the model does not have, and for a layer that is left with fewer experts than a token needs.
+        """
+        pairs = set(pairs)
+        self._require_possible(pairs)
+        if any(tap.masked_E is not None for tap in self._taps):
+            raise RuntimeError("experts of this model are already masked")
+        for layer, (router, tap) in enumerate(zip(self._routers, self._taps, strict=True), self._first):
+            if experts := [expert for of, expert in pairs if of == layer]:
+                tap.masked_E = torch.zeros(self._num_experts, dtype=torch.bool, device=router.weight.device)
+                tap.masked_E[experts] = True
+        try:
+            yield
+        finally:
+            for tap in self._taps:
+                tap.masked_E = None
+
+    def _require_possible(self, pairs: set[tuple[int, int]]) -> None:
+        for layer, expert in sorted(pairs):
+            if not (0 <= layer < self._num_layers and 0 <= expert < self._num_experts):
+                have = f"{self._num_layers} layers of {self._num_experts} experts"
+                raise UserError("the mask", f"names expert {expert} of layer {layer}, and the model has {have}", "layers and experts count from 0")
+        for layer, masked in sorted(Counter(layer for layer, _ in pairs).items()):
+            if self._num_experts - masked < self._topk:
+                left = f"{self._num_experts - masked} of {self._num_experts} experts in layer {layer}, and a token needs {self._topk}"
+                raise UserError("the mask", f"leaves {left}", f"mask at most {self._num_experts - self._topk} of a layer")
 
     @contextmanager
     def _listening(self) -> Iterator[Routes]:

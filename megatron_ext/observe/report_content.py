@@ -168,7 +168,10 @@ def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
     pairs = [[(pair["layer"], pair["expert"]) for pair in skill["pairs"]] for skill in skills]
     return {
         "picture": expert_heat_map([skill["skill"] for skill in skills], mass_XLE, pairs, [skill["status"] == "ok" for skill in skills]),
-        "information": [f"{bits:.3f}" for bits in found["information_L"]],
+        "information": [
+            (span, [f"{bits:.3f}" for bits in bits_L]) for span, bits_L in {"response": found["information_L"], **found.get("span_information", {})}.items()
+        ],
+        "causal": [(skill["skill"], _causal(skill["causal"])) for skill in skills if skill.get("causal")],
         "rows": [
             {
                 "skill": skill["skill"],
@@ -182,6 +185,13 @@ def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
             for skill, own in zip(skills, pairs, strict=True)
         ],
     }
+
+
+def _causal(effect: dict[str, Any]) -> list[str]:
+    """The cells of a row: accuracy, drops of accuracy with two intervals, and the verdict."""
+    drops = [number(effect[name]) for name in ("accuracy", "drop_own", "drop_others", "drop_random")]
+    intervals = [f"{low:+.2f} to {high:+.2f}" for low, high in (effect["beyond_others"], effect["beyond_random"])]
+    return [*drops, *intervals, number(effect["random_overlap"]), effect["verdict"]]
 
 
 def _usage(before: Evaluation | None, after: Evaluation | None) -> str | None:

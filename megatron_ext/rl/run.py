@@ -1,6 +1,6 @@
 """The reinforcement-learning stage, from a configuration to a folder that holds its result.
 
-    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_sigma.json
+    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_sigma.json   drift.jsonl, drift/
 
     tokenizer, clusters -> learner and replicas (Ray actors or local processes) -> stream -> loop -> metrics, rollouts, checkpoints
 
@@ -23,17 +23,17 @@ from megatron_ext.checkpoint.saver import waiting_for_saves
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ext.earl.clusters import ExpertClusters
-from megatron_ext.earl.files import read_clusters
+from megatron_ext.earl.files import read_paid_clusters
 from megatron_ext.errors import LearnerLost, RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics_file import read_metrics
 from megatron_ext.observe.observer import Observer, Report, observe_stage
 from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.stopping import stop_on_signals
-from megatron_ext.rl.bank.bank import ROLLOUTS, open_bank
+from megatron_ext.rl.bank.bank import ROLLOUTS, Bank, open_bank
 from megatron_ext.rl.census import Census
 from megatron_ext.rl.conversations import Rules
 from megatron_ext.rl.conversing import ConversingFleet
-from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.credit import Credit, ReferenceKl
 from megatron_ext.rl.deadlines import DEADLINES, Deadlines
 from megatron_ext.rl.environments import EnvironmentPool
 from megatron_ext.rl.fleet import MegatronFleet
@@ -41,9 +41,10 @@ from megatron_ext.rl.hosts.ranks import Host
 from megatron_ext.rl.hosts.ray_node import Nodes
 from megatron_ext.rl.hosts.switchboard import Switchboard
 from megatron_ext.rl.learners import MegatronLearner
-from megatron_ext.rl.loop import Recipe, StepReport, run_loop
+from megatron_ext.rl.loop import CreditOf, Recipe, StepReport, run_loop
 from megatron_ext.rl.questions import questions, validate
 from megatron_ext.rl.record import Recorder
+from megatron_ext.rl.reestimation import ClusterWatch, WatchedCredit
 from megatron_ext.rl.roles import Metrics
 from megatron_ext.rl.scoring.pool import RewardPool
 from megatron_ext.rl.stream import Stream
@@ -62,7 +63,7 @@ class Stage:
     learner: MegatronLearner
     fleet: MegatronFleet
     stream: Stream
-    credit: Credit
+    credit: CreditOf
     recorder: Recorder
     tokenizer: Tokenizer
 
@@ -113,7 +114,7 @@ def run_rl(
         stream = Stream(asked, answering, scorer, bank, ahead, whole_draws)
         if ahead:
             learner.meanwhile = partial(stream.turn, beside_update=True)
-        credit = Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None)
+        credit = _credit(config, found, tokenizer, bank, stage_dir, learner.reference_kl if pays_for_kl else None)
         stage = Stage(config, observer, learner, fleet, stream, credit, Recorder(bank, sum(ranks_of(config).values())), tokenizer)
         restarts, lost = Restarts(config.rl.restarts), False
         while True:
@@ -168,7 +169,16 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
         return None
     if path is None:
         raise UserError("earl.enabled", "is true, but there are no expert clusters", "run `discover` first, or set earl.enabled=false")
-    return read_clusters(path, config.model)
+    return read_paid_clusters(path, config)
+
+
+def _credit(config: RunConfig, found: ExpertClusters | None, tokenizer: Tokenizer, bank: Bank, stage_dir: Path, kl: ReferenceKl | None) -> CreditOf:
+    def of(clusters: ExpertClusters | None) -> Credit:
+        return Credit(config, clusters, tokenizer.tag_ids, stage_dir, kl)
+
+    if found is None or not config.earl.reestimate_every:
+        return of(found)
+    return WatchedCredit(of, ClusterWatch(config, found, bank, stage_dir, tokenizer.image_id))
 
 
 @contextmanager

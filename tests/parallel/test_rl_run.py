@@ -11,12 +11,14 @@ import pytest
 
 from megatron_ext.checkpoint.dist import latest_step
 from megatron_ext.config.algorithms import ALGORITHMS
-from megatron_ext.config.schema import EarlConfig, EvaluateConfig, ParallelConfig
+from megatron_ext.config.schema import DiscoverConfig, EarlConfig, EvaluateConfig, ParallelConfig
+from megatron_ext.earl.files import read_clusters
 from megatron_ext.errors import ProbeMismatch, RankFailed, StoppedForRequeue, UserError
 from megatron_ext.observe.metrics import read_metrics
 from megatron_ext.rl import questions, replicas
 from megatron_ext.rl import run as rl
 from megatron_ext.rl.bank.bank import open_bank
+from megatron_ext.rl.reestimation import ClusterWatch
 from tests.support.rl_run import prepare, rl_config, save_clusters
 from tests.support.roles import NoisyRollout
 from tests.support.timelines import as_perfetto_reads, slices
@@ -335,9 +337,11 @@ def test_a_bonus_without_expert_clusters_is_refused_before_anything_starts(start
 
 def test_minibatches_a_reference_the_bonus_validation_and_failing_rewards_run_together(start, tmp_path):
     config, checkpoint = start
-    earl = EarlConfig(warmup=0.0, cooldown=0.0, correct_threshold=0.2)
+    earl = EarlConfig(warmup=0.0, cooldown=0.0, correct_threshold=0.2, reestimate_every=1)
     config = change(config, minibatches=3, kl_coeff=0.1, eval_every=2, reward="tests.support.vowels:moody_vowels", **ALGORITHMS["dr_grpo"])
-    config = config.model_copy(update={"earl": earl, "evaluate": EvaluateConfig(prompts_per_skill=2, sampled_prompts_per_skill=2)})
+    discover = DiscoverConfig(committee_top=2, permutations=20, bootstraps=3)
+    evaluate = EvaluateConfig(prompts_per_skill=2, sampled_prompts_per_skill=2)
+    config = config.model_copy(update={"earl": earl, "evaluate": evaluate, "discover": discover})
     clusters = save_clusters(config, tmp_path / "expert_clusters.json")
     rl.run_rl(config, tmp_path / "rl", checkpoint, clusters)
     first, second = numbers(tmp_path / "rl")
@@ -346,3 +350,6 @@ def test_minibatches_a_reference_the_bonus_validation_and_failing_rewards_run_to
     assert 0 < first["earl/cluster_usage/color"] < 1
     assert "val/val/ocr/accuracy" not in first and second["val/val/ocr/accuracy"] in (0, 0.5, 1)
     assert first["rollout/failed_count"] == first["rollout/failed/reward_raised"] in (8, 12, 16) and "earl/cluster_usage/composite" not in first
+    watch = ClusterWatch(config, read_clusters(clusters, config.model), open_bank(tmp_path / "rl" / "rollouts"), tmp_path, image_id=-1)
+    assert watch.after(0) | watch.after(1) == {name: value for name, value in (first | second).items() if name.startswith(("earl/drift", "earl/cluster_stale"))}
+    assert (tmp_path / "drift.jsonl").read_text() == (tmp_path / "rl" / "drift.jsonl").read_text(), "what is found depends on the bank alone"

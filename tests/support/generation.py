@@ -20,12 +20,13 @@ from megatron_ext.rl.roles import Ask
 from megatron_ext.rl.rollout_worker import RolloutRank
 from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
 
+MASKED = ((0, 3), (2, 1))
 Answers = dict[tuple[str, int], tuple[list[int], list[float], str]]
 
 
 def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig) -> Answers:
-    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts; the last rank of two has fewer chunks than the first.
-    Several ranks read prompts in parts, one rank reads them at once."""
+    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts, and under "masked" of those answered without two experts; the
+    last rank of two has fewer chunks than the first. Several ranks read prompts in parts, one rank reads them at once."""
     with open_parallel(parallel, rank, world_size, init_method, seed=0) as context:
         model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
         open_gates(model)
@@ -37,7 +38,12 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
         def seeds(index: int, sample: int) -> int:
             return rollout_seed(0, 0, mine[index].key, sample)
 
-        return _by_key(engine.generate(mine, 3, seeds=seeds, version=0))
+        found = _by_key(engine.generate(mine, 3, seeds=seeds, version=0))
+        with model.router_tap.mask(MASKED):
+            masked = engine.generate(mine, 1, seeds=seeds, version=0)
+        for rollout in masked:
+            assert not any((rollout.routes.experts_SLK[:, layer] == expert).any() for layer, expert in MASKED)
+        return found | {(f"masked {key}", sample): answer for (key, sample), answer in _by_key(masked).items()}
 
 
 def _by_key(rollouts: Sequence[Rollout]) -> Answers:

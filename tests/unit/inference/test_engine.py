@@ -189,3 +189,23 @@ def test_temperature_zero_is_greedy(engine: Engine, context: ParallelContext) ->
 
 def test_no_prompts_give_no_rollouts(engine: Engine) -> None:
     assert generate(engine, []) == []
+
+
+def test_answers_without_some_experts_are_those_of_a_full_forward_without_them(engine: Engine) -> None:
+    """Prompts are read, and tokens written, under the mask; afterwards everything is as it was."""
+    prompts, cluster = small_prompts(6), [(0, 3), (0, 6), (2, 1)]
+    before = generate(engine, prompts, 1, greedy=True)
+    with engine.model.router_tap.mask(cluster):
+        masked = generate(engine, prompts, 1, greedy=True)
+        for rollout in masked:
+            tokens = np.concatenate([rollout.prompt.tokens_S, rollout.response_T])[None]
+            inputs = model_inputs(tokens, rollout.prompt.tiles, np.zeros((1, 1)) - (not len(rollout.prompt.tiles)), torch.device("cpu"))
+            with torch.no_grad(), engine.model.router_tap.record() as routes:
+                logits = engine.model.eval()(inputs)
+            logprobs = token_logprobs(policy_logits(logits[:-1], 1.0, engine.passes.banned_V), inputs.tokens_BS[:, 1:], engine.context.pgs.tp)
+            np.testing.assert_allclose(rollout.logprobs_T, logprobs[0, slice(*rollout.response_rows)].numpy(), atol=1e-4)
+            assert route_digest(routes.experts(tokens.size)[:-1].numpy()) == route_digest(rollout.routes.experts_SLK)
+            assert not any((rollout.routes.experts_SLK[:, layer] == expert).any() for layer, expert in cluster)
+    after = generate(engine, prompts, 1, greedy=True)
+    assert [route_digest(r.routes.experts_SLK) for r in before] == [route_digest(r.routes.experts_SLK) for r in after]
+    assert [r.response_T.tolist() for r in before] != [r.response_T.tolist() for r in masked]
