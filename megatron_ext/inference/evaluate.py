@@ -34,6 +34,7 @@ from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.observe.results import write_verdicts
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
 
@@ -71,6 +72,7 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
     _write_samples(folder, outcomes, config)
+    write_verdicts(folder, [(o.key, o.skill, o.greedy, o.samples) for o in outcomes])
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(out)
