@@ -47,8 +47,9 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             problems.append(UserError(key, f"is missing in {path}", "docs/studies/README.md shows a study's file"))
     if problems:
         raise ConfigError(problems)
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in StudyConfig.model_fields.items() if not field.is_required()}
     try:
-        config = StudyConfig.model_validate_json(json.dumps(tree), strict=True)
+        config = StudyConfig.model_validate_json(json.dumps({**defaults, **tree}, default=str), strict=True)
     except ValidationError as error:
         found = plain_words(error, lambda dotted: _value(tree, dotted), StudyConfig)
         raise ConfigError([UserError(_where(dotted, origins), problem, remedy) for dotted, problem, remedy in found]) from None

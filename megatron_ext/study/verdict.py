@@ -99,4 +99,6 @@ def _judged(finding: Finding, p_holm: float, config: StudyConfig) -> Finding:
         "inconclusive": f"inconclusive: anything from {finding.low:+.3f} to {finding.high:+.3f} fits",
         "unfinished": f"unfinished: {len(finding.seeds)} of {len(config.seeds)} seeds, no verdict before all are there",
     }[verdict]
+    if verdict == "no effect" and finding.low == finding.high == 0:
+        words += ": no prompt was answered differently"
     return Finding(**{**asdict(finding), "p_holm": p_holm, "verdict": verdict, "words": words})
