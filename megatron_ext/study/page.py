@@ -49,7 +49,7 @@ def content(results: Results, folder: Path) -> dict[str, Any]:
         "version": __version__,
         "registration": results.registration,
         "rule": RULE,
-        "simultaneous": table.simultaneous(results),
+        "corrected": table.corrected(results),
         "findings": results.deciding,
         "forest": forest(results.deciding, config.smallest_effect) if results.deciding else None,
         "arms": by_arm(config, scores),

@@ -42,7 +42,7 @@ def markdown(results: Results) -> str:
 
 
 def verdicts(results: Results) -> str:
-    level = simultaneous(results)
+    level = corrected(results)
     rows = [["arm", "against", "difference", f"{level} interval", "bootstrap", "p (Holm)", "sign flip (least)", "seeds", "verdict"]]
     for one in results.deciding:
         flips = f"{one.sign_flip:.3g} ({one.sign_flip_least:.3g})"
@@ -67,9 +67,9 @@ def exploratory(findings: Sequence[Finding]) -> str:
     return _table(rows)
 
 
-def simultaneous(results: Results) -> str:
-    """`95 % simultaneous`."""
-    return f"{100 * results.config.confidence:g} % simultaneous"
+def corrected(results: Results) -> str:
+    """The name of the intervals of hypotheses."""
+    return f"{100 * results.config.confidence:g} % corrected"
 
 
 def signed(value: float) -> str:

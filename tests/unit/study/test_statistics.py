@@ -89,7 +89,7 @@ def test_the_bootstrap_of_equal_prompts_has_the_spread_of_resampled_seeds() -> N
 @pytest.mark.parametrize("of_seeds, of_prompts, rest", [(0.2, 0.0, 0.2), (0.05, 0.2, 0.4), (0.0, 0.0, 0.4)])
 def test_five_seeds_without_any_effect_seldom_find_one(of_seeds: float, of_prompts: float, rest: float) -> None:
     """Three arms against one baseline, 250 studies: any wrong `better` or `worse` in at most 5 %, but for the luck of the draw (3 standard errors). The longer
-    simulation, of tools/study/simulate.py, is in docs/studies/README.md."""
+    simulation, of tools/studies/simulate.py, is in docs/studies/README.md."""
     rng, skills = np.random.default_rng(7), ["a"] * 20 + ["b"] * 20 + ["c"] * 20
     wrong = covered = 0
     for _ in range(250):

@@ -45,7 +45,7 @@ def test_a_verdict_follows_from_the_corrected_p_and_the_interval(p: float, diffe
     [
         (0.2, 0.001, "better by 0.200"),
         (-0.2, 0.001, "worse by 0.200"),
-        (0.02, 0.001, "better by 0.020, which is less than anybody would care about"),
+        (0.02, 0.001, "better by 0.020, where 0.05 would be of interest"),
         (0.0, 0.001, "no effect larger than 0.05"),
         (0.1, 0.2, "inconclusive"),
     ],
@@ -71,6 +71,16 @@ def test_a_hypothesis_without_runs_still_counts_among_those_corrected_for() -> N
     (alone,) = conclude(study(), {"greedy": {"base": scores(0), "more": scores(0.1, spread=0.05)}})
     (first,) = conclude(study(arms=arms), {"greedy": {"base": scores(0), "more": scores(0.1, spread=0.05), "later": {}}})
     assert first.p == alone.p and first.p_holm == pytest.approx(2 * first.p) and first.confidence == pytest.approx(0.975)
+
+
+def test_an_interval_that_is_shown_agrees_with_its_verdict() -> None:
+    """Three hypotheses, of which the second is rejected at the second step of Holm's procedure only: its interval is that of the step."""
+    arms = {"base": {}, "first": {"a": 1}, "second": {"a": 2}, "third": {"a": 3}}
+    of = {"base": scores(0), "first": scores(0.2, spread=0.001), "second": scores(0.1, spread=0.0378), "third": scores(0.0, spread=0.1)}
+    found = conclude(study(arms=arms), {"greedy": of})
+    assert [one.verdict for one in found] == ["better", "better", "inconclusive"]
+    assert [round(one.confidence, 4) for one in found] == [0.9833, 0.975, 0.9833]
+    assert found[1].low > 0 and found[1].p > 0.05 / 3
 
 
 def test_explored_pairs_and_secondary_endpoints_get_no_verdict_and_cost_none() -> None:
