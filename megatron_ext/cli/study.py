@@ -66,15 +66,14 @@ def run(args: argparse.Namespace) -> int:
             register(study.config.study_dir, plan, versions(), args.amend)
         submit_all(study.config, cells, args)
         return EXIT_OK
+    if args.report_only:
+        _report(study.config, cells, _registered(study.config), None)
+        return EXIT_OK
     with _locked(study.config.study_dir):
-        if args.report_only:
-            registration = _registered(study.config)
-            board = None
-        else:
-            registration = register(study.config.study_dir, plan, versions(), args.amend)
-            board = _carry_out(study.config, cells, registration)
+        registration = register(study.config.study_dir, plan, versions(), args.amend)
+        board = _carry_out(study.config, cells, registration)
         _report(study.config, cells, registration, board)
-    return EXIT_OK if board is None else _ended(study.config, cells, board)
+    return _ended(study.config, cells, board)
 
 
 def _carry_out(study: StudyConfig, cells: Cells, registration: Registration) -> Board:

@@ -5,7 +5,6 @@ recipe + overrides of the study (+ those of the arm) + seed, name, output_dir  -
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -112,15 +111,14 @@ def settings_by_arm(study: StudyConfig, cells: Cells) -> dict[str, dict[str, Any
     for cell in cells.of_arms[: len(study.arms)]:
         place = str(cells.shared[cell.seed].folder.root) if cells.shared else ""
         settings = settings_of(cell.config, names)
-        found[cell.arm] = json.loads(json.dumps(settings).replace(place, _PLACE)) if place else settings
+        found[cell.arm] = _replaced(settings, place, _PLACE) if place else settings
     return found
 
 
 def _cell(study: StudyConfig, arm: str, seed: int, until: str, values: dict[str, Any], shared: Cell | None) -> Cell:
     merged = {**study.overrides, **values, "seed": seed, "name": f"seed-{seed}", "output_dir": str(study.study_dir / arm)}
     if shared is not None:
-        place = str(shared.folder.root)
-        merged = {dotted: value.replace(_PLACE, place) if isinstance(value, str) else value for dotted, value in merged.items()}
+        merged = _replaced(merged, _PLACE, str(shared.folder.root))
     overrides = as_overrides(merged)
     name = f"{arm}/seed-{seed}"
     try:
@@ -129,6 +127,15 @@ def _cell(study: StudyConfig, arm: str, seed: int, until: str, values: dict[str,
         raise ConfigError([UserError(f"{name}: {problem.where}", problem.problem, problem.remedy) for problem in error.problems]) from None
     given = () if shared is None else _given(config, shared)
     return Cell(name, arm, seed, until, config, tuple(overrides), shared.name if shared is not None else None, given)
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """The value with `old` replaced in every text in it."""
+    if isinstance(value, dict):
+        return {key: _replaced(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, old, new) for item in value]
+    return value.replace(old, new) if isinstance(value, str) else value
 
 
 def _given(config: RunConfig, shared: Cell) -> tuple[Stage, ...]:

@@ -62,6 +62,24 @@ def carry_out(
     """Brings every run to its end, in order, `jobs` side by side; those named in `done` need nothing. Returns when none is running and none can be started."""
     board = Board({run.name: "done" if run.name in done else "waiting" for run in runs})
     running: dict[str, Running] = {}
+    try:
+        _carry_out(runs, board, running, jobs, stop_asked, show, sleep)
+    except BaseException:  # such as a second Ctrl-C, which waits for nothing
+        for process in running.values():
+            process.stop()
+        raise
+    return board
+
+
+def _carry_out(
+    runs: Sequence[Due],
+    board: Board,
+    running: dict[str, Running],
+    jobs: int,
+    stop_asked: Callable[[], bool],
+    show: Callable[[Board], None],
+    sleep: Callable[[float], None],
+) -> None:
     asked = False
     while True:
         for name, process in list(running.items()):
@@ -76,7 +94,7 @@ def carry_out(
             _start(runs, board, running, jobs)
         show(board)
         if not running and (asked or not board.named("waiting")):
-            return board
+            return
         sleep(_LOOK_EVERY_S)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
+
 from megatron_ext.errors import UserError
 from megatron_ext.study.schedule import Board, carry_out
 
@@ -85,3 +87,16 @@ def test_a_request_to_stop_reaches_every_running_run_once_and_starts_no_other() 
 def test_a_run_that_stops_by_itself_leaves_the_others_running() -> None:
     board, _ = carried([Fake("one", code=75), Fake("two")])
     assert board.states == {"one": "stopped", "two": "done"}
+
+
+def test_what_ends_the_schedule_itself_ends_its_runs() -> None:
+    runs = [Fake("one", asks=50)]
+
+    def interrupted() -> bool:
+        if runs[0].starts:
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        carried(runs, stop=interrupted)
+    assert runs[0].stopped
