@@ -30,6 +30,7 @@ MOST_ENUMERATED = 12
 """Seeds of which all 2^S signs are tried; beyond, RANDOM_FLIPS of them."""
 RANDOM_FLIPS = 20000
 _CHUNK, _HALVINGS = 500, 60
+Numbers = float | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Effect:
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """Two-sided."""
-        reach = self._reach(confidence)
-        return self.difference - reach, self.difference + reach
+        far = self._reach(1 - confidence)
+        return self.difference - far, self.difference + far
 
     @property
     def p(self) -> float:
@@ -56,17 +57,18 @@ class Effect:
         low, high = -300.0, 0.0  # of its logarithm to the base 10
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._reach(1 - 10**middle, 10**middle) < abs(self.difference) else (middle, high)
+            low, high = (low, middle) if self._reach(10**middle) < abs(self.difference) else (middle, high)
         return float(10**high)
 
-    def _reach(self, confidence: float, alpha: float | None = None) -> float:
+    def _reach(self, alpha: float) -> float:
         seeds = len(self.seeds_S)
-        if seeds < 2:
-            return math.inf
-        tail = (1 - confidence if alpha is None else alpha) / 2
-        of_seeds, of_prompts = float(stdtrit(seeds - 1, tail)), float(stdtrit(self.prompts, tail))
-        both = of_seeds**2 * self.v_seeds + of_prompts**2 * max(self.v_prompts - self.v_rest, 0.0)
-        return math.sqrt(max(both, of_prompts**2 * self.v_prompts))
+        return float(reach(alpha, seeds, self.prompts, self.v_seeds, self.v_prompts, self.v_rest)) if seeds > 1 else math.inf
+
+
+def reach(alpha: float, seeds: int, prompts: int, v_seeds: Numbers, v_prompts: Numbers, v_rest: Numbers) -> Numbers:
+    """How far the interval at confidence 1 - alpha goes on either side, for single numbers or arrays of them. `prompts`: P - X."""
+    of_seeds, of_prompts = stdtrit(seeds - 1, alpha / 2) ** 2, stdtrit(prompts, alpha / 2) ** 2
+    return np.sqrt(np.maximum(of_seeds * v_seeds + of_prompts * np.maximum(v_prompts - v_rest, 0.0), of_prompts * v_prompts))
 
 
 def effect(difference_SP: np.ndarray, skill_P: Sequence[str]) -> Effect:

@@ -1,64 +1,65 @@
-"""How often the rule of a study errs, and how often it finds what is there: the table of docs/studies/README.md.
+"""How often the rule of a study errs, and what it can find: the table of docs/studies/README.md.
 
-    python tools/studies/simulate.py [--studies 2000]
+    python tools/studies/simulate.py
 
-Every study has six arms against one baseline, prompts of three skills that all seeds answer, and scatter of three kinds: of seeds, of prompts (an arm is
-better at some and worse at others, whatever the seed), and of single answers.
+Differences scatter over seeds, over prompts (an arm is better at some and worse at others, whatever the seed) and from answer to answer, normally. Then the
+three mean squares that the rule is made of are independent multiples of chi-squares, and are drawn as such, 200,000 times; the bootstrap is tried on whole
+tables of differences, 400 times.
 """
 
 from __future__ import annotations
 
-import argparse
-
 import numpy as np
+from scipy.special import stdtrit
 
-from megatron_ext.study.statistics import bootstrap, effect, holm, sign_flip_p
+from megatron_ext.study.statistics import bootstrap, reach
 
-ARMS, PROMPTS, ALPHA = 6, 60, 0.05
-SKILLS = [skill for skill in ("a", "b", "c") for _ in range(PROMPTS // 3)]
-SCATTER = {"seeds": (0.10, 0.0, 0.4), "seeds and prompts": (0.05, 0.3, 0.4), "prompts": (0.0, 0.4, 0.4), "answers alone": (0.0, 0.0, 0.4)}
-"""Standard deviations of an arm's score over seeds, over prompts, and of what is left."""
+STUDIES, BOOTSTRAPPED, RESAMPLES = 200_000, 400, 300
+PROMPTS, SKILLS, HYPOTHESES, ALPHA = 600, 6, 6, 0.05
+SCATTER = {"seeds": (0.05, 0.0, 0.4), "seeds and prompts": (0.02, 0.2, 0.4), "prompts": (0.0, 0.3, 0.4), "answers alone": (0.0, 0.0, 0.4)}
+"""Standard deviations over seeds, over prompts, and of what is left, of differences between two arms."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", type=int, default=2000, help="studies of each kind")
-    studies = parser.parse_args().studies
-    print("| seeds | scatter | wrong verdict in a study | interval covers | bootstrap covers | sign flips p <= 0.05 | finds 3 SE | finds 6 SE |")
-    print("|---|---|---|---|---|---|---|---|")
+    rng = np.random.default_rng(0)
+    print(f"| seeds | scatter of | wrong at {ALPHA:g} | wrong in a study of {HYPOTHESES} | with Satterthwaite | bootstrap covers | least effect found |")
+    print("|---|---|---|---|---|---|---|")
     for seeds in (3, 5, 10):
         for name, scatter in SCATTER.items():
-            print(f"| {seeds} | {name} | " + " | ".join(f"{share:.3f}" for share in rates(seeds, scatter, studies)) + " |", flush=True)
+            numbers = rates(rng, seeds, *scatter)
+            print(
+                f"| {seeds} | {name} | " + " | ".join(f"{number:.3f}" for number in (*numbers[:3], covered(rng, seeds, *scatter), numbers[3])) + " |",
+                flush=True,
+            )
 
 
-def rates(seeds: int, scatter: tuple[float, float, float], studies: int) -> list[float]:
-    """Shares of studies in which a true null is rejected after Holm; the 95 % interval covers; the bootstrap's does; flips reach 0.05; an effect of three,
-    and of six, true standard errors is found after Holm beside five nulls. The bootstrap is tried in a quarter of them."""
-    rng = np.random.default_rng(0)
-    of_seeds, of_prompts, rest = scatter
-    error = np.sqrt(2 * (of_seeds**2 / seeds + of_prompts**2 / PROMPTS + rest**2 / (seeds * PROMPTS)))
-    wrong = covered = flipped = resampled = 0
-    found = {3: 0, 6: 0}
-    for number in range(studies):
-        base_SP, *arms = (_scores(rng, seeds, scatter) for _ in range(ARMS + 1))
-        nulls = [effect(arm_SP - base_SP, SKILLS) for arm_SP in arms]
-        values = [one.p for one in nulls]
-        wrong += min(holm(values)) <= ALPHA
-        low, high = nulls[0].interval(1 - ALPHA)
-        covered += low <= 0 <= high
-        flipped += sign_flip_p(nulls[0].seeds_S) <= ALPHA
-        if number % 4 == 0:
-            low, high = bootstrap(arms[0] - base_SP, SKILLS, 1 - ALPHA, 300, seed=number)
-            resampled += low <= 0 <= high
-        for size in found:
-            shifted = effect(arms[0] - base_SP + size * error, SKILLS)
-            found[size] += shifted.difference > 0 and holm([shifted.p, *values[1:]])[0] <= ALPHA
-    return [wrong / studies, covered / studies, resampled / len(range(0, studies, 4)), flipped / studies, found[3] / studies, found[6] / studies]
+def rates(rng: np.random.Generator, seeds: int, of_seeds: float, of_prompts: float, rest: float) -> tuple[float, float, float, float]:
+    """Without an effect: how often one hypothesis at ALPHA, and any of HYPOTHESES at their share of it, is found wrongly; the latter with Satterthwaite's
+    degrees of freedom, too. With one: the size that is found in four of five studies, beside HYPOTHESES - 1 others."""
+    left = PROMPTS - SKILLS
+    v_seeds = (of_seeds**2 + rest**2 / PROMPTS) / seeds * rng.chisquare(seeds - 1, STUDIES) / (seeds - 1)
+    v_prompts = (of_prompts**2 + rest**2 / seeds) / PROMPTS * rng.chisquare(left, STUDIES) / left
+    v_rest = rest**2 / (seeds * PROMPTS) * rng.chisquare((seeds - 1) * left, STUDIES) / ((seeds - 1) * left)
+    error = np.sqrt(of_seeds**2 / seeds + of_prompts**2 / PROMPTS + rest**2 / (seeds * PROMPTS))
+    noise = rng.normal(0, error, STUDIES)
+
+    one, share = (np.asarray(reach(level, seeds, left, v_seeds, v_prompts, v_rest)) for level in (ALPHA, ALPHA / HYPOTHESES))
+    variance = np.maximum.reduce([v_seeds + v_prompts - v_rest, v_seeds, v_prompts])
+    spread = v_seeds**2 / (seeds - 1) + v_prompts**2 / left + v_rest**2 / ((seeds - 1) * left)
+    satterthwaite = -stdtrit(np.maximum(variance**2 / spread, seeds - 1), ALPHA / HYPOTHESES / 2) * np.sqrt(variance)
+    in_a_study = [1 - (1 - float(np.mean(np.abs(noise) >= far))) ** HYPOTHESES for far in (share, satterthwaite)]
+    return float(np.mean(np.abs(noise) >= one)), *in_a_study, float(np.quantile(share - noise, 0.8))
 
 
-def _scores(rng: np.random.Generator, seeds: int, scatter: tuple[float, float, float]) -> np.ndarray:
-    of_seeds, of_prompts, rest = scatter
-    return rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_prompts, (1, PROMPTS)) + rng.normal(0, rest, (seeds, PROMPTS))
+def covered(rng: np.random.Generator, seeds: int, of_seeds: float, of_prompts: float, rest: float) -> float:
+    """How often the bootstrap's interval at 1 - ALPHA holds the true difference of 0."""
+    skills = [str(skill) for skill in range(SKILLS) for _ in range(PROMPTS // SKILLS)]
+    held = 0
+    for number in range(BOOTSTRAPPED):
+        difference_SP = rng.normal(0, of_seeds, (seeds, 1)) + rng.normal(0, of_prompts, (1, PROMPTS)) + rng.normal(0, rest, (seeds, PROMPTS))
+        low, high = bootstrap(difference_SP, skills, 1 - ALPHA, RESAMPLES, seed=number)
+        held += low <= 0 <= high
+    return held / BOOTSTRAPPED
 
 
 if __name__ == "__main__":
