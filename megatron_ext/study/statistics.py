@@ -51,10 +51,10 @@ class Effect:
 
     @property
     def p(self) -> float:
-        """Of no difference, two-sided."""
+        """Of no difference, two-sided; at least 1e-100, beyond which the quantiles of Student's t are no numbers."""
         if not self.difference or len(self.seeds_S) < 2:
             return 1.0
-        low, high = -300.0, 0.0  # of its logarithm to the base 10
+        low, high = -100.0, 0.0  # of its logarithm to the base 10
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             low, high = (low, middle) if self._reach(10**middle) < abs(self.difference) else (middle, high)

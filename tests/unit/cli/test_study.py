@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,16 @@ from megatron_ext.cli.main import main
 from megatron_ext.cli.marks import DONE, Mark, settings_of
 from megatron_ext.cli.run_folder import RunFolder
 from megatron_ext.cli.stages import STAGES, sections
+from megatron_ext.cli.study import _ended
 from megatron_ext.cli.study_cells import Cell, Cells, cells_of, settings_by_arm
 from megatron_ext.cli.study_progress import panel, study_progress
-from megatron_ext.cli.study_runs import run_arguments, time_left_s, whereabouts
+from megatron_ext.cli.study_runs import Process, log_of, run_arguments, time_left_s, whereabouts
 from megatron_ext.cli.study_sharing import hand_over
 from megatron_ext.config.load import load_config
 from megatron_ext.config.study import load_study
 from megatron_ext.config.study_schema import StudyConfig
-from megatron_ext.errors import ConfigError
-from megatron_ext.study.schedule import Board
+from megatron_ext.errors import ConfigError, StoppedForRequeue
+from megatron_ext.study.schedule import Board, carry_out
 
 ROOT = Path(__file__).parents[3]
 STUDY = """
@@ -160,6 +163,42 @@ def test_a_log_gets_a_line_for_every_run_that_begins_or_ends(capsys: pytest.Capt
             board.why = {"shared/seed-0": "exit code 1"} if state == "failed" else {}
             show(board)
     assert capsys.readouterr().err.splitlines() == ["shared/seed-0: running", "shared/seed-0: failed: exit code 1"]
+
+
+@dataclass
+class Sleeps:
+    """A real process in the place of a run."""
+
+    name: str
+    needs: str | None = None
+
+    def start(self) -> Process:
+        return Process(subprocess.Popen(["sleep", "60"], start_new_session=True))
+
+
+def test_a_request_to_stop_ends_processes_that_have_only_just_begun() -> None:
+    """Before a run catches signals it dies of them: that is a stop, too, and no failure."""
+    board = carry_out([Sleeps("one"), Sleeps("two"), Sleeps("three")], [], 2, stop_asked=lambda: True)
+    assert set(board.states.values()) == {"waiting"}, "nothing is begun after a request"
+    asked = iter([False, True])
+    board = carry_out([Sleeps("one"), Sleeps("two"), Sleeps("three")], [], 2, stop_asked=lambda: next(asked, True))
+    assert board.states == {"one": "stopped", "two": "stopped", "three": "waiting"}
+
+
+def test_a_study_with_failed_runs_says_which_and_ends_with_1_a_stopped_one_with_75(capsys: pytest.CaptureFixture[str]) -> None:
+    study, cells = opened()
+    board = Board({one.name: "done" for one in cells.every})
+    assert _ended(study, cells, board) == 0
+    board.states["more/seed-0"], board.why["more/seed-0"] = "failed", "exit code 2"
+    log = log_of(study, cells.named("more/seed-0"))
+    log.parent.mkdir(parents=True)
+    log.write_text("much\nbefore\nerror: rl.steps: too many\n")
+    assert _ended(study, cells, board) == 1
+    assert "more/seed-0 failed (exit code 2), runs/one/logs/more-seed-0.log ends with" in (told := capsys.readouterr().err)
+    assert "    error: rl.steps: too many\n" in told and "The same command tries them again." in told
+    board.states["more/seed-1"] = "stopped"
+    with pytest.raises(StoppedForRequeue, match="6 of 8 runs are done"):
+        _ended(study, cells, board)
 
 
 def test_jobs_of_a_cluster_do_one_run_each_after_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,11 @@ def test_equal_arms_differ_by_nothing_for_certain() -> None:
     assert found.interval(0.99) == (0, 0) and found.p == 1
 
 
+def test_arms_that_always_differ_by_the_same_are_certainly_different() -> None:
+    found = effect(np.full((4, 4), 0.1), SKILLS)
+    assert found.interval(0.99) == pytest.approx((0.1, 0.1)) and found.p == pytest.approx(0, abs=1e-60)
+
+
 @given(st.integers(2, 6), st.integers(0, 1000), st.floats(0.1, 10), st.floats(-1, 1))
 def test_the_p_value_is_where_the_interval_touches_zero_and_units_do_not_matter(seeds: int, seed: int, scale: float, shift: float) -> None:
     difference_SP = drawn(np.random.default_rng(seed), seeds, 8, 0.1, 0.1, 0.3) + shift
