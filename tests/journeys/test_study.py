@@ -86,6 +86,6 @@ def test_a_run_that_fails_is_named_and_does_not_stop_the_others(folder: Path) ->
     broken = ("name=broken", "seeds=[0]", "arms.fast.sft.init_from=dense.yaml")
     code, _, errors = megatron_ext(folder, "study", "small.yaml", *broken)
     assert code == 1
-    assert "fast/seed-0 failed (exit code 2)" in errors and "The same command tries them again." in errors
+    assert "fast/seed-0 failed (exit code" in errors and "The same command tries them again." in errors
     content = json.loads((folder / "runs" / "broken" / "study.json").read_text())
     assert {run["name"]: run["state"].partition(":")[0] for run in content["runs"]} == {"shared/seed-0": "done", "slow/seed-0": "done", "fast/seed-0": "failed"}
