@@ -44,6 +44,7 @@ VERBS = {
     "rl": ("stage_verb", "reinforcement learning with the EARL bonus"),
     "evaluate": ("evaluate", "measure accuracy by skill"),
     "generate": ("generate", "answer one question about one image"),
+    "study": ("study", "compare arms of a recipe over seeds: registered, paired, with a verdict in words"),
     "plan": ("plan", "say which layouts fit a number of GPUs, and how fast each would be"),
     "convert": ("convert", "take checkpoints from Hugging Face, and back"),
     "submit": ("submit", "write the SLURM job of a stage, or of each, and submit it"),
@@ -58,6 +59,7 @@ _EPILOG = """examples:
   megatron-ext rl examples/tiny.yaml rl.steps=20          one stage, one value changed
   megatron-ext run examples/tiny.yaml --explain           every value and where it comes from
   megatron-ext run examples/tiny.yaml --dry-run           check it, show sizes and layout, train nothing
+  megatron-ext study examples/earl_study.yaml --dry-run   the runs of a study, and whether all of them are valid
   megatron-ext plan examples/internvl3_5_30b_a3b/sft.yaml --gpus 64      layouts ranked by predicted memory and time, without a GPU
 
 `megatron-ext VERB --help` tells more. Exit codes: 0 done, 1 a failure of the program, 2 a mistake in what was asked, 75 stopped on request."""

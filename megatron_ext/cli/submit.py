@@ -42,11 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a job for each of pretrain, sft, mpo (with mpo.steps), rl up to --until; each starts when the one before has succeeded",
     )
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
-    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of each (default 0: CPUs over gloo)")
-    parser.add_argument("--time", default="04:00:00", metavar="T", help="time limit (default 04:00:00); a job that reaches it is queued again and resumes")
-    parser.add_argument("--after", metavar="JOBID", help="start when this job has succeeded")
-    parser.add_argument("--site", type=Path, default=SITE, metavar="FILE", help=f"settings of the cluster (default {SITE})")
+    add_job_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
     parser.epilog = (
         "examples:\n  megatron-ext submit examples/tiny.yaml --until pretrain --nodes 2 --dry-run\n"
@@ -54,11 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is asked of the cluster."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    parser.add_argument("--gpus-per-node", type=int, default=0, metavar="G", help="GPUs of each (default 0: CPUs over gloo)")
+    parser.add_argument("--time", default="04:00:00", metavar="T", help="time limit (default 04:00:00); a job that reaches it is queued again and resumes")
+    parser.add_argument("--after", metavar="JOBID", help="start when this job has succeeded")
+    parser.add_argument("--site", type=Path, default=SITE, metavar="FILE", help=f"settings of the cluster (default {SITE})")
+
+
 def run(args: argparse.Namespace) -> int:
     config = load(args).config
     chain = [stage for stage in STAGES if stage in ("pretrain", "sft", args.until) or (stage == "mpo" and config.mpo.steps)]
     stages = [stage for stage in chain if STAGES.index(stage) <= STAGES.index(args.until)] if args.chain else [args.until]
-    problems = [*missing_files(config), *(problem for stage in stages for problem in _problems(config, stage, args))]
+    problems = [*missing_files(config), *(problem for stage in stages for problem in job_problems(config, stage, args))]
     if problems:
         raise ConfigError(problems)
     scripts = {stage: render(config, stage, args) for stage in stages}
@@ -69,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("sbatch", "is not on this machine", "submit from a login node of the cluster, or add --dry-run to see the script")
     after = args.after
     for stage, script in scripts.items():
-        after = _submit(config.run_dir / "logs" / f"{stage}.sbatch", script, args.site, after)
+        after = submit_script(config.run_dir / "logs" / f"{stage}.sbatch", script, args.site, after)
         print(f"{stage}: job {after}", flush=True)
     return EXIT_OK
 
@@ -78,11 +83,24 @@ def render(config: RunConfig, stage: str, args: argparse.Namespace) -> str:
     """The script of one stage."""
     recipe = [args.config, *args.overrides]
     supervised = stage != "rl"
+    return script_of(
+        config,
+        args,
+        supervised=supervised,
+        title=TITLES[stage],
+        command=shlex.join(["megatron-ext", "submit", *recipe, "--until", stage, *job_options(args), "--dry-run"]),
+        job_name=f"{config.name}-{stage}",
+        verb=shlex.join(["run", *recipe, *(["--until", stage] if supervised else [])]),
+    )
+
+
+def script_of(config: RunConfig, args: argparse.Namespace, *, supervised: bool, title: str, command: str, job_name: str, verb: str) -> str:
+    """A script that calls `verb`, with a task for every rank (`supervised`) or for every node. `command`: what writes this script."""
     environment = Environment(loader=PackageLoader("megatron_ext.cli", "."), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     return environment.get_template("slurm.sbatch.j2").render(
-        title=TITLES[stage],
-        command=shlex.join(["megatron-ext", "submit", *recipe, "--until", stage, *_options(args), "--dry-run"]),
-        job_name=shlex.quote(f"{config.name}-{stage}"),
+        title=title,
+        command=command,
+        job_name=shlex.quote(job_name),
         nodes=args.nodes,
         tasks="ranks" if supervised else "nodes",
         tasks_per_node=config.parallel.num_ranks // args.nodes if supervised else 1,
@@ -90,11 +108,11 @@ def render(config: RunConfig, stage: str, args: argparse.Namespace) -> str:
         time=args.time,
         site=shlex.quote(str(args.site)),
         run_dir=shlex.quote(str(config.run_dir)),
-        verb=shlex.join(["run", *recipe, *(["--until", stage] if supervised else [])]),
+        verb=verb,
     )
 
 
-def _options(args: argparse.Namespace) -> Iterator[str]:
+def job_options(args: argparse.Namespace) -> Iterator[str]:
     """What was asked of the cluster, as it would be typed."""
     yield from ("--nodes", str(args.nodes))
     if args.gpus_per_node:
@@ -104,7 +122,7 @@ def _options(args: argparse.Namespace) -> Iterator[str]:
         yield from ("--site", str(args.site))
 
 
-def _problems(config: RunConfig, stage: str, args: argparse.Namespace) -> Iterator[UserError]:
+def job_problems(config: RunConfig, stage: str, args: argparse.Namespace) -> Iterator[UserError]:
     """Why the stage cannot run on these nodes."""
     ranks, nodes, gpus = config.parallel.num_ranks, args.nodes, args.gpus_per_node
     if nodes < 1:
@@ -123,7 +141,7 @@ def _problems(config: RunConfig, stage: str, args: argparse.Namespace) -> Iterat
         yield UserError("--site", f"there is no {args.site}", "copy examples/slurm/site.env of the repository and adapt it")
 
 
-def _submit(path: Path, script: str, site: Path, after: str | None) -> str:
+def submit_script(path: Path, script: str, site: Path, after: str | None) -> str:
     """Hands the script to sbatch, which keeps a copy; ours stays in the run's folder. The id of the job."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(script, encoding="utf-8")

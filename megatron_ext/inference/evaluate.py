@@ -35,6 +35,7 @@ from megatron_ext.inference.looks import Instead, Look, instead_of, look, summar
 from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.observe.results import write_verdicts
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
 
@@ -76,6 +77,7 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     if seen:
         table["clvr"] = summarise_looks([outcome.look for outcome in seen if outcome.look is not None], [outcome.greedy for outcome in seen])
     _write_samples(folder, outcomes, config)
+    write_verdicts(folder, [(o.key, o.skill, o.greedy, o.samples) for o in outcomes])
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(out)

@@ -5,7 +5,9 @@
                           "blind": 0.12, "chance": 0.11, "cluster_mass": 0.42}, ...},
      "macro": {"greedy": 0.58, ...}}
 
-A number that was not measured is absent or null.
+A number that was not measured is absent or null. Beside it, in the folder of the same name, `verdicts.jsonl` says it prompt by prompt:
+
+    {"key": "suite/test/count/0/17", "skill": "count", "greedy": true, "samples": [1, 0, 1, 1, 0, 1, 1, 1]}
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,17 @@ class Evaluation:
     macro: Accuracy
 
 
+@dataclass(frozen=True)
+class PromptVerdict:
+    """Whether the answers to one prompt were right. `samples` is empty where nothing was sampled."""
+
+    key: str
+    skill: str
+    greedy: bool
+    samples: tuple[bool, ...]
+
+
+VERDICTS = "verdicts.jsonl"
 _MEAN_AT = re.compile(r"mean@(\d+)")
 NOTHING = Accuracy(*[None] * 9)
 
@@ -63,6 +77,26 @@ def read_evaluation(path: Path) -> Evaluation | None:
         return Evaluation(str(content["checkpoint"]), str(content["split"]), samples, skills, _accuracy(content["macro"], samples))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(str(path), f"is not the result of an evaluation ({error!r})", "evaluate again") from None
+
+
+def write_verdicts(folder: Path, verdicts: Iterable[tuple[str, str, bool, Sequence[bool]]]) -> None:
+    """One line for each (key, skill, greedy, samples), for whoever pairs evaluations prompt by prompt."""
+    lines = [
+        json.dumps({"key": key, "skill": skill, "greedy": bool(greedy), "samples": [int(right) for right in samples]}) + "\n"
+        for key, skill, greedy, samples in verdicts
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / VERDICTS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_verdicts(evaluation: Path) -> list[PromptVerdict]:
+    """The verdicts beside an evaluation's file, in the order of its prompts. Raises DataError where they are missing or damaged."""
+    path = evaluation.with_suffix("") / VERDICTS
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [PromptVerdict(row["key"], row["skill"], bool(row["greedy"]), tuple(bool(right) for right in row["samples"])) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(str(path), f"does not say which prompts were answered rightly ({error!r})", "evaluate again") from None
 
 
 def _accuracy(row: dict[str, Any], samples: int | None) -> Accuracy:

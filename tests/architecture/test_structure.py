@@ -15,7 +15,7 @@ PACKAGE = ROOT / "megatron_ext"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MOST_LINES, MOST_FUNCTION_LINES = 400, 100
-LIGHT = ("errors", "shapes", "durable", "config", "batch", "earl", "parallel/plan.py", "parallel/stages.py", "cli")
+LIGHT = ("errors", "shapes", "durable", "config", "batch", "earl", "study", "parallel/plan.py", "parallel/stages.py", "cli")
 
 
 def name(path: Path) -> str:
