@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 
-from megatron_ext.config.clvr_rules import clvr_rules
 from megatron_ext.config.cluster_rules import cluster_rules
+from megatron_ext.config.clvr_rules import clvr_rules
 from megatron_ext.config.data_rules import image_rules
 from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.fleet_rules import fleet_rules
