@@ -1,6 +1,6 @@
 """`expert_clusters.json`: the clusters of one checkpoint, written once by discovery and read strictly by everything after it.
 
-    {"schema_version": 1, "model": {"num_layers", "num_experts"}, "checkpoint", "seed", "settings": {...}, "critical_z",
+    {"schema_version": 2, "model": {"num_layers", "num_experts"}, "checkpoint", "seed", "settings": {...}, "critical_z",
      "information_L": [L], "skills": [{"skill", "status", "reason", "pairs": [...], ..., "mean_mass_LE": [L][E], "risk_difference_LE": [L][E]}]}
 
 A file of another schema, another model, or with a missing, unknown or impossible field is a UserError that names the field.
@@ -21,7 +21,7 @@ from megatron_ext.config.schema import DiscoverConfig, ModelConfig
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
 from megatron_ext.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _REMEDY = "run `discover` again"
 
 
@@ -116,6 +116,12 @@ class _Pair(_Strict):
     z: float
     p: Share
     bootstrap_frequency: Share
+    log_odds: float
+    npmi: Annotated[float, Field(ge=-1, le=1)]
+    uncontrolled_risk_difference: float
+    uncontrolled_z: float
+    controlled_log_odds: float
+    controlled_npmi: Annotated[float, Field(ge=-2, le=2)]
 
 
 class _Skill(_Strict):
@@ -134,12 +140,12 @@ class _Skill(_Strict):
 
 
 class _File(_Strict):
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     model: _Shape
     checkpoint: str
     seed: int
     settings: DiscoverConfig
-    critical_z: float
+    critical_z: float | None
     information_L: list[float]
     skills: list[_Skill] = Field(min_length=1)
 

@@ -152,7 +152,7 @@ def test_token_control_removes_what_the_words_explain_and_reports_both(planted_p
 
 def test_malformed_masses_are_refused():
     with pytest.raises(ValueError, match="negative or non-finite"):
-        discover(np.full((4, 1, 4), np.nan), ["a", "b"] * 2, ["t"] * 4, QUICK, seed=0)
+        discover(np.full((4, 1, 6), np.nan), ["a", "b"] * 2, ["t"] * 4, QUICK, seed=0)
 
 
 def test_a_large_model_without_structure_has_no_clusters():

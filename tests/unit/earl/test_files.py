@@ -41,7 +41,7 @@ def test_there_and_back_is_the_identity(written):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda content: content.update(schema_version=2), "schema_version"),
+        (lambda content: content.update(schema_version=1), "schema_version"),
         (lambda content: content.pop("seed"), "seed: Field required"),
         (lambda content: content.update(extra=1), "extra: Extra inputs"),
         (lambda content: content["model"].update(num_experts="ten"), "model.num_experts"),
