@@ -211,7 +211,8 @@ def _check(source: MassSource, skill_N: Sequence[str], template_N: Sequence[str]
 def _look(survey: Survey, permuted_RN: np.ndarray, poll: Callable[[], None]) -> _Look:
     looks = []
     for block in survey.blocks():
-        found, plain = block.effects(), block.plain()
+        found = block.effects()
+        plain = block.plain() if block.controlled else found
         null = permutation_null(block.contrast_NLE, permuted_RN, block.stratum_N, found.z_XLE, poll)
         plain_null = permutation_null(block.mass_NLE, permuted_RN, block.stratum_N, plain.z_XLE, poll) if block.controlled else null
         control_XLE = block.mean_control() if block.controlled else None

@@ -20,7 +20,8 @@ from megatron_ext.earl.selection import exceeds, select
 from megatron_ext.earl.statistics import Effects, auroc
 
 NUM_SPLITS = 20
-_AT_ONCE = 32
+_TABLE_BYTES = 1 << 25
+"""Of a table of effects of the resamples that are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +75,10 @@ def selected_again(survey: Survey, resamples: Resamples, critical: float, config
     """bool [B, X, L, E]: what each resample selects. `poll` is called now and then, and may raise."""
     parts = []
     for block in survey.blocks():
-        chosen = []
-        for first in range(0, len(resamples.times_BN), _AT_ONCE):
+        chosen, at_once = [], max(1, _TABLE_BYTES // (8 * block.num_skills * block.mass_NLE[0].size))
+        for first in range(0, len(resamples.times_BN), at_once):
             poll()
-            few = slice(first, first + _AT_ONCE)
+            few = slice(first, first + at_once)
             found = effects_of(block, resamples.times_BN[few])
             scale_B = resamples.critical_scale_B[few, None, None, None]
             chosen.append(select(found, exceeds(found.z_XLE, critical * scale_B), config))

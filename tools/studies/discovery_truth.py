@@ -73,7 +73,7 @@ def errors(finder: Finder, repetitions: int) -> dict[str, float]:
 
 
 def power(finder: Finder, world: World, repetitions: int) -> dict[str, float]:
-    """`power`: the share of planted pairs that is found, `false`: of found pairs that is not planted; `low`, `median`, `high`: risk differences of planted pairs."""
+    """`power`: the share of planted pairs that is found, `false`: of found pairs that is not planted; `low`, `median`, `high`: planted risk differences."""
     hits, wrong, differences = 0, 0, []
     for seed in range(repetitions):
         data = planted(world, 20_000 + seed)
