@@ -253,10 +253,11 @@ def _skill_clusters(survey: Survey, look: _Look, evidence: Evidence, uncontrolle
     """The budget, and what is measured of the clusters that are within it."""
     verdicts = [verdict(evidence, skill, config) for skill in range(survey.num_skills)]
     wanted = [(skill, trimmed(verdicts[skill].pairs_LE, look.found.risk_difference_XLE[skill], config)) for skill in range(survey.num_skills)]
-    wanted += [(skill, trimmed(chosen_LE, look.plain.risk_difference_XLE[skill], config)) for skill, chosen_LE in enumerate(uncontrolled_XLE)]
+    if survey.controlled:
+        wanted += [(skill, trimmed(chosen_LE, look.plain.risk_difference_XLE[skill], config)) for skill, chosen_LE in enumerate(uncontrolled_XLE)]
     within = best_layers(survey, wanted, config)
     kept = [cut if judged.status == "ok" else judged.pairs_LE for judged, cut in zip(verdicts, within[: survey.num_skills], strict=True)]
-    uncontrolled = [mask_pairs(cut) if survey.controlled else None for cut in within[survey.num_skills :]]
+    uncontrolled = [mask_pairs(cut) for cut in within[survey.num_skills :]]
     pairs, masses = _pairs(look, evidence, kept), _cluster_masses(survey, kept)
     return tuple(
         SkillCluster(
@@ -269,7 +270,7 @@ def _skill_clusters(survey: Survey, look: _Look, evidence: Evidence, uncontrolle
             auroc=auroc(masses[skill], survey.label_N == skill),
             transfer_auroc=evidence.transfer_X[skill],
             jaccard=float(evidence.jaccard_X[skill]),
-            uncontrolled_pairs=uncontrolled[skill],
+            uncontrolled_pairs=uncontrolled[skill] if survey.controlled else None,
         )
         for skill, name in enumerate(survey.skills)
     )

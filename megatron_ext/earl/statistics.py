@@ -130,17 +130,23 @@ def false_discovery_p(p: np.ndarray) -> np.ndarray:
 
 def information(mass_NLE: np.ndarray, label_N: np.ndarray, num_skills: int) -> np.ndarray:
     """[L]: mutual information I(skill; expert) in bits, skills equally likely: sum_x 1/X sum_e p(e|x) log2(p(e|x) / p(e))."""
-    flat = mass_NLE.reshape(len(mass_NLE), -1)
-    member_XN = _one_hot(label_N, num_skills)
-    given_XLE = ((member_XN @ flat) / member_XN.sum(axis=1, keepdims=True)).reshape(num_skills, *mass_NLE.shape[1:])
-    ratio = np.divide(given_XLE, given_XLE.mean(axis=0), out=np.ones_like(given_XLE), where=given_XLE > 0)
-    return np.asarray((given_XLE * np.log2(ratio)).sum(axis=2).mean(axis=0))
+    return _information(mass_NLE, label_N[None], num_skills)[0]
+
+
+def _information(mass_NLE: np.ndarray, label_RN: np.ndarray, num_skills: int) -> np.ndarray:
+    """[R, L]: `information` by each row of labels."""
+    member_RXN = np.asarray(label_RN[:, None, :] == np.arange(num_skills)[:, None], dtype=np.float64)
+    summed_RXC = (member_RXN.reshape(-1, len(mass_NLE)) @ mass_NLE.reshape(len(mass_NLE), -1)).reshape(*member_RXN.shape[:2], -1)
+    given_RXLE = (summed_RXC / member_RXN.sum(axis=2, keepdims=True)).reshape(*member_RXN.shape[:2], *mass_NLE.shape[1:])
+    ratio = np.divide(given_RXLE, given_RXLE.mean(axis=1, keepdims=True), out=np.ones_like(given_RXLE), where=given_RXLE > 0)
+    return np.asarray((given_RXLE * np.log2(ratio)).sum(axis=3).mean(axis=1))
 
 
 def excess_information(mass_NLE: np.ndarray, label_N: np.ndarray, permuted_RN: np.ndarray, num_skills: int) -> np.ndarray:
     """[L]: `information` minus its mean over permuted labels: what finite samples alone would show is taken off."""
-    chance = np.mean([information(mass_NLE, row, num_skills) for row in permuted_RN], axis=0)
-    return np.asarray(information(mass_NLE, label_N, num_skills) - chance)
+    at_once = 1 if mass_NLE.nbytes < _CHUNK_BYTES else 10  # masses that fit no cache are read for several permutations together
+    chance = [_information(mass_NLE, permuted_RN[first : first + at_once], num_skills) for first in range(0, len(permuted_RN), at_once)]
+    return np.asarray(information(mass_NLE, label_N, num_skills) - np.mean(np.concatenate(chance), axis=0))
 
 
 def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float:
