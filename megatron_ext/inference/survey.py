@@ -1,17 +1,20 @@
 """The survey before discovery: which experts do correct, on-policy answers use, prompt by prompt?
 
     train-split prompts of every skill -> sampled answers, in chunks that a stop does not lose (chunks.py) -> the correct ones
-      -> gate mass [L, E] of each answer's positions -> survey.npz
+      -> gate mass [L, E] of each answer's positions, written as it is computed -> mass.npy, prompt_mass.npy, control.npy
+      -> whose each row is -> survey.npz, last: what is there is whole
 
-Prompt and response are logged apart and never pooled: `mass_NLE` is the answer's, `prompt_mass_NLE` the prompt's. `control_NLE` is what the token ids
-alone explain (`earl/token_control.py`). The unit is the prompt: one answer each.
+Prompt and response are logged apart and never pooled: `mass` is the answer's, `prompt_mass` the prompt's. `control` is what the token ids alone explain
+(`earl/token_control.py`). The unit is the prompt: one answer each. Discovery reads the masses a few layers at a time (`earl/masses.py`), so that neither
+here nor there do they have to fit in memory.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +26,10 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.prompts import draw_skills, num_prompts
 from megatron_ext.data.rewards import correctness
 from megatron_ext.device import session
+from megatron_ext.durable import remove_drafts
+from megatron_ext.earl.masses import MassFile, mass_file
 from megatron_ext.earl.token_control import TokenTable
-from megatron_ext.errors import UserError
+from megatron_ext.errors import StoppedForRequeue, UserError
 from megatron_ext.inference.chunks import NEVER, Chunks, Facts, answer_chunks, facts_of, open_chunks
 from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
@@ -33,6 +38,9 @@ from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
 
 SURVEY_FILE = "survey.npz"
+CONTROL = "control"
+TOKEN_TABLE_BYTES = 1 << 30
+"""Of the sums and means of token control that are in memory at once."""
 PROMPT_SEED = 1_000_003
 """Train-split prompts that training streams and RL do not draw with their own seeds."""
 
@@ -55,25 +63,61 @@ class Correct:
         return cls(prompt.key, prompt.skill, str(prompt.meta["template"]), rollout.response_rows, tokens_S, rollout.routes)
 
 
+MASSES: dict[str, Callable[[Correct, int], np.ndarray]] = {
+    "mass": lambda answer, experts: gate_mass(answer.routes, experts, *answer.rows),
+    "prompt_mass": lambda answer, experts: gate_mass(answer.routes, experts, 0, answer.rows[0]),
+}
+"""Of which positions each file of masses tells."""
+
+
+@dataclass(frozen=True, eq=False)
+class Surveyed:
+    """A finished survey. `mass(name)`: the masses `name`, of `MASSES` or `CONTROL`, on disk."""
+
+    folder: Path
+    skill_N: list[str]
+    template_N: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Surveyed:
+        """`path` is survey.npz."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(path.parent, arrays["skill_N"].tolist(), arrays["template_N"].tolist())
+
+    def mass(self, name: str) -> MassFile:
+        return MassFile(self.folder / f"{name}.npy")
+
+
 def run_discovery_survey(config: RunConfig, checkpoint: Path, folder: Path, stop: StopRequest = NEVER) -> Path:
-    """Answers `discover.prompts_per_skill` prompts of every skill, keeps the correct answers, and writes `folder/survey.npz`. Starts its own ranks.
+    """Answers `discover.prompts_per_skill` prompts of every skill, keeps the correct answers, and writes `folder/survey.npz` with its masses. Starts its own
+    ranks.
 
     A file that is there and depends on the same facts is returned as it is. Raises UserError when no answer was correct: there is nothing to find clusters of.
     Raises StoppedForRequeue when asked to stop; run again it goes on.
     """
     count, step = num_prompts("train", config.discover.prompts_per_skill, config.data), find_checkpoint(checkpoint)
-    facts = facts_of(config, ["discover.prompts_per_skill", "discover.token_control_kappa"], step)
+    facts = facts_of(config, ["discover.prompts_per_skill", "discover.token_control_kappa", "discover.survey_dtype"], step)
     path, draft = folder / SURVEY_FILE, folder / f"partial-{SURVEY_FILE}"
     if path.exists() and _facts(path) == facts:
         return path
     chunks = open_chunks("discover", folder / "chunks", count, config, facts)
-    contents = answer_chunks("discover", chunks, config, survey_rank, step, stop=stop)
-    correct = [answer for content in contents for answer in unpacked(content)]
-    if correct:
-        np.savez_compressed(draft, allow_pickle=False, **survey_table(correct, config), asked=np.array(count), facts=np.array(json.dumps(facts)))
+    answer_chunks("discover", chunks, config, survey_rank, step, stop=stop)
+
+    def answers() -> Iterator[Correct]:
+        for content in chunks.contents():
+            if stop.asked:
+                raise StoppedForRequeue("stopped after the last answer: run again to resume")
+            yield from unpacked(content)
+
+    found = any(True for _ in answers())
+    if found:
+        path.unlink(missing_ok=True)
+        remove_drafts(folder)
+        labels = write_tables(answers, config, folder)
+        np.savez_compressed(draft, allow_pickle=False, **labels, asked=np.array(count), facts=np.array(json.dumps(facts)))
         draft.replace(path)
     chunks.discard()
-    if not correct:
+    if not found:
         raise UserError("discover", f"none of {count} sampled answers of {checkpoint} was correct", "fine-tune longer, or lower data.level")
     return path
 
@@ -123,18 +167,33 @@ def unpacked(content: bytes) -> list[Correct]:
         ]
 
 
-def survey_table(answers: Sequence[Correct], config: RunConfig) -> dict[str, np.ndarray]:
-    """The arrays of `survey.npz`, one row an answer, in the order of their keys whatever rank answered."""
-    answers = sorted(answers, key=lambda answer: answer.key)
-    experts = config.model.num_experts
-    table = TokenTable(experts, config.discover.token_control_kappa)
-    for answer in answers:
-        table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill)
-    return {
-        "mass_NLE": np.stack([gate_mass(answer.routes, experts, *answer.rows) for answer in answers]),
-        "prompt_mass_NLE": np.stack([gate_mass(answer.routes, experts, 0, answer.rows[0]) for answer in answers]),
-        "control_NLE": np.stack([table.expected(answer.tokens_S[slice(*answer.rows)]) for answer in answers]),
-        "skill_N": np.array([answer.skill for answer in answers]),
-        "template_N": np.array([answer.template for answer in answers]),
-        "key_N": np.array([answer.key for answer in answers]),
-    }
+def write_tables(answers: Callable[[], Iterable[Correct]], config: RunConfig, folder: Path) -> dict[str, np.ndarray]:
+    """Writes the masses of all answers to `folder`, a row an answer, in the order of their keys whatever rank answered; returns what to know of each row.
+
+    `answers` is called several times: no more than one chunk of them, and TOKEN_TABLE_BYTES of token control, are in memory at once.
+    """
+    known = [(answer.key, answer.skill, answer.template, answer.routes.shape[1]) for answer in answers()]
+    order = sorted(range(len(known)), key=lambda index: known[index][0])
+    row_of = np.argsort(order).tolist()
+    shape = (len(known), known[0][3], config.model.num_experts)
+    with ExitStack() as files:
+        writers = {name: files.enter_context(mass_file(folder / f"{name}.npy", shape, np.dtype(config.discover.survey_dtype))) for name in MASSES}
+        for row, answer in zip(row_of, answers(), strict=True):
+            for name, writer in writers.items():
+                writer.write(row, 0, MASSES[name](answer, config.model.num_experts))
+    _write_control(answers, row_of, shape, config, folder)
+    names = ("key_N", "skill_N", "template_N")
+    return {name: np.array([known[index][column] for index in order]) for column, name in enumerate(names)}
+
+
+def _write_control(answers: Callable[[], Iterable[Correct]], row_of: list[int], shape: tuple[int, int, int], config: RunConfig, folder: Path) -> None:
+    """What token ids explain of each answer: as many layers at a time as the table of token ids has room for."""
+    words = set().union(*({(answer.skill, token) for token in answer.tokens_S[slice(*answer.rows)].tolist()} for answer in answers()))
+    at_once = max(1, TOKEN_TABLE_BYTES // (16 * shape[2] * len(words)))
+    with mass_file(folder / f"{CONTROL}.npy", shape, np.dtype(config.discover.survey_dtype)) as writer:
+        for first in range(0, shape[1], at_once):
+            table = TokenTable(shape[2], config.discover.token_control_kappa, slice(first, first + at_once))
+            for row, answer in zip(row_of, answers(), strict=True):
+                table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill, order=row)
+            for row, answer in zip(row_of, answers(), strict=True):
+                writer.write(row, first, table.expected(answer.tokens_S[slice(*answer.rows)]))

@@ -90,7 +90,7 @@ def main() -> None:
         path = Path(folder) / "mass.npy"
         for prompts in sorted(options.prompts):
             make(path, prompts, options.layers, options.experts)
-            for where in ("on disk", "in memory")[: 2 if prompts == min(options.prompts) else 1]:
+            for where in ("on disk", "in memory")[: 2 if prompts == min(options.prompts) and len(options.prompts) > 1 else 1]:
                 runs = sorted((measure(path, options, where == "in memory") for _ in range(options.rounds)), key=lambda run: run["cpu_s"])
                 run = found[f"{prompts} prompts, {where}"] = runs[len(runs) // 2]
                 sizes = f"{path.stat().st_size / 2**20:.0f} | {run['cpu_s']:.0f} | {run['elapsed_s']:.0f} | {run['peak_mib']:.0f}"
