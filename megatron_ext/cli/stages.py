@@ -71,7 +71,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         raise UserError("discover", "finds clusters of experts, and the model has none (model.num_experts = 0)", "leave this stage out")
     checkpoint = run.start_of_rl(config)
     with stop_on_signals(launch.stop_file) as stop:
-        from megatron_ext.earl.clusters import discover
+        from megatron_ext.earl.clusters import discover, effects_in_words
         from megatron_ext.earl.files import write_clusters
         from megatron_ext.inference.survey import CONTROL, Surveyed, run_discovery_survey
 
@@ -92,7 +92,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         )
         write_clusters(clusters, run.clusters)
     for found in clusters.skills:
-        print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
+        print(f"  {found.skill:<10} {found.status:<9} {found.reason}{effects_in_words(found.pairs)}")
     return {"clusters": {found.skill: found.status for found in clusters.skills}}
 
 

@@ -161,6 +161,14 @@ def heat_map_table(clusters: ExpertClusters) -> np.ndarray:
     return clusters.risk_difference_XLE.reshape(len(clusters.skills), -1)
 
 
+def effects_in_words(pairs: Sequence[PairEffect]) -> str:
+    """How strong a cluster is, to be put behind its reason; empty without pairs."""
+    if not pairs:
+        return ""
+    odds, shared = [pair.log_odds for pair in pairs], [pair.npmi for pair in pairs]
+    return f"; log-odds {min(odds):.2f} to {max(odds):.2f}, nPMI {min(shared):.2f} to {max(shared):.2f}"
+
+
 def pairs_mask(pairs: Sequence[tuple[int, int]], num_layers: int, num_experts: int) -> np.ndarray:
     mask_LE = np.zeros((num_layers, num_experts), dtype=bool)
     for layer, expert in pairs:

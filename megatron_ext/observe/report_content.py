@@ -176,12 +176,19 @@ def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
                 "reason": skill["reason"],
                 "prompts": skill["num_prompts"],
                 "pairs": ", ".join(f"{layer}:{expert}" for layer, expert in own) or "-",
+                "effects": _range(skill["pairs"], "log_odds") + " / " + _range(skill["pairs"], "npmi"),
                 "auroc": number(skill["auroc"]),
                 "jaccard": number(skill["jaccard"]),
             }
             for skill, own in zip(skills, pairs, strict=True)
         ],
     }
+
+
+def _range(pairs: list[dict[str, Any]], name: str) -> str:
+    """The smallest and the largest of a cluster's experts."""
+    values = [pair[name] for pair in pairs if name in pair]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
 def _usage(before: Evaluation | None, after: Evaluation | None) -> str | None:
