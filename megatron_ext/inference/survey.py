@@ -197,3 +197,19 @@ def _write_control(answers: Callable[[], Iterable[Correct]], row_of: list[int], 
                 table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill, order=row)
             for row, answer in zip(row_of, answers(), strict=True):
                 writer.write(row, first, table.expected(answer.tokens_S[slice(*answer.rows)]))
+
+
+def survey_table(answers: Sequence[Correct], config: RunConfig) -> dict[str, np.ndarray]:
+    """What `write_tables` writes and returns, in memory: for answers that fit there."""
+    answers = sorted(answers, key=lambda answer: answer.key)
+    experts = config.model.num_experts
+    table = TokenTable(experts, config.discover.token_control_kappa)
+    for answer in answers:
+        table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill)
+    return {
+        **{f"{name}_NLE": np.stack([mass(answer, experts) for answer in answers]) for name, mass in MASSES.items()},
+        f"{CONTROL}_NLE": np.stack([table.expected(answer.tokens_S[slice(*answer.rows)]) for answer in answers]),
+        "skill_N": np.array([answer.skill for answer in answers]),
+        "template_N": np.array([answer.template for answer in answers]),
+        "key_N": np.array([answer.key for answer in answers]),
+    }

@@ -11,9 +11,8 @@ import pytest
 from megatron_ext.batch import gate_mass
 from megatron_ext.config.schema import DiscoverConfig, RolloutConfig, RunConfig
 from megatron_ext.earl.masses import MassFile
-from megatron_ext.earl.token_control import TokenTable
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.survey import Correct, packed, unpacked, write_tables
+from megatron_ext.inference.survey import Correct, packed, survey_table, unpacked, write_tables
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, Words, small_config, small_prompts
@@ -48,10 +47,11 @@ def test_rows_come_in_the_order_of_their_keys_whatever_rank_answered_and_however
     routes, (start, stop) = answers[first].routes, answers[first].rows
     np.testing.assert_array_equal(masses(tmp_path / "one")["mass"][0], gate_mass(routes, 8, start, stop))
     np.testing.assert_array_equal(masses(tmp_path / "one")["prompt_mass"][0], gate_mass(routes, 8, 0, start))
-    table = TokenTable(8, config.discover.token_control_kappa)
-    for answer in sorted(answers, key=lambda answer: answer.key):
-        table.add(answer.routes, answer.tokens_S, *answer.rows, answer.skill)
-    np.testing.assert_array_equal(masses(tmp_path / "one")["control"][0], table.expected(answers[first].tokens_S[start:stop]))
+    plain = survey_table(answers, config)
+    for name, mass_NLE in masses(tmp_path / "one").items():
+        np.testing.assert_array_equal(mass_NLE, plain[f"{name}_NLE"])
+    for name, values in labels.items():
+        assert values.tolist() == plain[name].tolist()
 
 
 def test_masses_may_be_stored_in_two_bytes(answers: list[Correct], tmp_path: Path) -> None:
