@@ -22,16 +22,15 @@ import numpy as np
 from megatron_ext.config.rl_schema import DiscoverConfig
 from megatron_ext.earl.communities import in_communities
 from megatron_ext.earl.effect_sizes import log_odds, npmi
+from megatron_ext.earl.look import Look, first_look
 from megatron_ext.earl.masses import MassArray, MassSource
 from megatron_ext.earl.resampling import Resamples, draw, selected_again, split_half_jaccard, transfer_auroc
 from megatron_ext.earl.sample import BLOCK_BYTES, Survey
 from megatron_ext.earl.selection import best_layers, select, significance, trimmed
-from megatron_ext.earl.statistics import Effects, Null, auroc, excess_information, permutation_null, permuted_labels, sigma_from
+from megatron_ext.earl.statistics import auroc, permuted_labels, sigma_from
 from megatron_ext.earl.verdicts import Evidence, Status, praise, verdict
 from megatron_ext.errors import UserError
 from megatron_ext.shapes import check_shape
-
-_INFORMATION_PERMUTATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def discover(
     survey = Survey(source, control, skill_N, template_N, block_bytes)
     rng = np.random.default_rng(seed)
     permuted_RN = permuted_labels(survey.label_N, survey.stratum_N, config.permutations, rng)
-    look = _look(survey, permuted_RN, poll)
+    look = first_look(survey, permuted_RN, poll)
     resamples = draw(survey, config.bootstraps, rng)
     evidence = _evidence(survey, look, resamples, config, seed, poll)
     uncontrolled_XLE = select(look.plain, significance(look.plain.z_XLE, look.plain_null, config).significant_XLE, config)
@@ -180,19 +179,6 @@ def mask_pairs(mask_LE: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((int(layer), int(expert)) for layer, expert in np.argwhere(mask_LE))
 
 
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """What one reading of all layers gives. `found`: as skills are compared; `plain`: of the mass itself; each with what permutations show."""
-
-    found: Effects
-    null: Null
-    plain: Effects
-    plain_null: Null
-    control_mean_XLE: np.ndarray | None
-    information_L: np.ndarray
-    count_X: np.ndarray
-
-
 def _source(mass: np.ndarray | MassSource) -> MassSource:
     return MassArray(mass) if isinstance(mass, np.ndarray) else mass
 
@@ -216,29 +202,7 @@ def _check(source: MassSource, skill_N: Sequence[str], template_N: Sequence[str]
         )
 
 
-def _look(survey: Survey, permuted_RN: np.ndarray, poll: Callable[[], None]) -> _Look:
-    looks = []
-    for block in survey.blocks():
-        found = block.effects()
-        plain = block.plain() if block.controlled else found
-        null = permutation_null(block.contrast_NLE, permuted_RN, block.stratum_N, found.z_XLE, poll)
-        plain_null = permutation_null(block.mass_NLE, permuted_RN, block.stratum_N, plain.z_XLE, poll) if block.controlled else null
-        control_XLE = block.mean_control() if block.controlled else None
-        information_L = excess_information(block.mass_NLE, block.label_N, permuted_RN[:_INFORMATION_PERMUTATIONS], block.num_skills)
-        looks.append((found, null, plain, plain_null, control_XLE, information_L))
-    found, null, plain, plain_null, control, information = zip(*looks, strict=True)
-    return _Look(
-        found=Effects.joined(found),
-        null=Null.joined(null),
-        plain=Effects.joined(plain),
-        plain_null=Null.joined(plain_null),
-        control_mean_XLE=np.concatenate(control, axis=1) if survey.controlled else None,
-        information_L=np.concatenate(information),
-        count_X=np.bincount(survey.label_N, minlength=survey.num_skills),
-    )
-
-
-def _evidence(survey: Survey, look: _Look, resamples: Resamples, config: DiscoverConfig, seed: int, poll: Callable[[], None]) -> Evidence:
+def _evidence(survey: Survey, look: Look, resamples: Resamples, config: DiscoverConfig, seed: int, poll: Callable[[], None]) -> Evidence:
     passed = significance(look.found.z_XLE, look.null, config)
     strong_XLE = chosen_XLE = select(look.found, passed.significant_XLE, config)
     again_BXLE = selected_again(survey, resamples, passed.critical, config, poll)
@@ -257,7 +221,7 @@ def _evidence(survey: Survey, look: _Look, resamples: Resamples, config: Discove
     )
 
 
-def _skill_clusters(survey: Survey, look: _Look, evidence: Evidence, uncontrolled_XLE: np.ndarray, config: DiscoverConfig) -> tuple[SkillCluster, ...]:
+def _skill_clusters(survey: Survey, look: Look, evidence: Evidence, uncontrolled_XLE: np.ndarray, config: DiscoverConfig) -> tuple[SkillCluster, ...]:
     """The budget, and what is measured of the clusters that are within it."""
     verdicts = [verdict(evidence, skill, config) for skill in range(survey.num_skills)]
     wanted = [(skill, trimmed(verdicts[skill].pairs_LE, look.found.risk_difference_XLE[skill], config)) for skill in range(survey.num_skills)]
@@ -294,7 +258,7 @@ def _cluster_masses(survey: Survey, kept: Sequence[np.ndarray]) -> list[np.ndarr
     return [total_N / max(int(kept_LE.any(axis=1).sum()), 1) for total_N, kept_LE in zip(totals, kept, strict=True)]
 
 
-def _pairs(look: _Look, evidence: Evidence, kept: Sequence[np.ndarray]) -> list[tuple[PairEffect, ...]]:
+def _pairs(look: Look, evidence: Evidence, kept: Sequence[np.ndarray]) -> list[tuple[PairEffect, ...]]:
     found, plain, mean_XLE = look.found, look.plain, look.found.mean_mass_XLE
     odds_XLE, npmi_XLE = log_odds(mean_XLE, look.count_X), npmi(mean_XLE, look.count_X)
     controlled = (odds_XLE, npmi_XLE)
