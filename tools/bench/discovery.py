@@ -1,7 +1,8 @@
 """Discovery over many prompts, masses read from disk: `python tools/bench/discovery.py`, results in docs/benchmarks/discovery.md.
 
 For each number of prompts a file of float16 masses with planted clusters is made, and a fresh process discovers the clusters in it: its CPU seconds, elapsed
-seconds, and the most memory that it ever held (VmHWM, which counts numpy and all else). The smallest size is also done in memory, and must find the same.
+seconds, and the most memory that it ever held (VmHWM, which counts numpy and all else). The smallest of several sizes is also done in memory, and
+must find the same.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def settings(options: argparse.Namespace) -> DiscoverConfig:
 
 def search(path: Path, config: DiscoverConfig, in_memory: bool = False) -> ExpertClusters:
     masses = MassFile(path)
-    whole = np.load(path).transpose(1, 0, 2).astype(np.float64) if in_memory else masses
+    whole = np.load(path, allow_pickle=False).transpose(1, 0, 2).astype(np.float64) if in_memory else masses
     return discover(whole, *labels(masses.shape[0]), config, seed=0, block_bytes=1 << 40 if in_memory else 1 << 27)
 
 
