@@ -71,35 +71,33 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         raise UserError("discover", "finds clusters of experts, and the model has none (model.num_experts = 0)", "leave this stage out")
     checkpoint = run.start_of_rl(config)
     with stop_on_signals(launch.stop_file) as stop:
-        import numpy as np
-
-        from megatron_ext.earl.clusters import discover
+        from megatron_ext.earl.clusters import discover, effects_in_words
         from megatron_ext.earl.files import write_clusters
         from megatron_ext.earl.span_information import with_spans
         from megatron_ext.inference.causal import run_causal_gate
-        from megatron_ext.inference.survey import SPANS, run_discovery_survey
+        from megatron_ext.inference.survey import CONTROL, SPANS, Surveyed, run_discovery_survey
 
         def poll() -> None:
             if stop.asked:
                 raise StoppedForRequeue("stopped after the last answer: run again to resume")
 
-        with np.load(run_discovery_survey(config, checkpoint, run.discover, stop), allow_pickle=False) as survey:
-            clusters = discover(
-                survey["mass_NLE"],
-                survey["skill_N"].tolist(),
-                survey["template_N"].tolist(),
-                config.discover,
-                config.seed,
-                control_NLE=survey["control_NLE"],
-                checkpoint=str(checkpoint),
-                poll=poll,
-            )
-            clusters = with_spans(clusters, {span: survey[name] for span, name in SPANS.items()}, survey["skill_N"], survey["template_N"])
+        survey = Surveyed.read(run_discovery_survey(config, checkpoint, run.discover, stop))
+        clusters = discover(
+            survey.mass("mass"),
+            survey.skill_N,
+            survey.template_N,
+            config.discover,
+            config.seed,
+            control_NLE=survey.mass(CONTROL),
+            checkpoint=str(checkpoint),
+            poll=poll,
+        )
+        clusters = with_spans(clusters, {span: survey.mass(name) for span, name in SPANS.items()}, survey.skill_N, survey.template_N)
         if config.discover.causal_gate != "off":
             clusters = run_causal_gate(config, clusters, checkpoint, run.discover, stop)
         write_clusters(clusters, run.clusters)
     for found in clusters.skills:
-        print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
+        print(f"  {found.skill:<10} {found.status:<9} {found.reason}{effects_in_words(found.pairs)}")
         if found.causal is not None and found.status == "ok":
             print(f"  {'':<10} {found.causal.verdict}: {found.causal.reason}")
     return {"clusters": {found.skill: found.status for found in clusters.skills}}

@@ -44,7 +44,19 @@ class RolloutConfig(Section):
 
 class DiscoverConfig(Section):
     prompts_per_skill: int = Field(96, gt=1)
+    survey_dtype: Literal["float64", "float32", "float16"] = "float64"
+    """How the survey stores a mass, of which there is one for each answer, layer and expert: 100 000 answers of 48 layers with 128 experts are 4.9, 2.5 or
+    1.2 GB, once for the answer, once for the prompt, once for token control. float64 is exact; float16 is off by up to 0.05 %, which is nothing beside the
+    differences between prompts."""
+    method: Literal["topm", "nmf", "spectral", "louvain"] = "topm"
+    """Which of the significant experts are a skill's cluster. `topm`: all of them, up to the numbers below. The others keep those that work together (parts of
+    a non-negative factorisation, communities of the co-activation graph) and give each community to one skill: no expert serves two. They never add one,
+    take up to 4 bytes for each of 512 experts and each answer, and find communities anew on halves and without each template."""
     permutations: int = Field(1000, gt=0)
+    correction: Literal["fwer", "bh"] = "fwer"
+    """Among very many pairs of layer and expert: `fwer` keeps the chance of ANY false one at `fwer`; `bh` (Benjamini-Hochberg) keeps the expected SHARE of
+    false ones there. With R permutations no p is below 1 / (1 + R), so that `bh` finds nothing or at least pairs / (fwer * R) pairs at once: on large models
+    it wants many permutations."""
     fwer: float = Field(0.05, gt=0, lt=1)
     min_risk_difference: float = Field(0.02, ge=0)
     min_lift: float = Field(1.5, ge=0)
@@ -55,6 +67,9 @@ class DiscoverConfig(Section):
     """An expert among the top this-many of EVERY skill in a layer is a standing committee member and joins no cluster. Must stay below num_experts."""
     token_control_kappa: float = Field(20.0, ge=0)
     stability_jaccard: float = Field(0.6, ge=0, le=1)
+    transfer_auroc: float = Field(0.8, ge=0, le=1)
+    """A cluster found without one template must tell its skill's prompts from others on that template at least so well, or the skill has no cluster: what was
+    found is the template's and not the skill's. Not asked where no template can be left out. 0: not asked at all."""
     bootstrap_frequency: float = Field(0.8, ge=0, le=1)
     bootstraps: int = Field(200, gt=0)
     causal_gate: Literal["off", "report", "enforce"] = "off"

@@ -1,10 +1,12 @@
 """Which experts serve which skill: from the routes of skill-labelled prompts to a frozen table of expert clusters.
 
-    mass_NLE, skill_N, template_N
-      -> effects per (skill, layer, expert)             statistics.py
-      -> permutation test within templates              statistics.py
-      -> selection, split halves, bootstraps            selection.py
-      -> ExpertClusters                                 read by the bonus and the report
+    masses [N, L, E] in memory or on disk, skill_N, template_N        masses.py, sample.py
+      -> effects per (skill, layer, expert)                           statistics.py, effect_sizes.py
+      -> permutation test within templates                            statistics.py
+      -> selection, communities                                       selection.py, communities.py
+      -> halves, bootstraps, templates left out                       resampling.py
+      -> gates, in words                                              verdicts.py
+      -> ExpertClusters                                               read by the bonus and the report
 
 A skill without a cluster that passes every test stays without one, and says why: it gets no bonus. Pure: the same prompts in any order and the same seed
 give the same clusters, and renaming skills renames clusters and changes nothing else.
@@ -14,26 +16,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
-from megatron_ext.config.schema import DiscoverConfig
+from megatron_ext.config.rl_schema import DiscoverConfig
 from megatron_ext.earl.causal_effect import CausalEffect
-from megatron_ext.earl.selection import Sample, bootstrap_frequency, select, split_half_jaccard, standing_committee, transfer_auroc, within_budget
-from megatron_ext.earl.statistics import Effects, auroc, cluster_mass, critical_z, excess_information, family_wise_p, max_z_null, permuted_labels, sigma_from
+from megatron_ext.earl.communities import in_communities
+from megatron_ext.earl.effect_sizes import log_odds, npmi
+from megatron_ext.earl.look import Look, first_look
+from megatron_ext.earl.masses import MassArray, MassSource
+from megatron_ext.earl.resampling import Resamples, draw, selected_again, split_half_jaccard, transfer_auroc
+from megatron_ext.earl.sample import BLOCK_BYTES, Survey
+from megatron_ext.earl.selection import best_layers, select, significance, trimmed
+from megatron_ext.earl.statistics import auroc, permuted_labels, sigma_from
+from megatron_ext.earl.verdicts import Evidence, Status, praise, verdict
 from megatron_ext.errors import UserError
 from megatron_ext.shapes import check_shape
-
-MIN_PROMPTS = 8
-_INFORMATION_PERMUTATIONS = 100
-
-Status = Literal["ok", "correlational", "unstable", "empty"]
 
 
 @dataclass(frozen=True)
 class PairEffect:
-    """One expert of a cluster and the evidence for it. `risk_difference`, `z`, `p`: after token control where there was one; `lift`: of the mass itself."""
+    """One expert of a cluster and the evidence for it.
+
+    `risk_difference`, `z`, `p` (adjusted for all pairs): after token control where there was one; `uncontrolled_risk_difference`, `uncontrolled_z`: without.
+    `lift`, `log_odds` (nats), `npmi`: of the mass itself; `controlled_log_odds`, `controlled_npmi`: minus those of the mass that token ids explain. Without
+    token control the two of a kind are equal.
+    """
 
     layer: int
     expert: int
@@ -42,6 +50,12 @@ class PairEffect:
     z: float
     p: float
     bootstrap_frequency: float
+    log_odds: float
+    npmi: float
+    uncontrolled_risk_difference: float
+    uncontrolled_z: float
+    controlled_log_odds: float
+    controlled_npmi: float
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,8 @@ class SkillCluster:
     `correlational`: masking `pairs` does not hurt the skill as it should (`causal.py`), and discovery was told to hold the bonus back then.
 
     `sigma` is the standard deviation of the cluster's mass over the skill's prompts (None: no pairs); `auroc` tells the skill's prompts from others by it;
-    `transfer_auroc` does so on templates that the selection had not seen (None: no template could be left out); `uncontrolled_pairs` are what would
-    have been selected without token control (None: there was no control). `causal`: what masking the cluster did (None: it was not tried).
+    `transfer_auroc` does so on templates that the selection had not seen (None: no template could be left out); `uncontrolled_pairs` are what `topm` would
+    have selected without token control (None: there was no control). `causal`: what masking the cluster did (None: it was not tried).
     """
 
     skill: str
@@ -70,7 +84,8 @@ class SkillCluster:
 @dataclass(frozen=True, eq=False)
 class ExpertClusters:
     """The clusters of every skill and the tables behind them. `information_L`: bits that the expert tells about the skill, chance taken off, at the positions
-    of the response; `span_information`: the same [L] at those of other spans, by their names."""
+    of the response; `span_information`: the same [L] at those of other spans, by their names. `critical_z`: what a |z| had to exceed (None:
+    `discover.correction` = bh let nothing through)."""
 
     num_layers: int
     num_experts: int
@@ -78,7 +93,7 @@ class ExpertClusters:
     mean_mass_XLE: np.ndarray
     risk_difference_XLE: np.ndarray
     information_L: np.ndarray
-    critical_z: float
+    critical_z: float | None
     settings: DiscoverConfig
     seed: int
     checkpoint: str
@@ -110,47 +125,41 @@ class ExpertClusters:
 
 
 def discover(
-    mass_NLE: np.ndarray,
+    mass: np.ndarray | MassSource,
     skill_N: Sequence[str],
     template_N: Sequence[str],
     config: DiscoverConfig,
     seed: int,
-    control_NLE: np.ndarray | None = None,
+    control_NLE: np.ndarray | MassSource | None = None,
     checkpoint: str = "",
     poll: Callable[[], None] = lambda: None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> ExpertClusters:
-    """Finds the clusters. `mass_NLE` float: gate mass of each prompt's correct answer, summing to 1 over experts; `template_N` are the strata of the test.
+    """Finds the clusters. `mass` float [N, L, E], in memory or a `MassFile`: gate mass of each prompt's correct answer, summing to 1 over experts; `template_N`
+    are the strata of the test.
 
-    With `control_NLE` (the mass that token ids explain, `TokenTable.expected`), skills are compared by `mass - control`. `poll` is called every now and
-    then, and may raise. Raises UserError when the settings cannot work on this model or these prompts.
+    With `control_NLE` (the mass that token ids explain, `TokenTable.expected`), skills are compared by `mass - control`. Only as many layers are in memory
+    at once as take `block_bytes`, or one; the result is that of all at once, up to the last bits of sums over layers (sample.py).
+    `poll` is called every now and then, and may raise. Raises UserError when the settings cannot work on this model or these prompts.
     """
-    mass_NLE = np.asarray(mass_NLE, dtype=np.float64)
-    _check(mass_NLE, skill_N, template_N, config, control_NLE)
-    skills = sorted(set(skill_N))
-    plain, sample = _samples(mass_NLE, control_NLE, skill_N, template_N, skills)
+    source, control = _source(mass), None if control_NLE is None else _source(control_NLE)
+    _check(source, skill_N, template_N, config, control)
+    survey = Survey(source, control, skill_N, template_N, block_bytes)
     rng = np.random.default_rng(seed)
-    permuted_RN = permuted_labels(sample.label_N, sample.stratum_N, config.permutations, rng)
-    null_R = max_z_null(sample.contrast_NLE, permuted_RN, sample.stratum_N, len(skills), poll)
-    critical, found = critical_z(null_R, config.fwer), sample.effects()
-    evidence = _Evidence(
-        sample=sample,
-        found=found,
-        critical=critical,
-        p_XLE=family_wise_p(found.z_XLE, null_R),
-        chosen_XLE=select(found, critical, config),
-        jaccard_X=split_half_jaccard(sample, critical, config, rng),
-        frequency_XLE=bootstrap_frequency(sample, critical, config, rng, poll),
-        transfer_X=transfer_auroc(sample, critical, config),
-        uncontrolled_XLE=None if control_NLE is None else _uncontrolled(plain, permuted_RN, config),
-    )
+    permuted_RN = permuted_labels(survey.label_N, survey.stratum_N, config.permutations, rng)
+    look = first_look(survey, permuted_RN, poll)
+    resamples = draw(survey, config.bootstraps, rng)
+    evidence = _evidence(survey, look, resamples, config, seed, poll)
+    uncontrolled_XLE = select(look.plain, significance(look.plain.z_XLE, look.plain_null, config).significant_XLE, config)
+    critical = evidence.significance.critical
     return ExpertClusters(
-        num_layers=mass_NLE.shape[1],
-        num_experts=mass_NLE.shape[2],
-        skills=tuple(_skill_cluster(evidence, index, skill, config) for index, skill in enumerate(skills)),
-        mean_mass_XLE=found.mean_mass_XLE,
-        risk_difference_XLE=found.risk_difference_XLE,
-        information_L=excess_information(sample.mass_NLE, sample.label_N, permuted_RN[:_INFORMATION_PERMUTATIONS], len(skills)),
-        critical_z=critical,
+        num_layers=survey.num_layers,
+        num_experts=survey.num_experts,
+        skills=_skill_clusters(survey, look, evidence, uncontrolled_XLE, config),
+        mean_mass_XLE=look.found.mean_mass_XLE,
+        risk_difference_XLE=look.found.risk_difference_XLE,
+        information_L=look.information_L,
+        critical_z=critical if np.isfinite(critical) else None,
         settings=config,
         seed=seed,
         checkpoint=checkpoint,
@@ -160,6 +169,14 @@ def discover(
 def heat_map_table(clusters: ExpertClusters) -> np.ndarray:
     """float [X, L * E]: risk differences, one row a skill in the order of `clusters.skills`, columns by layer and then by expert."""
     return clusters.risk_difference_XLE.reshape(len(clusters.skills), -1)
+
+
+def effects_in_words(pairs: Sequence[PairEffect]) -> str:
+    """How strong a cluster is, to be put behind its reason; empty without pairs."""
+    if not pairs:
+        return ""
+    odds, shared = [pair.log_odds for pair in pairs], [pair.npmi for pair in pairs]
+    return f"; log-odds {min(odds):.2f} to {max(odds):.2f}, nPMI {min(shared):.2f} to {max(shared):.2f}"
 
 
 def pairs_mask(pairs: Sequence[tuple[int, int]], num_layers: int, num_experts: int) -> np.ndarray:
@@ -173,28 +190,16 @@ def mask_pairs(mask_LE: np.ndarray) -> tuple[tuple[int, int], ...]:
     return tuple((int(layer), int(expert)) for layer, expert in np.argwhere(mask_LE))
 
 
-@dataclass(frozen=True, eq=False)
-class _Evidence:
-    sample: Sample
-    found: Effects
-    critical: float
-    p_XLE: np.ndarray
-    chosen_XLE: np.ndarray
-    jaccard_X: np.ndarray
-    frequency_XLE: np.ndarray
-    transfer_X: list[float | None]
-    uncontrolled_XLE: np.ndarray | None
+def _source(mass: np.ndarray | MassSource) -> MassSource:
+    return MassArray(mass) if isinstance(mass, np.ndarray) else mass
 
 
-def _check(mass_NLE: np.ndarray, skill_N: Sequence[str], template_N: Sequence[str], config: DiscoverConfig, control_NLE: np.ndarray | None) -> None:
-    check_shape("mass_NLE", mass_NLE, len(skill_N), None, None)
-    if control_NLE is not None:
-        check_shape("control_NLE", control_NLE, *mass_NLE.shape)
-    if len(template_N) != len(skill_N):
-        raise ValueError(f"{len(skill_N)} skills but {len(template_N)} templates")
-    if not np.isfinite(mass_NLE).all() or (mass_NLE < 0).any():
-        raise ValueError("mass_NLE holds a negative or non-finite gate mass")
-    num_experts = mass_NLE.shape[2]
+def _check(source: MassSource, skill_N: Sequence[str], template_N: Sequence[str], config: DiscoverConfig, control: MassSource | None) -> None:
+    num_prompts, _, num_experts = source.shape
+    if len(skill_N) != num_prompts or len(template_N) != num_prompts:
+        raise ValueError(f"masses of {num_prompts} prompts, {len(skill_N)} skills and {len(template_N)} templates")
+    if control is not None and control.shape != source.shape:
+        raise ValueError(f"masses are {source.shape} and what token control explains is {control.shape}")
     if config.committee_top >= num_experts:
         problem = f"{config.committee_top} is not below model.num_experts = {num_experts}, so every expert would be a standing committee member"
         raise UserError("discover.committee_top", problem, f"use at most {num_experts - 1}, or 0 for no committee")
@@ -208,84 +213,71 @@ def _check(mass_NLE: np.ndarray, skill_N: Sequence[str], template_N: Sequence[st
         )
 
 
-def _samples(
-    mass_NLE: np.ndarray, control_NLE: np.ndarray | None, skill_N: Sequence[str], template_N: Sequence[str], skills: list[str]
-) -> tuple[Sample, Sample]:
-    """The prompts in an order that depends on their content alone: without token control, and as they are compared."""
-    order = sorted(range(len(skill_N)), key=lambda row: (mass_NLE[row].tobytes(), template_N[row], skill_N[row]))
-    label_N = np.array([skills.index(skill_N[row]) for row in order])
-    strata: dict[str, int] = {}
-    stratum_N = np.array([strata.setdefault(template_N[row], len(strata)) for row in order])
-    ordered_NLE = mass_NLE[order]
-    plain = Sample(ordered_NLE, ordered_NLE, label_N, stratum_N, len(skills))
-    if control_NLE is None:
-        return plain, plain
-    return plain, Sample(plain.mass_NLE, plain.mass_NLE - np.asarray(control_NLE, dtype=np.float64)[order], label_N, stratum_N, len(skills))
-
-
-def _uncontrolled(plain: Sample, permuted_RN: np.ndarray, config: DiscoverConfig) -> np.ndarray:
-    null_R = max_z_null(plain.contrast_NLE, permuted_RN, plain.stratum_N, plain.num_skills)
-    found = plain.effects()
-    chosen_XLE = select(found, critical_z(null_R, config.fwer), config)
-    return np.stack([within_budget(chosen_LE, plain, found, skill, config) for skill, chosen_LE in enumerate(chosen_XLE)])
-
-
-def _skill_cluster(evidence: _Evidence, index: int, skill: str, config: DiscoverConfig) -> SkillCluster:
-    mine_N = evidence.sample.label_N == index
-    status, reason, kept_LE = _verdict(evidence, index, int(mine_N.sum()), config)
-    mass_N = cluster_mass(evidence.sample.mass_NLE, kept_LE)
-    return SkillCluster(
-        skill=skill,
-        status=status,
-        reason=reason,
-        num_prompts=int(mine_N.sum()),
-        pairs=_pairs(evidence, kept_LE, index),
-        sigma=sigma_from(mass_N[mine_N]) if kept_LE.any() else None,
-        auroc=auroc(mass_N, mine_N),
-        transfer_auroc=evidence.transfer_X[index],
-        jaccard=float(evidence.jaccard_X[index]),
-        uncontrolled_pairs=None if evidence.uncontrolled_XLE is None else mask_pairs(evidence.uncontrolled_XLE[index]),
+def _evidence(survey: Survey, look: Look, resamples: Resamples, config: DiscoverConfig, seed: int, poll: Callable[[], None]) -> Evidence:
+    passed = significance(look.found.z_XLE, look.null, config)
+    strong_XLE = chosen_XLE = select(look.found, passed.significant_XLE, config)
+    again_BXLE = selected_again(survey, resamples, passed.critical, config, poll)
+    if config.method != "topm":
+        together_XLE, together_BXLE = in_communities(survey, look.found, strong_XLE, resamples, config, seed, poll)
+        chosen_XLE, again_BXLE = strong_XLE & together_XLE, again_BXLE & together_BXLE
+    return Evidence(
+        found=look.found,
+        significance=passed,
+        strong_XLE=strong_XLE,
+        chosen_XLE=chosen_XLE,
+        jaccard_X=split_half_jaccard(again_BXLE[resamples.halves]),
+        frequency_XLE=again_BXLE[resamples.drawn_again].mean(axis=0),
+        transfer_X=transfer_auroc(survey, resamples, again_BXLE[resamples.left_out]),
+        count_X=look.count_X,
     )
 
 
-def _verdict(evidence: _Evidence, index: int, num_prompts: int, config: DiscoverConfig) -> tuple[Status, str, np.ndarray]:
-    """Status, reason in words, and the pairs to record."""
-    chosen_LE, frequency_LE, jaccard = evidence.chosen_XLE[index], evidence.frequency_XLE[index], float(evidence.jaccard_X[index])
-    none_LE = np.zeros_like(chosen_LE)
-    if num_prompts < MIN_PROMPTS:
-        return "empty", f"only {num_prompts} correct answers, at least {MIN_PROMPTS} are needed", none_LE
-    if not chosen_LE.any():
-        return "empty", _why_empty(evidence.found, evidence.critical, index, config), none_LE
-    stable_LE = chosen_LE & (frequency_LE >= config.bootstrap_frequency)
-    if not stable_LE.any():
-        best = frequency_LE[chosen_LE].max()
-        return "unstable", f"no expert is found in {config.bootstrap_frequency:.0%} of the bootstraps (the best in {best:.0%})", chosen_LE
-    if jaccard < config.stability_jaccard:
-        return "unstable", f"the clusters of two halves of the prompts overlap by {jaccard:.2f}, {config.stability_jaccard} is needed", chosen_LE
-    kept_LE = within_budget(stable_LE, evidence.sample, evidence.found, index, config)
-    unstable, surplus = int(chosen_LE.sum() - stable_LE.sum()), int(stable_LE.sum() - kept_LE.sum())
-    left_out = ", ".join(
-        [f"{unstable} unstable"] * (unstable > 0) + [f"{surplus} beyond {config.experts_per_layer} a layer and {config.max_layers} layers"] * (surplus > 0)
-    )
-    return "ok", f"{int(kept_LE.sum())} experts pass every test" + (f" (left out: {left_out})" if left_out else ""), kept_LE
-
-
-def _why_empty(found: Effects, critical: float, skill: int, config: DiscoverConfig) -> str:
-    z_LE = found.z_XLE[skill]
-    if not z_LE.any():
-        return "no other skill shares its templates, so it cannot be told from them"
-    significant_LE = z_LE > critical
-    if not significant_LE.any():
-        return f"no expert passes the permutation test: the largest z is {z_LE.max():.2f}, {critical:.2f} is needed"
-    difference, lift = found.risk_difference_XLE[skill][significant_LE].max(), found.lift_XLE[skill][significant_LE].max()
-    committee = int((significant_LE & standing_committee(found.mean_mass_XLE, config.committee_top)).sum())
-    return (
-        f"{int(significant_LE.sum())} experts are significant but none is specific enough: the largest risk difference is {difference:.3f} "
-        f"({config.min_risk_difference} is needed), the largest lift {lift:.2f} ({config.min_lift} is needed), {committee} serve every skill"
+def _skill_clusters(survey: Survey, look: Look, evidence: Evidence, uncontrolled_XLE: np.ndarray, config: DiscoverConfig) -> tuple[SkillCluster, ...]:
+    """The budget, and what is measured of the clusters that are within it."""
+    verdicts = [verdict(evidence, skill, config) for skill in range(survey.num_skills)]
+    wanted = [(skill, trimmed(verdicts[skill].pairs_LE, look.found.risk_difference_XLE[skill], config)) for skill in range(survey.num_skills)]
+    if survey.controlled:
+        wanted += [(skill, trimmed(chosen_LE, look.plain.risk_difference_XLE[skill], config)) for skill, chosen_LE in enumerate(uncontrolled_XLE)]
+    within = best_layers(survey, wanted, config)
+    kept = [cut if judged.status == "ok" else judged.pairs_LE for judged, cut in zip(verdicts, within[: survey.num_skills], strict=True)]
+    uncontrolled = [mask_pairs(cut) for cut in within[survey.num_skills :]]
+    pairs, masses = _pairs(look, evidence, kept), _cluster_masses(survey, kept)
+    return tuple(
+        SkillCluster(
+            skill=name,
+            status=verdicts[skill].status,
+            reason=verdicts[skill].reason or praise(verdicts[skill], kept[skill], config),
+            num_prompts=int(look.count_X[skill]),
+            pairs=pairs[skill],
+            sigma=sigma_from(masses[skill][survey.label_N == skill]) if kept[skill].any() else None,
+            auroc=auroc(masses[skill], survey.label_N == skill),
+            transfer_auroc=evidence.transfer_X[skill],
+            jaccard=float(evidence.jaccard_X[skill]),
+            uncontrolled_pairs=uncontrolled[skill] if survey.controlled else None,
+        )
+        for skill, name in enumerate(survey.skills)
     )
 
 
-def _pairs(evidence: _Evidence, kept_LE: np.ndarray, index: int) -> tuple[PairEffect, ...]:
-    found = evidence.found
-    tables = (found.risk_difference_XLE, found.lift_XLE, found.z_XLE, evidence.p_XLE, evidence.frequency_XLE)
-    return tuple(PairEffect(layer, expert, *(float(table[index, layer, expert]) for table in tables)) for layer, expert in mask_pairs(kept_LE))
+def _cluster_masses(survey: Survey, kept: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of each cluster the [N] masses: `statistics.cluster_mass`, block by block."""
+    totals = [np.zeros(survey.num_prompts) for _ in kept]
+    for block in survey.blocks():
+        for total_N, kept_LE in zip(totals, kept, strict=True):
+            if kept_LE[block.layers].any():
+                total_N += np.einsum("nle,le->n", block.mass_NLE, kept_LE[block.layers].astype(np.float64))
+    return [total_N / max(int(kept_LE.any(axis=1).sum()), 1) for total_N, kept_LE in zip(totals, kept, strict=True)]
+
+
+def _pairs(look: Look, evidence: Evidence, kept: Sequence[np.ndarray]) -> list[tuple[PairEffect, ...]]:
+    found, plain, mean_XLE = look.found, look.plain, look.found.mean_mass_XLE
+    odds_XLE, npmi_XLE = log_odds(mean_XLE, look.count_X), npmi(mean_XLE, look.count_X)
+    controlled = (odds_XLE, npmi_XLE)
+    if look.control_mean_XLE is not None:
+        controlled = (odds_XLE - log_odds(look.control_mean_XLE, look.count_X), npmi_XLE - npmi(look.control_mean_XLE, look.count_X))
+    compared = (found.risk_difference_XLE, found.lift_XLE, found.z_XLE, evidence.significance.p_XLE, evidence.frequency_XLE)
+    tables = (*compared, odds_XLE, npmi_XLE, plain.risk_difference_XLE, plain.z_XLE, *controlled)
+    return [
+        tuple(PairEffect(layer, expert, *(float(table[skill, layer, expert]) for table in tables)) for layer, expert in mask_pairs(kept_LE))
+        for skill, kept_LE in enumerate(kept)
+    ]

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_ext.earl.clusters import MIN_PROMPTS, ExpertClusters, pairs_mask
+from megatron_ext.earl.clusters import ExpertClusters, pairs_mask
 from megatron_ext.earl.statistics import cluster_mass
+from megatron_ext.earl.verdicts import MIN_PROMPTS
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,12 @@ class _Pair(_Strict):
     z: float
     p: Share
     bootstrap_frequency: Share
+    log_odds: float
+    npmi: Annotated[float, Field(ge=-1, le=1)]
+    uncontrolled_risk_difference: float
+    uncontrolled_z: float
+    controlled_log_odds: float
+    controlled_npmi: Annotated[float, Field(ge=-2, le=2)]
 
 
 class _Causal(_Strict):
@@ -173,7 +179,7 @@ class _File(_Strict):
     checkpoint: str
     seed: int
     settings: DiscoverConfig
-    critical_z: float
+    critical_z: float | None
     information_L: list[float]
     span_information: dict[str, list[float]]
     skills: list[_Skill] = Field(min_length=1)

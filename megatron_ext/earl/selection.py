@@ -1,130 +1,90 @@
-"""One selection of clusters from one sample of prompts, and the same selection on many resamples: what is not selected again and again is noise.
+"""Which pairs of layer and expert are a skill's: significant, strong enough, and not everybody's.
 
-keep pairs with  z above the critical value,  risk difference >= min,  lift >= min,  not in the standing committee      `select`: on every resample
--> per layer at most k of them, by risk difference                                                                  `within_budget`: once, at the end
--> at most max_layers layers, by the AUROC of the prompts' mass in them
+    keep pairs that are significant, risk difference >= min, lift >= min, not in the standing committee      `select`: also on every resample
+    -> with a cluster method other than topm, those in a community of the skill                              communities.py
+    -> per layer at most k of them, by risk difference                                                       `trimmed`: once, at the end
+    -> at most max_layers layers, by the AUROC of the prompts' mass in them                                  `best_layers`
 
 The numbers of experts and layers are a budget and no finding: which of many equally good experts fit in it is left out of the question of stability.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_ext.config.schema import DiscoverConfig
-from megatron_ext.earl.statistics import Effects, auroc, effects
+from megatron_ext.config.rl_schema import DiscoverConfig
+from megatron_ext.earl.sample import Survey
+from megatron_ext.earl.statistics import Effects, Null, auroc, critical_z, false_discovery_p, family_wise_p
 
-NUM_SPLITS = 20
 _TIE = 1 + 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
-    """Prompts with integer labels. `mass` is what the router did; `contrast` is what is compared between skills: the mass, or the mass minus token control."""
+class Significance:
+    """`p_XLE`: adjusted for all pairs by `discover.correction`. `critical`: the |z| that a pair must exceed, on resamples too; infinite where nothing is
+    significant."""
 
-    mass_NLE: np.ndarray
-    contrast_NLE: np.ndarray
-    label_N: np.ndarray
-    stratum_N: np.ndarray
-    num_skills: int
+    significant_XLE: np.ndarray
+    p_XLE: np.ndarray
+    critical: float
 
-    def take(self, rows: np.ndarray) -> Sample:
-        mass_NLE = self.mass_NLE[rows]
-        contrast_NLE = mass_NLE if self.contrast_NLE is self.mass_NLE else self.contrast_NLE[rows]
-        return Sample(mass_NLE, contrast_NLE, self.label_N[rows], self.stratum_N[rows], self.num_skills)
 
-    def effects(self) -> Effects:
-        """Risk difference and z of the contrast; mean mass and lift of the mass itself."""
-        compared = effects(self.contrast_NLE, self.label_N, self.stratum_N, self.num_skills)
-        if self.contrast_NLE is self.mass_NLE:
-            return compared
-        plain = effects(self.mass_NLE, self.label_N, self.stratum_N, self.num_skills)
-        return Effects(plain.mean_mass_XLE, compared.risk_difference_XLE, plain.lift_XLE, compared.z_XLE)
+def significance(z_XLE: np.ndarray, null: Null, config: DiscoverConfig) -> Significance:
+    """`fwer`: against the largest |z| of each permutation. `bh`: each pair's own permutation p, (1 + times reached) / (1 + R), adjusted over all pairs; its
+    critical |z| is just below the smallest that this lets through."""
+    if config.correction == "fwer":
+        critical = critical_z(null.largest_R, config.fwer)
+        return Significance(z_XLE > critical * _TIE, family_wise_p(z_XLE, null.largest_R), critical)
+    p_XLE = false_discovery_p((1 + null.reached_XLE) / (1 + len(null.largest_R)))
+    passed_XLE = p_XLE <= config.fwer
+    critical = float(np.abs(z_XLE[passed_XLE]).min()) / _TIE**2 if passed_XLE.any() else float("inf")
+    return Significance(passed_XLE & (z_XLE > 0), p_XLE, critical)
 
 
 def standing_committee(mean_mass_XLE: np.ndarray, top: int) -> np.ndarray:
-    """bool [L, E]: experts among the `top` largest of EVERY skill in their layer (ties broken by the lower id)."""
+    """bool [..., L, E]: experts among the `top` largest of EVERY skill in their layer (ties broken by the lower id). More axes may stand in front."""
     if top == 0:
-        return np.zeros(mean_mass_XLE.shape[1:], dtype=bool)
-    rank_XLE = np.argsort(np.argsort(-mean_mass_XLE, axis=2, kind="stable"), axis=2, kind="stable")
-    return np.asarray((rank_XLE < top).all(axis=0))
+        return np.zeros((*mean_mass_XLE.shape[:-3], *mean_mass_XLE.shape[-2:]), dtype=bool)
+    rank_XLE = np.argsort(np.argsort(-mean_mass_XLE, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return np.asarray((rank_XLE < top).all(axis=-3))
 
 
-def select(found: Effects, critical: float, config: DiscoverConfig) -> np.ndarray:
-    """bool [X, L, E]: the clusters that these effects show."""
+def select(found: Effects, significant_XLE: np.ndarray, config: DiscoverConfig) -> np.ndarray:
+    """bool [..., X, L, E]: the pairs that these effects show. Effects of many resamples have an axis for them in front."""
     committee_LE = standing_committee(found.mean_mass_XLE, config.committee_top)
-    eligible_XLE = (found.z_XLE > critical * _TIE) & (found.risk_difference_XLE >= config.min_risk_difference) & (found.lift_XLE >= config.min_lift)
-    return np.asarray(eligible_XLE & ~committee_LE)
+    strong_XLE = (found.risk_difference_XLE >= config.min_risk_difference) & (found.lift_XLE >= config.min_lift)
+    return np.asarray(significant_XLE & strong_XLE & ~np.expand_dims(committee_LE, -3))
 
 
-def within_budget(chosen_LE: np.ndarray, sample: Sample, found: Effects, skill: int, config: DiscoverConfig) -> np.ndarray:
-    """bool [L, E]: the chosen experts with the largest risk difference of each layer, in the layers whose mass on them tells the skill's prompts apart best."""
-    order_LE = np.argsort(np.where(chosen_LE, -found.risk_difference_XLE[skill], np.inf), axis=1, kind="stable")
+def exceeds(z_XLE: np.ndarray, critical: float | np.ndarray) -> np.ndarray:
+    """Whether z is above the critical value, and by more than rounding."""
+    return np.asarray(z_XLE > critical * _TIE)
+
+
+def trimmed(chosen_LE: np.ndarray, risk_difference_LE: np.ndarray, config: DiscoverConfig) -> np.ndarray:
+    """bool [L, E]: the chosen experts with the largest risk difference of each layer."""
+    order_LE = np.argsort(np.where(chosen_LE, -risk_difference_LE, np.inf), axis=1, kind="stable")
     rank_LE = np.argsort(order_LE, axis=1, kind="stable")
-    chosen_LE = chosen_LE & (rank_LE < config.experts_per_layer)
-    layers = np.flatnonzero(chosen_LE.any(axis=1))
-    mass_NL = np.einsum("nle,le->nl", sample.mass_NLE[:, layers], chosen_LE[layers].astype(np.float64))
-    scores = np.array([auroc(mass_NL[:, index], sample.label_N == skill) for index in range(len(layers))])
-    kept_LE = np.zeros_like(chosen_LE)
-    kept = layers[np.argsort(-scores, kind="stable")[: config.max_layers]]
-    kept_LE[kept] = chosen_LE[kept]
-    return kept_LE
+    return np.asarray(chosen_LE & (rank_LE < config.experts_per_layer))
 
 
-def split_half_jaccard(sample: Sample, critical: float, config: DiscoverConfig, rng: np.random.Generator) -> np.ndarray:
-    """[X]: mean over random halvings of |A and B| / |A or B|, with A and B the clusters of the two halves (0 where both are empty).
-
-    The same effect gives a z smaller by sqrt(2) on half the prompts, so the critical value is smaller by as much.
-    """
-    jaccard_X = np.zeros(sample.num_skills)
-    for _ in range(NUM_SPLITS):
-        first = np.concatenate([rng.permutation(rows)[: (len(rows) + int(rng.integers(2))) // 2] for rows in _cells(sample)])
-        second = np.setdiff1d(np.arange(len(sample.label_N)), first)
-        left, right = (_resampled(sample, rows, critical / np.sqrt(2), config).reshape(sample.num_skills, -1) for rows in (first, second))
-        either = (left | right).sum(axis=1)
-        jaccard_X += np.where(either > 0, (left & right).sum(axis=1) / np.maximum(either, 1), 0.0)
-    return jaccard_X / NUM_SPLITS
-
-
-def bootstrap_frequency(
-    sample: Sample, critical: float, config: DiscoverConfig, rng: np.random.Generator, poll: Callable[[], None] = lambda: None
-) -> np.ndarray:
-    """[X, L, E]: how often a pair is selected when prompts are drawn again with replacement, within skill and template. `poll`, called each time, may raise."""
-    total = np.zeros((sample.num_skills, *sample.mass_NLE.shape[1:]))
-    for _ in range(config.bootstraps):
-        poll()
-        total += _resampled(sample, np.concatenate([rng.choice(rows, len(rows)) for rows in _cells(sample)]), critical, config)
-    return total / config.bootstraps
-
-
-def transfer_auroc(sample: Sample, critical: float, config: DiscoverConfig) -> list[float | None]:
-    """Per skill: the AUROC of the cluster's mass on one template when the cluster was selected on the others; the mean over templates that can be left out.
-
-    None where no template can: leaving it out must leave the skill and other prompts on both sides. A cluster that is not found again scores 0.5.
-    """
-    scores: list[list[float]] = [[] for _ in range(sample.num_skills)]
-    for stratum in range(int(sample.stratum_N.max()) + 1):
-        held = sample.stratum_N == stratum
-        inside, outside = (np.bincount(sample.label_N[side], minlength=sample.num_skills) for side in (held, ~held))
-        if (outside == 0).any():
-            continue
-        chosen_XLE = _resampled(sample, np.flatnonzero(~held), critical * float(np.sqrt(np.mean(~held))), config)
-        for skill in np.flatnonzero((inside > 0) & (inside < held.sum())):
-            mass_N = (sample.mass_NLE[held] * chosen_XLE[skill]).sum(axis=(1, 2))
-            scores[skill].append(auroc(mass_N, sample.label_N[held] == skill))
-    return [float(np.mean(values)) if values else None for values in scores]
-
-
-def _resampled(sample: Sample, rows: np.ndarray, critical: float, config: DiscoverConfig) -> np.ndarray:
-    return select(sample.take(np.sort(rows)).effects(), critical, config)
-
-
-def _cells(sample: Sample) -> list[np.ndarray]:
-    """The prompts of each (skill, template), in order of first appearance: names play no part, so renaming a skill changes nothing."""
-    cells: dict[tuple[int, int], list[int]] = {}
-    for row, key in enumerate(zip(sample.label_N.tolist(), sample.stratum_N.tolist(), strict=True)):
-        cells.setdefault(key, []).append(row)
-    return [np.array(rows) for rows in cells.values()]
+def best_layers(survey: Survey, wanted: Sequence[tuple[int, np.ndarray]], config: DiscoverConfig) -> list[np.ndarray]:
+    """For each (skill, bool [L, E]): the same pairs in the layers whose mass on them tells the skill's prompts apart best."""
+    scores = [np.full(survey.num_layers, -np.inf) for _ in wanted]
+    for block in survey.blocks():
+        for (skill, chosen_LE), score_L in zip(wanted, scores, strict=True):
+            chosen_lE = chosen_LE[block.layers]
+            layers = np.flatnonzero(chosen_lE.any(axis=1))
+            mass_Nl = np.einsum("nle,le->nl", block.mass_NLE[:, layers], chosen_lE[layers].astype(np.float64))
+            score_L[block.layers.start + layers] = [auroc(mass_Nl[:, index], survey.label_N == skill) for index in range(len(layers))]
+    kept = []
+    for (_, chosen_LE), score_L in zip(wanted, scores, strict=True):
+        layers = np.flatnonzero(chosen_LE.any(axis=1))
+        best = layers[np.argsort(-score_L[layers], kind="stable")[: config.max_layers]]
+        kept_LE = np.zeros_like(chosen_LE)
+        kept_LE[best] = chosen_LE[best]
+        kept.append(kept_LE)
+    return kept

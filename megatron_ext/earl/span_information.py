@@ -6,30 +6,27 @@ that cannot know the skill there, and a question says its skill by its very word
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from megatron_ext.earl.clusters import ExpertClusters
+from megatron_ext.earl.masses import MassSource
 from megatron_ext.earl.statistics import excess_information, permuted_labels
 
 _PERMUTATIONS = 100
 
 
-def with_spans(clusters: ExpertClusters, masses: Mapping[str, np.ndarray], skill_N: np.ndarray, template_N: np.ndarray) -> ExpertClusters:
-    """The clusters with `span_information`. `masses`: [N, L, E] of each span by its name, nan for a prompt that has no such span; a span that prompts of fewer
-    than two skills have is left out."""
+def with_spans(clusters: ExpertClusters, masses: Mapping[str, MassSource], skill_N: Sequence[str], template_N: Sequence[str]) -> ExpertClusters:
+    """The clusters with `span_information`. `masses`: those of each span by its name, nan for a prompt that has no such span; a span that prompts of fewer
+    than two skills have is left out. One layer of a span is in memory at a time."""
     found = {}
-    for span, mass_NLE in masses.items():
-        has_N = np.isfinite(mass_NLE).all(axis=(1, 2))
-        if len(set(skill_N[has_N])) > 1:
-            found[span] = _information(mass_NLE[has_N], skill_N[has_N], template_N[has_N], clusters.seed)
+    for span, mass in masses.items():
+        has_N = np.isfinite(mass.layers(0, 1)).all(axis=(1, 2))
+        (skills, label_N), (_, stratum_N) = (np.unique(np.array(names)[has_N], return_inverse=True) for names in (skill_N, template_N))
+        if len(skills) > 1:
+            permuted_RN = permuted_labels(label_N, stratum_N, _PERMUTATIONS, np.random.default_rng(clusters.seed))
+            bits = [excess_information(mass.layers(layer, layer + 1)[has_N], label_N, permuted_RN, len(skills)) for layer in range(mass.shape[1])]
+            found[span] = np.concatenate(bits)
     return replace(clusters, span_information=found)
-
-
-def _information(mass_NLE: np.ndarray, skill_N: np.ndarray, template_N: np.ndarray, seed: int) -> np.ndarray:
-    """[L], bits: `excess_information`."""
-    (skills, label_N), (_, stratum_N) = (np.unique(names, return_inverse=True) for names in (skill_N, template_N))
-    permuted_RN = permuted_labels(label_N, stratum_N, _PERMUTATIONS, np.random.default_rng(seed))
-    return excess_information(mass_NLE, label_N, permuted_RN, len(skills))

@@ -7,12 +7,14 @@ within strata (templates): what a template explains is never credited to a skill
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 _CHUNK_BYTES = 1 << 26
+_TIE = 1e-6
+"""Permutations are computed in float32: a |z| that comes so close to another is taken to reach it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,12 @@ class Effects:
     risk_difference_XLE: np.ndarray
     lift_XLE: np.ndarray
     z_XLE: np.ndarray
+
+    @staticmethod
+    def joined(blocks: Sequence[Effects]) -> Effects:
+        """Of all layers, from those of blocks of layers."""
+        names = [field.name for field in fields(Effects)]
+        return Effects(*(np.concatenate([getattr(block, name) for block in blocks], axis=1) for name in names))
 
 
 def effects(mass_NLE: np.ndarray, label_N: np.ndarray, stratum_N: np.ndarray, num_skills: int) -> Effects:
@@ -48,22 +56,39 @@ def effects(mass_NLE: np.ndarray, label_N: np.ndarray, stratum_N: np.ndarray, nu
 
 
 def permuted_labels(label_N: np.ndarray, stratum_N: np.ndarray, num_permutations: int, rng: np.random.Generator) -> np.ndarray:
-    """[R, N]: labels permuted R times, each within its stratum only."""
-    permuted_RN = np.empty((num_permutations, len(label_N)), dtype=np.int64)
+    """[R, N]: labels permuted R times, each within its stratum only; in the smallest type that holds them."""
+    label_N = label_N.astype(np.min_scalar_type(int(label_N.max())))
+    permuted_RN = np.empty((num_permutations, len(label_N)), dtype=label_N.dtype)
     for stratum in range(int(stratum_N.max()) + 1):
         where = np.flatnonzero(stratum_N == stratum)
         permuted_RN[:, where] = rng.permuted(np.broadcast_to(label_N[where], (num_permutations, len(where))), axis=1)
     return permuted_RN
 
 
-def max_z_null(mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndarray, num_skills: int, poll: Callable[[], None] = lambda: None) -> np.ndarray:
-    """[R]: the largest |z| over all skills, layers and experts in each permutation. Comparing every |z| with it controls the family-wise error rate.
-    `poll` is called now and then, and may raise."""
-    flat = mass_NLE.reshape(len(mass_NLE), -1)
+@dataclass(frozen=True, eq=False)
+class Null:
+    """What permuted labels show. `largest_R`: the largest |z| over all skills, layers and experts in each permutation; `reached_XLE`: in how many permutations
+    a pair's |z| reached what it was asked for."""
+
+    largest_R: np.ndarray
+    reached_XLE: np.ndarray
+
+    @staticmethod
+    def joined(blocks: Sequence[Null]) -> Null:
+        """Of all layers, from those of blocks of layers."""
+        return Null(np.max([block.largest_R for block in blocks], axis=0), np.concatenate([block.reached_XLE for block in blocks], axis=1))
+
+
+def permutation_null(
+    mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndarray, asked_XLE: np.ndarray, poll: Callable[[], None] = lambda: None
+) -> Null:
+    """The null of these layers, counting for each pair how often |z| reaches `asked_XLE`. `poll` is called now and then, and may raise."""
+    num_skills, flat = len(asked_XLE), mass_NLE.reshape(len(mass_NLE), -1)
     centred_NC, inverse_sd_XC = _permutation_moments(flat, permuted_RN[0], stratum_N, num_skills)
     centred_NC, inverse_sd_XC = centred_NC.astype(np.float32), inverse_sd_XC.astype(np.float32)
-    chunk = max(1, _CHUNK_BYTES // (4 * num_skills * flat.shape[1]))
-    largest = []
+    asked_XC = (np.abs(asked_XLE) * (1 - _TIE)).reshape(num_skills, -1).astype(np.float32)
+    chunk = max(1, _CHUNK_BYTES // (4 * num_skills * max(flat.shape)))
+    largest, reached_XC = [], np.zeros(asked_XC.shape, dtype=np.int64)
     for first in range(0, len(permuted_RN), chunk):
         poll()
         member_RXN = (permuted_RN[first : first + chunk, None, :] == np.arange(num_skills)[None, :, None]).astype(np.float32)
@@ -71,13 +96,19 @@ def max_z_null(mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndar
         z *= inverse_sd_XC
         np.abs(z, out=z)
         largest.append(z.max(axis=(1, 2)))
-    return np.concatenate(largest).astype(np.float64)
+        reached_XC += (z >= asked_XC).sum(axis=0)
+    return Null(np.concatenate(largest).astype(np.float64), reached_XC.reshape(asked_XLE.shape))
+
+
+def max_z_null(mass_NLE: np.ndarray, permuted_RN: np.ndarray, stratum_N: np.ndarray, num_skills: int) -> np.ndarray:
+    """[R]: the largest |z| of each permutation. Comparing every |z| with it controls the family-wise error rate (Westfall, Young 1993)."""
+    return permutation_null(mass_NLE, permuted_RN, stratum_N, np.zeros((num_skills, *mass_NLE.shape[1:]))).largest_R
 
 
 def family_wise_p(z: np.ndarray, null_R: np.ndarray) -> np.ndarray:
     """p = (1 + #{permutations whose largest |z| reaches this |z|}) / (1 + R), for every entry of `z`."""
     ordered = np.sort(null_R)
-    reached = len(ordered) - np.searchsorted(ordered, np.abs(z) * (1 - 1e-6), side="left")
+    reached = len(ordered) - np.searchsorted(ordered, np.abs(z) * (1 - _TIE), side="left")
     return np.asarray((1 + reached) / (1 + len(ordered)))
 
 
@@ -87,19 +118,35 @@ def critical_z(null_R: np.ndarray, fwer: float) -> float:
     return float(np.sort(null_R)[len(null_R) - 1 - allowed]) if 0 <= allowed < len(null_R) else float("inf")
 
 
+def false_discovery_p(p: np.ndarray) -> np.ndarray:
+    """p adjusted so that taking what is at most q keeps the expected share of false discoveries at q (Benjamini, Hochberg 1995; for independent tests and
+    those that depend on each other positively): of the m p in ascending order, q_i = min over j >= i of m p_j / j."""
+    ascending = np.argsort(p, axis=None)
+    steps = np.minimum.accumulate((p.flat[ascending] * p.size / np.arange(1, p.size + 1))[::-1])[::-1]
+    adjusted = np.empty(p.size)
+    adjusted[ascending] = np.minimum(steps, 1.0)
+    return adjusted.reshape(p.shape)
+
+
 def information(mass_NLE: np.ndarray, label_N: np.ndarray, num_skills: int) -> np.ndarray:
     """[L]: mutual information I(skill; expert) in bits, skills equally likely: sum_x 1/X sum_e p(e|x) log2(p(e|x) / p(e))."""
-    flat = mass_NLE.reshape(len(mass_NLE), -1)
-    member_XN = _one_hot(label_N, num_skills)
-    given_XLE = ((member_XN @ flat) / member_XN.sum(axis=1, keepdims=True)).reshape(num_skills, *mass_NLE.shape[1:])
-    ratio = np.divide(given_XLE, given_XLE.mean(axis=0), out=np.ones_like(given_XLE), where=given_XLE > 0)
-    return np.asarray((given_XLE * np.log2(ratio)).sum(axis=2).mean(axis=0))
+    return _information(mass_NLE, label_N[None], num_skills)[0]
+
+
+def _information(mass_NLE: np.ndarray, label_RN: np.ndarray, num_skills: int) -> np.ndarray:
+    """[R, L]: `information` by each row of labels."""
+    member_RXN = np.asarray(label_RN[:, None, :] == np.arange(num_skills)[:, None], dtype=np.float64)
+    summed_RXC = (member_RXN.reshape(-1, len(mass_NLE)) @ mass_NLE.reshape(len(mass_NLE), -1)).reshape(*member_RXN.shape[:2], -1)
+    given_RXLE = (summed_RXC / member_RXN.sum(axis=2, keepdims=True)).reshape(*member_RXN.shape[:2], *mass_NLE.shape[1:])
+    ratio = np.divide(given_RXLE, given_RXLE.mean(axis=1, keepdims=True), out=np.ones_like(given_RXLE), where=given_RXLE > 0)
+    return np.asarray((given_RXLE * np.log2(ratio)).sum(axis=3).mean(axis=1))
 
 
 def excess_information(mass_NLE: np.ndarray, label_N: np.ndarray, permuted_RN: np.ndarray, num_skills: int) -> np.ndarray:
     """[L]: `information` minus its mean over permuted labels: what finite samples alone would show is taken off."""
-    chance = np.mean([information(mass_NLE, row, num_skills) for row in permuted_RN], axis=0)
-    return np.asarray(information(mass_NLE, label_N, num_skills) - chance)
+    at_once = 1 if mass_NLE.nbytes < _CHUNK_BYTES else 10  # masses that fit no cache are read for several permutations together
+    chance = [_information(mass_NLE, permuted_RN[first : first + at_once], num_skills) for first in range(0, len(permuted_RN), at_once)]
+    return np.asarray(information(mass_NLE, label_N, num_skills) - np.mean(np.concatenate(chance), axis=0))
 
 
 def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float:

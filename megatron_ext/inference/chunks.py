@@ -75,8 +75,9 @@ class Chunks:
     def num_answered(self) -> int:
         return sum(len(range(chunk, self.num_prompts, self.count)) for chunk in self.saved())
 
-    def contents(self) -> list[bytes]:
-        return [(self.folder / str(chunk)).read_bytes() for chunk in range(self.count)]
+    def contents(self) -> Iterator[bytes]:
+        """One after the other, as each is asked for."""
+        return ((self.folder / str(chunk)).read_bytes() for chunk in range(self.count))
 
     def discard(self) -> None:
         """What was made of the contents is where it belongs."""
@@ -117,7 +118,7 @@ def facts_of(config: RunConfig, parts: Sequence[str], checkpoint: Path, clusters
     }
 
 
-def answer_chunks(name: str, chunks: Chunks, config: RunConfig, fn: Callable[..., None], *arguments: Any, stop: StopRequest) -> list[bytes]:
+def answer_chunks(name: str, chunks: Chunks, config: RunConfig, fn: Callable[..., None], *arguments: Any, stop: StopRequest) -> Iterator[bytes]:
     """Calls `fn(rank, world size, init method, config, chunks, *arguments)` on every rank of every replica, to save what is left of the chunks; the contents
     of all, in order. Shows progress.
 

@@ -179,6 +179,7 @@ def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
                 "reason": skill["reason"],
                 "prompts": skill["num_prompts"],
                 "pairs": ", ".join(f"{layer}:{expert}" for layer, expert in own) or "-",
+                "effects": _range(skill["pairs"], "log_odds") + " / " + _range(skill["pairs"], "npmi"),
                 "auroc": number(skill["auroc"]),
                 "jaccard": number(skill["jaccard"]),
             }
@@ -192,6 +193,12 @@ def _causal(effect: dict[str, Any]) -> list[str]:
     drops = [number(effect[name]) for name in ("accuracy", "drop_own", "drop_others", "drop_random")]
     intervals = [f"{low:+.2f} to {high:+.2f}" for low, high in (effect["beyond_others"], effect["beyond_random"])]
     return [*drops, *intervals, number(effect["random_overlap"]), effect["verdict"]]
+
+
+def _range(pairs: list[dict[str, Any]], name: str) -> str:
+    """The smallest and the largest of a cluster's experts."""
+    values = [pair[name] for pair in pairs if name in pair]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
 
 
 def _usage(before: Evaluation | None, after: Evaluation | None) -> str | None:

@@ -26,9 +26,10 @@ from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.prompts import skills_of
 from megatron_ext.data.rewards import is_right
 from megatron_ext.durable import durable_file, make_folder
-from megatron_ext.earl.clusters import MIN_PROMPTS, ExpertClusters, discover
+from megatron_ext.earl.clusters import ExpertClusters, discover
 from megatron_ext.earl.drift import drift, followed, stale_share
 from megatron_ext.earl.files import read_clusters, write_clusters
+from megatron_ext.earl.verdicts import MIN_PROMPTS
 from megatron_ext.inference.survey import Correct, survey_table
 from megatron_ext.rl.loop import CreditOf
 from megatron_ext.rl.roles import Metrics

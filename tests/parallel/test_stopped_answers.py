@@ -114,4 +114,4 @@ def test_a_discovery_by_two_replicas(run: RunConfig, tmp_path: Path, monkeypatch
         patch.setattr("megatron_ext.inference.survey.answer_chunks", None)
         discover("stopped")
     assert files(folder) == files(tmp_path / "straight" / "discover")
-    assert set(files(folder)) == {"survey.npz", "expert_clusters.json"}
+    assert set(files(folder)) == {"survey.npz", "mass.npy", "prompt_mass.npy", "image_mass.npy", "question_mass.npy", "control.npy", "expert_clusters.json"}

@@ -83,7 +83,7 @@ def save_random(rank: int, world_size: int, init_method: str, config: RunConfig,
 def save_clusters(config: RunConfig, path: Path) -> Path:
     """Expert 0 of every layer as the cluster of every skill."""
     layers, experts = config.model.num_layers, config.model.num_experts
-    pairs = tuple(PairEffect(layer, 0, 0.1, 2.0, 9.0, 0.001, 1.0) for layer in range(layers))
+    pairs = tuple(PairEffect(layer, 0, 0.1, 2.0, 9.0, 0.001, 1.0, 0.9, 0.3, 0.1, 9.0, 0.9, 0.3) for layer in range(layers))
     skills = tuple(SkillCluster(skill, "ok", "", 9, pairs, 0.05, 0.9, None, 1.0, None) for skill in SKILLS)
     table = np.full((len(skills), layers, experts), 1 / experts)
     write_clusters(ExpertClusters(layers, experts, skills, table, np.zeros_like(table), np.zeros(layers), 4.0, config.discover, 0, "sft"), path)

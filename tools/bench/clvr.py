@@ -183,7 +183,7 @@ def learning(rounds: int, context: ParallelContext) -> tuple[dict[str, float], d
 def clusters() -> ExpertClusters:
     """Two experts of every layer for the skill of the prompts."""
     layers, experts = MODEL.num_layers, MODEL.num_experts
-    pairs = tuple(PairEffect(layer, expert, 0.1, 2.0, 9.0, 0.001, 1.0) for layer in range(layers) for expert in range(2))
+    pairs = tuple(PairEffect(layer, expert, 0.1, 2.0, 9.0, 0.001, 1.0, 0.9, 0.3, 0.1, 9.0, 0.9, 0.3) for layer in range(layers) for expert in range(2))
     skill = SkillCluster("ocr", "ok", "", 9, pairs, 0.05, 0.9, None, 1.0, None)
     table = np.full((1, layers, experts), 1 / experts)
     return ExpertClusters(layers, experts, (skill,), table, np.zeros_like(table), np.zeros(layers), 4.0, RunConfig().discover, 0, "none")

@@ -23,11 +23,12 @@ weights = st.floats(0, 5)
 shares = st.floats(0, 0.99)
 
 
+def pair(layer: int, expert: int) -> PairEffect:
+    return PairEffect(layer, expert, 0.1, 2.0, 5.0, 0.01, 1.0, 0.9, 0.3, 0.1, 5.0, 0.9, 0.3)
+
+
 def clusters_of(pairs: dict[str, list[tuple[int, int]]], num_layers: int = 3, num_experts: int = 4, status: str = "ok") -> ExpertClusters:
-    skills = tuple(
-        SkillCluster(skill, status, "", 10, tuple(PairEffect(layer, expert, 0.1, 2.0, 5.0, 0.01, 1.0) for layer, expert in where), 0.1, 0.9, None, 1.0, None)
-        for skill, where in pairs.items()
-    )
+    skills = tuple(SkillCluster(skill, status, "", 10, tuple(pair(*place) for place in where), 0.1, 0.9, None, 1.0, None) for skill, where in pairs.items())
     table = np.zeros((len(skills), num_layers, num_experts))
     return ExpertClusters(num_layers, num_experts, skills, table, table, np.zeros(num_layers), 4.0, DiscoverConfig(), 0, "")
 

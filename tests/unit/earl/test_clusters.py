@@ -28,6 +28,42 @@ def test_planted_clusters_are_found_exactly(planted_prompts):
     assert heat_map_table(clusters)[0].argmax() == clusters.risk_difference_XLE[0].argmax()
 
 
+def test_benjamini_hochberg_lets_more_through_and_nothing_where_nothing_is(planted_prompts):
+    mass, skills, templates, _ = planted_prompts(8, boost=1.0)
+    config = QUICK.model_copy(update={"correction": "bh", "permutations": 999})
+    strict, lenient = (discover(mass, skills, templates, config.model_copy(update={"correction": name}), seed=0) for name in ("fwer", "bh"))
+    assert lenient.critical_z < strict.critical_z
+    assert sum(map(len, pairs_of(lenient).values())) >= sum(map(len, pairs_of(strict).values())) > 0
+    assert all(pair.p <= 0.05 for found in lenient.skills for pair in found.pairs)
+    mass[:, 1] = mass[:, 0] = mass[:, 2] = np.random.default_rng(0).dirichlet(np.ones(10), len(mass))
+    nothing = discover(mass, skills, templates, config, seed=0)
+    assert nothing.critical_z is None and not any(pairs_of(nothing).values())
+
+
+def test_effects_are_told_with_and_without_token_control(planted_prompts):
+    mass, skills, templates, _ = planted_prompts(0)
+    plain = discover(mass, skills, templates, QUICK, seed=1).skills[0].pairs[0]
+    assert (plain.uncontrolled_risk_difference, plain.uncontrolled_z) == (plain.risk_difference, plain.z)
+    assert (plain.controlled_log_odds, plain.controlled_npmi) == (plain.log_odds, plain.npmi) and plain.log_odds > 0.5 and plain.npmi > 0.1
+    words = 0.5 * mass + 0.05
+    half = discover(mass, skills, templates, QUICK, seed=1, control_NLE=words).skills[0].pairs[0]
+    assert half.risk_difference == pytest.approx(half.uncontrolled_risk_difference / 2)
+    assert (half.log_odds, half.npmi) == (plain.log_odds, plain.npmi) and 0 < half.controlled_log_odds < half.log_odds
+
+
+def test_a_cluster_of_one_template_is_refused(planted_prompts):
+    """Skills prefer their experts in template t0 only: without it nothing is found, and on it nothing was learned."""
+    mass, skills, templates, _ = planted_prompts(0, num_prompts=320, boost=0.0)
+    logits = np.log(mass)
+    for row, skill in enumerate(skills):
+        logits[row, 0, 2 * sorted(set(skills)).index(skill)] += 4.0 * (templates[row] == "t0")
+    mass = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    lenient = QUICK.model_copy(update={"min_lift": 1.2, "stability_jaccard": 0.0})
+    found = discover(mass, skills, templates, lenient, seed=0).skills
+    assert {skill.status for skill in found} == {"unstable"} and all("templates that it was not found on" in skill.reason for skill in found)
+    assert {skill.status for skill in discover(mass, skills, templates, lenient.model_copy(update={"transfer_auroc": 0.0}), seed=0).skills} == {"ok"}
+
+
 def test_shuffled_labels_give_no_cluster_in_at_least_95_percent_of_runs(planted_prompts):
     """Without the demands on effect size and stability, so that the permutation test alone must hold the rate."""
     lenient = QUICK.model_copy(
@@ -152,7 +188,7 @@ def test_token_control_removes_what_the_words_explain_and_reports_both(planted_p
 
 def test_malformed_masses_are_refused():
     with pytest.raises(ValueError, match="negative or non-finite"):
-        discover(np.full((4, 1, 4), np.nan), ["a", "b"] * 2, ["t"] * 4, QUICK, seed=0)
+        discover(np.full((4, 1, 6), np.nan), ["a", "b"] * 2, ["t"] * 4, QUICK, seed=0)
 
 
 def test_a_large_model_without_structure_has_no_clusters():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megatron_ext.earl.masses import MassArray
 from megatron_ext.earl.span_information import with_spans
 from tests.unit.earl.test_causal import clusters
 
@@ -19,7 +20,8 @@ def test_spans_are_judged_apart_and_only_by_prompts_that_have_them() -> None:
     image_NLE = rng.dirichlet(np.ones(4), size=(80, 1))
     image_NLE[:10] = np.nan
     none_NLE = np.full((80, 1, 4), np.nan)
-    found = with_spans(clusters(ocr=(1,), count=(2,)), {"image": image_NLE, "question": question_NLE, "sound": none_NLE}, skill_N, template_N)
+    masses = {span: MassArray(mass_NLE) for span, mass_NLE in (("image", image_NLE), ("question", question_NLE), ("sound", none_NLE))}
+    found = with_spans(clusters(ocr=(1,), count=(2,)), masses, skill_N.tolist(), template_N.tolist())
     assert set(found.span_information) == {"image", "question"}
     assert found.span_information["question"][0] == pytest.approx(1, abs=0.05) and abs(found.span_information["image"][0]) < 0.02
     assert replace(found, span_information={}).skills == clusters(ocr=(1,), count=(2,)).skills

@@ -5,6 +5,9 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import false_discovery_control
 
 from megatron_ext.earl.statistics import (
     auroc,
@@ -12,9 +15,11 @@ from megatron_ext.earl.statistics import (
     critical_z,
     effects,
     excess_information,
+    false_discovery_p,
     family_wise_p,
     information,
     max_z_null,
+    permutation_null,
     permuted_labels,
     sigma_from,
 )
@@ -73,6 +78,24 @@ def test_family_wise_p_counts_permutations_and_agrees_with_the_critical_value():
     assert family_wise_p(np.array([5.0, -3.5, 0.5]), null).tolist() == [1 / 5, 2 / 5, 5 / 5]
     assert critical_z(null, 0.4) == 3.0  # p <= 0.4 allows one permutation to reach z
     assert critical_z(null, 0.1) == math.inf  # four permutations never give p <= 0.1
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=30))
+def test_benjamini_hochberg_is_that_of_scipy(p):
+    np.testing.assert_allclose(false_discovery_p(np.array(p)), false_discovery_control(p))
+
+
+def test_benjamini_hochberg_worked_by_hand():
+    """p m / rank: 0.04, 0.04, 0.04, 0.5; each is at most what follows it."""
+    assert false_discovery_p(np.array([[0.01, 0.5], [0.03, 0.02]])).tolist() == [[0.04, 0.5], [0.04, 0.04]]
+
+
+def test_each_pairs_own_permutations_are_counted():
+    rng = np.random.default_rng(4)
+    mass, label, stratum = random_mass(rng, 30), np.arange(30) % 3, np.arange(30) // 10
+    permuted, asked = permuted_labels(label, stratum, 40, rng), effects(mass, label, stratum, 3).z_XLE
+    plain = sum((np.abs(effects(mass, row, stratum, 3).z_XLE) >= np.abs(asked) * (1 - 1e-6)).astype(int) for row in permuted)
+    assert np.abs(permutation_null(mass, permuted, stratum, asked).reached_XLE - plain).max() <= 1  # float32
 
 
 def test_information_is_one_bit_when_the_expert_names_one_of_two_skills():

@@ -1,34 +1,64 @@
-"""The survey's table: one row an answer, masses that sum to one, the answer's positions and nobody else's; answers wait for it as bytes."""
+"""The survey's tables: one row an answer, masses that sum to one, the answer's positions and nobody else's; answers wait for them as bytes."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_ext.batch import gate_mass
-from megatron_ext.config.schema import RolloutConfig, RunConfig
+from megatron_ext.config.schema import DiscoverConfig, RolloutConfig, RunConfig
+from megatron_ext.earl.masses import MassFile
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.survey import Correct, packed, survey_table, unpacked
+from megatron_ext.inference.survey import Correct, packed, survey_table, unpacked, write_tables
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, Words, small_config, small_prompts
 
 
-def test_rows_come_in_the_order_of_their_keys_whatever_rank_answered(context: ParallelContext) -> None:
+@pytest.fixture
+def answers(context: ParallelContext) -> list[Correct]:
     engine = Engine(build_model(small_config(), IMAGE, context, seed=5), context, Words(), RolloutConfig(max_new_tokens=6))
-    rollouts = engine.generate(small_prompts(9), 1, seeds=lambda index, _: index, version=0)
-    answers = [Correct.of(rollout) for rollout in rollouts]
+    return [Correct.of(rollout) for rollout in engine.generate(small_prompts(9), 1, seeds=lambda index, _: index, version=0)]
+
+
+def masses(folder: Path, *spans: str) -> dict[str, np.ndarray]:
+    return {name: MassFile(folder / f"{name}.npy").layers(0, 3) for name in ("mass", "prompt_mass", "control", *spans)}
+
+
+def test_rows_come_in_the_order_of_their_keys_whatever_rank_answered_and_however_many_layers_fit(
+    answers: list[Correct], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = RunConfig(model=small_config())
-    table = survey_table(answers, config, IMAGE)
-    shuffled = survey_table(unpacked(packed(random.Random(0).sample(answers, len(answers)))), config, IMAGE)
-    assert table["key_N"].tolist() == sorted(rollout.prompt.key for rollout in rollouts) == shuffled["key_N"].tolist()
-    for name in ("mass_NLE", "prompt_mass_NLE", "control_NLE"):
-        assert table[name].shape == (9, 3, 8)
-        np.testing.assert_allclose(table[name].sum(-1), 1, atol=2e-3)
-        np.testing.assert_allclose(table[name], shuffled[name], atol=1e-12)
-    first = rollouts[0]
-    np.testing.assert_array_equal(table["mass_NLE"][0], gate_mass(first.routes, 8, len(first.prompt.tokens_S) - 1, len(first.routes.experts_SLK)))
+    shuffled = unpacked(packed(random.Random(0).sample(answers, len(answers))))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    labels = write_tables(lambda: iter(answers), config, IMAGE, tmp_path / "one")
+    monkeypatch.setattr("megatron_ext.inference.survey.TOKEN_TABLE_BYTES", 1)
+    again = write_tables(lambda: iter(shuffled), config, IMAGE, tmp_path / "other")
+    assert labels["key_N"].tolist() == sorted(answer.key for answer in answers) == again["key_N"].tolist()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    first = min(range(len(answers)), key=lambda index: answers[index].key)
+    for name, mass_NLE in masses(tmp_path / "one").items():
+        assert mass_NLE.shape == (9, 3, 8), name
+        np.testing.assert_allclose(mass_NLE.sum(-1), 1, atol=2e-3)
+    routes, (start, stop) = answers[first].routes, answers[first].rows
+    np.testing.assert_array_equal(masses(tmp_path / "one")["mass"][0], gate_mass(routes, 8, start, stop))
+    np.testing.assert_array_equal(masses(tmp_path / "one")["prompt_mass"][0], gate_mass(routes, 8, 0, start))
+    plain = survey_table(answers, config, IMAGE)
+    for name, mass_NLE in masses(tmp_path / "one", "image_mass", "question_mass").items():
+        np.testing.assert_array_equal(mass_NLE, plain[f"{name}_NLE"])
+    for name, values in labels.items():
+        assert values.tolist() == plain[name].tolist()
+
+
+def test_masses_may_be_stored_in_two_bytes(answers: list[Correct], tmp_path: Path) -> None:
+    config = RunConfig(model=small_config(), discover=DiscoverConfig(survey_dtype="float16"))
+    write_tables(lambda: iter(answers), config, IMAGE, tmp_path)
+    assert np.load(tmp_path / "mass.npy").dtype == np.float16
+    np.testing.assert_allclose(masses(tmp_path)["mass"].sum(-1), 1, atol=3e-3)
 
 
 def test_image_and_question_are_logged_apart_from_each_other_and_from_the_answer(context: ParallelContext) -> None:

@@ -54,7 +54,10 @@ def evaluation(greedy: float) -> str:
 
 def cluster_file() -> str:
     skill = {"status": "ok", "reason": "2 experts pass every test", "num_prompts": 90, "auroc": 0.9, "jaccard": 0.8}
-    skills = [{**skill, "skill": name, "pairs": [{"layer": 0, "expert": 1}], "mean_mass_LE": [[0.2, 0.8], [0.5, 0.5]]} for name in SKILLS]
+    skills = [
+        {**skill, "skill": name, "pairs": [{"layer": 0, "expert": 1, "log_odds": 1.25, "npmi": 0.31}], "mean_mass_LE": [[0.2, 0.8], [0.5, 0.5]]}
+        for name in SKILLS
+    ]
     skills[1] |= {"status": "unstable", "reason": "overlap of 0.31 only"}
     masked = {"accuracy": 0.6, "drop_own": 0.4, "drop_others": 0.1, "drop_random": 0.2, "beyond_others": [0.1, 0.5], "beyond_random": [-0.07, 0.45]}
     skills[0] |= {"causal": {**masked, "random_overlap": 0.25, "verdict": "correlational"}}
@@ -96,6 +99,7 @@ def test_a_complete_run_shows_every_part(run: Path) -> None:
         "overlap of 0.31 only",
         "-0.07 to +0.45",
         "image: layer 0: 0.003",
+        "1.25 to 1.25 / 0.31 to 0.31",
         "which <b> digits?",
         "right: 4 2",
         "reward_timeout",

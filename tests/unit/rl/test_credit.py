@@ -34,7 +34,8 @@ def scored(key, sample, reward, skill="ocr", mass=0.5, response=(1, 2)):
 
 def clusters(*skills, sigma=0.1):
     """Expert 0 of the only layer is the cluster of every skill."""
-    found = tuple(SkillCluster(skill, "ok", "", 9, (PairEffect(0, 0, 0.1, 2.0, 9.0, 0.001, 1.0),), sigma, 0.9, None, 1.0, None) for skill in skills)
+    pair = PairEffect(0, 0, 0.1, 2.0, 9.0, 0.001, 1.0, 0.9, 0.3, 0.1, 9.0, 0.9, 0.3)
+    found = tuple(SkillCluster(skill, "ok", "", 9, (pair,), sigma, 0.9, None, 1.0, None) for skill in skills)
     table = np.full((len(skills), 1, 2), 0.5)
     return ExpertClusters(1, 2, found, table, table * 0, np.zeros(1), 4.0, RunConfig().discover, 0, "sft")
 
