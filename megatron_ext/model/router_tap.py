@@ -13,7 +13,7 @@ Only ids are replayed, in their top-k order; gates come from the live logits, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron_ext.model.router import Router
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Steer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(scores [tokens, E], experts [tokens, K], values [tokens, K]) -> the same values, with whose gradient another may come; see `router_steering.py`."""
 
 
 class LayerTap:
@@ -31,6 +33,8 @@ class LayerTap:
     def __init__(self) -> None:
         self.listening = False
         self.targets: torch.Tensor | None = None
+        self.draw: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.steer: Steer | None = None
         self.experts: list[torch.Tensor] = []
         self.gates: list[torch.Tensor] = []
 
@@ -39,10 +43,14 @@ class LayerTap:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Megatron's hook: scores [tokens, E], with the expert bias where there is one -> (values, ids), both [tokens, K]."""
         if self.targets is None:
-            values, experts = default(scores, topk, num_groups=num_groups, group_topk=group_topk)
+            values, experts = default(scores if self.draw is None else self.draw(scores), topk, num_groups=num_groups, group_topk=group_topk)
+            if self.draw is not None:
+                values = scores.gather(1, experts)
         else:
             experts = self._replayed(self.targets, scores, topk, num_groups, group_topk, default)
             values = scores.gather(1, experts)
+        if self.steer is not None:
+            values = self.steer(scores, experts, values)
         if self.listening:
             self.experts.append(experts.detach())
         return values, experts
@@ -104,6 +112,11 @@ class RouterTap:
             if isinstance(module, Router):
                 module.router_replay = LayerTap()
                 self._taps.append(module.router_replay)
+
+    @property
+    def taps(self) -> Sequence[LayerTap]:
+        """One a layer with experts, in order."""
+        return self._taps
 
     @contextmanager
     def record(self) -> Iterator[Routes]:

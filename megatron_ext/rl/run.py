@@ -1,6 +1,6 @@
 """The reinforcement-learning stage, from a configuration to a folder that holds its result.
 
-    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_sigma.json
+    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_{sigma,guard}.json
 
     tokenizer, clusters -> learner and replicas (Ray actors or local processes) -> stream -> loop -> metrics, rollouts, checkpoints
 
@@ -45,6 +45,7 @@ from megatron_ext.rl.loop import Recipe, StepReport, run_loop
 from megatron_ext.rl.questions import questions, validate
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.roles import Metrics
+from megatron_ext.rl.router_goals import watches_routers
 from megatron_ext.rl.scoring.pool import RewardPool
 from megatron_ext.rl.stream import Stream
 from megatron_ext.rl.turns import Turns
@@ -114,6 +115,8 @@ def run_rl(
         if ahead:
             learner.meanwhile = partial(stream.turn, beside_update=True)
         credit = Credit(config, found, tokenizer.tag_ids, stage_dir, learner.reference_kl if pays_for_kl else None)
+        if credit.earl is not None:
+            learner.goals, fleet.drawn_layers = credit.earl.goals if watches_routers(config) else None, credit.earl.drawn_layers()
         stage = Stage(config, observer, learner, fleet, stream, credit, Recorder(bank, sum(ranks_of(config).values())), tokenizer)
         restarts, lost = Restarts(config.rl.restarts), False
         while True:
