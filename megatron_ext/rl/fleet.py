@@ -67,7 +67,9 @@ class MegatronFleet:
         self._board.ask([Call(rank, "profile", (stage_dir, rank.name, left))], self._deadlines.open_s)
 
     def ask(self, asks: Sequence[Ask]) -> None:
-        self._waiting += [ask if ask.greedy else replace(ask, drawn_layers=self.drawn_layers.get(ask.prompt.skill, ())) for ask in asks]
+        for ask in asks:
+            layers = () if ask.greedy else self.drawn_layers.get(ask.prompt.skill, ())
+            self._waiting.append(replace(ask, drawn_layers=layers) if layers else ask)
 
     def turn(self, beside_update: bool = False) -> list[Outcome]:
         """Raises RankFailed when no replica is left. Beside an update, the learner is not free to give its weights to replicas that have come back."""
