@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ext.batch import ScoredRollout
+from megatron_ext.batch import Rollout, RouteTrace, ScoredRollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.earl.bonus import EarlBonus, apply_bonus, lambda_at
 from megatron_ext.earl.clusters import ExpertClusters
@@ -139,8 +139,7 @@ class EarlCredit:
 
     def _guard(self, scored: Sequence[ScoredRollout], step: int) -> list[str]:
         """What it says of layers that are collapsing."""
-        traces = [answer.rollout.routes.rows(*rows) for answer in scored for rows in answer.rollout.sampled_rows]
-        now = Load.of(expert_counts(traces, self.paid.num_experts))
+        now = Load.of(expert_counts([_own_routes(answer.rollout) for answer in scored], self.paid.num_experts))
         if self._first is None or step == 0:
             self._first = now
             _write(self._guard_file, asdict(now))
@@ -163,6 +162,12 @@ class EarlCredit:
         self._learnt |= {skill: Learnt(sigma, step) for skill, sigma in found.items()}
         _write(self._sigma_file, {skill: asdict(learnt) for skill, learnt in self._learnt.items()})
         return True
+
+
+def _own_routes(rollout: Rollout) -> RouteTrace:
+    """Of the positions behind the prompt, which need no copy; an answer of one token has only the prompt's last."""
+    prompt, rows = len(rollout.prompt.tokens_S), len(rollout.routes)
+    return rollout.routes.rows(min(prompt, rows - 1), rows)
 
 
 def _said(paid: ExpertClusters) -> str:

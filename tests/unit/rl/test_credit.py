@@ -198,8 +198,8 @@ def test_a_control_is_paid_for_and_the_true_clusters_are_watched(tmp_path, capsy
 
 
 def collapsed(sample, reward, second):
-    """Both of two experts of the only layer for each token, or (one expert a token) only the first."""
-    plain = scored("a", sample, reward)
+    """Of the three positions behind the prompt, one expert each: two go to `second`, one to expert 0."""
+    plain = scored("a", sample, reward, response=(1, 2, 3, 4))
     routes = plain.rollout.routes
     experts, gates = routes.experts_SLK[:, :, :1].copy(), routes.gates_SLK[:, :, :1] * 0 + np.float16(1)
     experts[::2] = second
