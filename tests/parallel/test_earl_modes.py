@@ -36,7 +36,7 @@ def told(folder):
     return [{name: value for name, value in record.items() if name.startswith(TOLD)} for record in read_metrics(folder)]
 
 
-@pytest.fixture(scope="module", params=list(MODES))
+@pytest.fixture(scope="module", params=[pytest.param("pathwise", marks=pytest.mark.journey), "router_pg"])
 def finished(request, start, tmp_path_factory):
     return request.param, run(start, tmp_path_factory.mktemp(request.param), request.param)
 
@@ -63,7 +63,7 @@ LAYOUTS = {
     "DP2 EP2": ParallelConfig(num_ranks=2, ep=2),
     "DP2 TP2": ParallelConfig(num_ranks=4, tp=2),
 }
-LONG = {"CP2", "DP2 TP2"}
+LONG = {"CP2", "DP2 EP2", "DP2 TP2"}
 
 
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.journey] if name in LONG else []) for name in LAYOUTS])

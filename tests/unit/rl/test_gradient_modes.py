@@ -13,7 +13,7 @@ import torch
 from megatron_ext.rl.objective.router import route_logprob
 from tools.studies.gradient_modes import CEILING, CLUSTER, LAMBDA, RIGHT, Bandit, capped_mass, chosen_share, exact, gate_mass, pathwise, router_pg, score
 
-SEEDS = range(5)
+SEEDS = range(3)
 PLANTED = 4
 
 
