@@ -39,7 +39,9 @@ def random_clusters(clusters: ExpertClusters, seed: int) -> ExpertClusters:
     def drawn(found: SkillCluster) -> SkillCluster:
         rng = np.random.default_rng([seed, *found.skill.encode()])
         true_LE = clusters.mask(found.skill)
-        pairs = tuple((layer, expert) for layer in np.flatnonzero(true_LE.any(1)) for expert in matched(mass_LE[found.skill][layer], true_LE[layer], rng))
+        pairs = tuple(
+            (layer, expert) for layer in np.flatnonzero(true_LE.any(1)).tolist() for expert in matched(mass_LE[found.skill][layer], true_LE[layer], rng)
+        )
         true, ours = (sum(mass_LE[found.skill][pair] for pair in of) for of in (clusters.pairs(found.skill), pairs))
         return _as_control(found, pairs, f"a control: random experts with mass {ours:.4f} in all, its cluster has {true:.4f}")
 
