@@ -106,7 +106,9 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
 def _rl(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
     from megatron_ext.rl.run import run_rl
 
-    return run_rl(config, run.root / "rl", run.start_of_rl(config), run.clusters, stop_file=launch.stop_file, nodes=launch.nodes)
+    result = run_rl(config, run.root / "rl", run.start_of_rl(config), run.clusters, stop_file=launch.stop_file, nodes=launch.nodes)
+    paid = {"earl": {name: getattr(config.earl, name) for name in ("mode", "combine", "control")}} if config.earl.enabled else {}
+    return {**result, **paid}
 
 
 def _evaluate_sft(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:

@@ -21,6 +21,9 @@ def cluster_rules(config: RunConfig) -> Iterator[UserError]:
         yield UserError("earl.force_correlational", problem, "remove it, or set discover.causal_gate=enforce")
     if earl.follow and not earl.reestimate_every:
         yield UserError("earl.follow", "true with earl.reestimate_every = 0: there is nothing to follow", "set earl.reestimate_every, for example to 50")
+    if earl.follow and earl.mode != "score":
+        problem = f"true with earl.mode = {earl.mode}: what its routers are taught is measured on the clusters that RL starts with"
+        yield UserError("earl.follow", problem, "use earl.mode=score, or false")
     if earl.reestimate_every and config.rl.environment:
         problem = f"{earl.reestimate_every} with rl.environment = {config.rl.environment}: clusters are looked for in answers of one turn"
         yield UserError("earl.reestimate_every", problem, "set it to 0")

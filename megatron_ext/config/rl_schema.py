@@ -83,6 +83,9 @@ class DiscoverConfig(Section):
     """Random masks for each cluster."""
 
 
+Control = Literal["none", "random", "shuffled"]
+
+
 class EarlConfig(Section):
     enabled: bool = True
     bonus: float = Field(0.3, ge=0)
@@ -106,6 +109,24 @@ class EarlConfig(Section):
     """
     follow: bool = False
     """Clusters that are found again take the place of the old ones in the bonus, their sigma too, from the next step on. False: they are reported only."""
+    mode: Literal["score", "pathwise", "router_pg"] = "score"
+    """What teaches the router beside the answers' advantages (docs/studies/gradient_modes.md). `score`: nothing, the bonus is a reward. `pathwise`: the
+    gradient of the cluster's softmax mass on correct answers, which reaches experts that were not chosen. `router_pg`: routes of answers are sampled on the
+    clusters' layers and reinforced as actions; where answers are evaluated they stay greedy. Either costs a few operations on the router's scores."""
+    pathwise_weight: float = Field(0.03, gt=0)
+    """lambda_p of `pathwise`; 0.01 to 0.1 is usual."""
+    router_weight: float = Field(0.2, gt=0)
+    """Weight of the routes' surrogate in `router_pg`; 0.1 to 0.3 is usual."""
+    router_clip: float = Field(0.1, gt=0, lt=1)
+    """Bounds of a route's probability ratio in `router_pg`: within 1 +- this."""
+    combine: Literal["bounded", "add", "gdpo"] = "bounded"
+    """How bonus and task meet. `bounded`: as a share of the task's advantage, on correct answers alone. `add`: reward + lambda mass, before answers are
+    compared; `gdpo`: both compared within the group, then summed. These two pay wrong answers too, and may turn an advantage's sign: for comparison."""
+    control: Control = "none"
+    """Which clusters are paid for. `random`: other experts, as many and with nearly the same mass. `shuffled`: the next skill's cluster. Usage of paid
+    (`earl/cluster_usage`) and of true clusters (`earl/true_usage`) is logged apart: that usage goes up is no success."""
+    router_kl: float = Field(0.0, ge=0)
+    """Weight of the routers' KL to those that RL started from, on the clusters' layers of answers. `earl/router_kl` is logged whatever it is."""
 
 
 class RLConfig(Section):

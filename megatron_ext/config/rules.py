@@ -11,6 +11,7 @@ from pathlib import PurePath
 from megatron_ext.config.cluster_rules import cluster_rules
 from megatron_ext.config.clvr_rules import clvr_rules
 from megatron_ext.config.data_rules import image_rules
+from megatron_ext.config.earl_rules import earl_rules
 from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.fleet_rules import fleet_rules
 from megatron_ext.config.objective_rules import objective_rules
@@ -37,7 +38,7 @@ def check_rules(config: RunConfig) -> list[UserError]:
         stage_rules,
         _rollout,
         _discover,
-        _earl,
+        earl_rules,
         cluster_rules,
         _rl,
         _evaluate,
@@ -222,20 +223,6 @@ def _discover(config: RunConfig) -> Problems:
             "discover.permutations",
             f"{discover.permutations} cannot show significance at discover.fwer = {discover.fwer:g}",
             f"use at least {int(1 / discover.fwer)}",
-        )
-
-
-def _earl(config: RunConfig) -> Problems:
-    earl, rl = config.earl, config.rl
-    if not earl.enabled:
-        return
-    if earl.warmup + earl.cooldown > 1:
-        yield UserError(
-            "earl.warmup", f"{earl.warmup:g} and earl.cooldown = {earl.cooldown:g} are more than the whole run", "they are shares: keep their sum at most 1"
-        )
-    if earl.min_correct > rl.rollouts_per_prompt:
-        yield UserError(
-            "earl.min_correct", f"{earl.min_correct} is more than rl.rollouts_per_prompt = {rl.rollouts_per_prompt}: no group would ever get a bonus", "use 2"
         )
 
 

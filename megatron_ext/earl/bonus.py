@@ -24,7 +24,7 @@ from megatron_ext.shapes import check_shape
 
 
 class EarlBonus:
-    """The bonus of one run. `sigma` by skill of the PROMPT; a prompt whose skill has none gets no bonus."""
+    """The bonus of one run. `sigma` by skill; one that has none gets no bonus."""
 
     def __init__(self, clusters: ExpertClusters, config: EarlConfig, sigma: Mapping[str, float]) -> None:
         self._config, self._sigma = config, dict(sigma)
@@ -68,6 +68,16 @@ class EarlBonus:
         x_PG = np.clip((mass_PG - centre_P[:, None]) / sigma_P[:, None], -1, 1)
         enough_P = count_P >= self._config.min_correct
         return np.where(scored_PG & enough_P[:, None], x_PG, 0.0)
+
+    def over_skills(self, masses: Mapping[str, np.ndarray], rewards_PG: np.ndarray, valid_PG: np.ndarray) -> np.ndarray:
+        """B [P, G] where an answer may have spans of several skills: the mean of what each gives by its own sigma, of those that can be measured. `masses`: by
+        skill, [P, G], nan where an answer has no span of it."""
+        total_PG, count_PG = np.zeros(rewards_PG.shape), np.zeros(rewards_PG.shape)
+        for skill, mass_PG in sorted(masses.items()):
+            if math.isfinite(self._sigma.get(skill, math.inf)):
+                total_PG += self.bonus(mass_PG, rewards_PG, valid_PG, [skill] * len(mass_PG))
+                count_PG += np.isfinite(mass_PG)
+        return total_PG / np.maximum(count_PG, 1)
 
 
 def apply_bonus(advantages_PG: np.ndarray, bonus_PG: np.ndarray, weight: float, max_share: float, wrong_PG: np.ndarray) -> np.ndarray:

@@ -18,12 +18,14 @@ REFILL = 0.25
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, its number (whatever whoever asks knows it by), and the answers asked of it: (sample, seed) each. `greedy`: the most likely token each time."""
+    """A prompt, its number (whatever whoever asks knows it by), and the answers asked of it: (sample, seed) each. `greedy`: the most likely token each time.
+    `drawn_layers`: those with experts whose routes are drawn by chance, for the tokens that are written; everywhere else they are the most likely ones."""
 
     number: int
     prompt: Prompt
     samples: tuple[tuple[int, int], ...]
     greedy: bool = False
+    drawn_layers: tuple[int, ...] = ()
 
 
 class WaitingRoom:

@@ -21,12 +21,14 @@ from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.device.batch_invariant import batch_invariant
 from megatron_ext.inference.admission import Request
 from megatron_ext.inference.answers import Answer, Vocabulary
+from megatron_ext.inference.route_noise import gumbels
 from megatron_ext.inference.sampling import sample, uniforms
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.generation import decode, read
 from megatron_ext.model.heads import banned_tokens, policy_logits
 from megatron_ext.model.inputs import ModelInputs, model_inputs
 from megatron_ext.model.memory import Memory
+from megatron_ext.model.router_steering import Noise, drawing
 from megatron_ext.model.router_tap import Routes
 from megatron_ext.model.token_scores import policy_scores
 from megatron_ext.model.whole_memory import WholeMemory
@@ -68,7 +70,7 @@ class Passes:
     def write(self, memory: Memory, answers: Sequence[Answer]) -> torch.Tensor:
         """Logits [R, vocab / tp] after the latest token of every row."""
         tokens_R = torch.tensor([answer.tokens[-1] for answer in answers], dtype=torch.int64, device=self.context.device)
-        with self.model.router_tap.record() as routes:
+        with self.model.router_tap.record() as routes, drawing(self.model.router_tap, self._noise(answers), not self.model.model_config.norm_topk_prob):
             logits_RV = decode(self.model, tokens_R, memory)
         for answer, experts_LK, gates_LK in zip(answers, *self.routes(routes, len(answers)), strict=True):
             answer.route(experts_LK, gates_LK)
@@ -103,6 +105,19 @@ class Passes:
         if self.config.deterministic:  # the learner's formula, to the last bit
             logprobs_R = policy_scores(logits_RV[None], tokens_R[:, None], self.config.temperature, self.banned_V, self.context.pgs.tp)[0][:, 0]
         return tokens_R.tolist(), logprobs_R.tolist()
+
+    def _noise(self, answers: Sequence[Answer]) -> Noise | None:
+        """For routes that are drawn: a row's depends on its seed and position alone."""
+        layers = tuple(sorted({layer for answer in answers for layer in answer.request.drawn_layers}))
+        if not layers:
+            return None
+        device = self.context.device
+        seeds_R, places_R = (
+            torch.tensor(values, dtype=torch.int64, device=device) for values in zip(*((answer.seed, len(answer.tokens)) for answer in answers), strict=True)
+        )
+        drawn_MR = torch.tensor([[layer in answer.request.drawn_layers for answer in answers] for layer in layers], device=device)
+        noise_MRE = gumbels(seeds_R, places_R, layers, self.model.model_config.num_experts) * drawn_MR[:, :, None]
+        return Noise(layers, noise_MRE, self.context.tp_rank)
 
     def routes(self, routes: Routes, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         """Experts and gates [tokens, L, K] as a rollout holds them."""

@@ -2,7 +2,7 @@
 
 Megatron's checkpoint runs the function once without gradients and once, in the backward pass, with them. What counts or logs (routers, metrics) looks at
 `torch.is_grad_enabled()` and so counts once. What a layer must find as it was, because other micro-batches have passed meanwhile, is kept here: what routers
-know of the micro-batch, and the routes that are being replayed.
+know of the micro-batch, the routes that are being replayed, and what their scores are pulled to.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from megatron.core.tensor_parallel import checkpoint
 
 from megatron_ext.model.router import Router, RouterCall
+from megatron_ext.model.router_tap import Steer
 
 
 def recomputed(run: Callable[..., Any], routers: Sequence[Router], first: torch.Tensor, *tensors: torch.Tensor) -> Any:
     """`run(first, *tensors)`. Gradients reach the given tensors, and weights that `run` uses; every other tensor with a gradient must be among them."""
-    kept = [(router, router.call, router.router_replay.targets) for router in routers]
+    kept = [(router, router.call, router.router_replay.targets, router.router_replay.steer) for router in routers]
 
     def run_or_repeat(*args: torch.Tensor) -> Any:
         if not torch.is_grad_enabled():
@@ -33,13 +34,14 @@ def recomputed(run: Callable[..., Any], routers: Sequence[Router], first: torch.
 
 
 @contextmanager
-def _as_it_was(kept: Sequence[tuple[Router, RouterCall, torch.Tensor | None]]) -> Iterator[None]:
+def _as_it_was(kept: Sequence[tuple[Router, RouterCall, torch.Tensor | None, Steer | None]]) -> Iterator[None]:
     """Routers in the state of the first run, and their taps deaf: what they decide was recorded then."""
-    now = [(router, router.call, router.router_replay.targets, router.router_replay.listening) for router, _, _ in kept]
-    for router, call, targets in kept:
-        router.call, router.router_replay.targets, router.router_replay.listening = call, targets, False
+    taps = [router.router_replay for router, *_ in kept]
+    now = [(router.call, tap.targets, tap.steer, tap.listening) for (router, *_), tap in zip(kept, taps, strict=True)]
+    for (router, call, targets, steer), tap in zip(kept, taps, strict=True):
+        router.call, tap.targets, tap.steer, tap.listening = call, targets, steer, False
     try:
         yield
     finally:
-        for router, call, targets, listening in now:
-            router.call, router.router_replay.targets, router.router_replay.listening = call, targets, listening
+        for (router, *_), tap, (call, targets, steer, listening) in zip(kept, taps, now, strict=True):
+            router.call, tap.targets, tap.steer, tap.listening = call, targets, steer, listening

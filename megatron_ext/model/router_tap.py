@@ -17,7 +17,7 @@ Only ids are replayed, in their top-k order; gates come from the live logits, so
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ from megatron_ext.errors import UserError
 from megatron_ext.model.router import Router
 
 TopK = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+Steer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(scores [tokens, E], experts [tokens, K], values [tokens, K]) -> the same values, with whose gradient another may come; see `router_steering.py`."""
 
 
 class LayerTap:
@@ -37,6 +39,8 @@ class LayerTap:
         self.listening = False
         self.targets: torch.Tensor | None = None
         self.masked_E: torch.Tensor | None = None
+        self.draw: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.steer: Steer | None = None
         self.experts: list[torch.Tensor] = []
         self.gates: list[torch.Tensor] = []
 
@@ -47,10 +51,14 @@ class LayerTap:
         the router chooses, so that the gates are those of whom it chose instead."""
         open_to = scores if self.masked_E is None else scores.masked_fill(self.masked_E, -torch.inf)
         if self.targets is None:
-            values, experts = default(open_to, topk, num_groups=num_groups, group_topk=group_topk)
+            values, experts = default(open_to if self.draw is None else self.draw(open_to), topk, num_groups=num_groups, group_topk=group_topk)
+            if self.draw is not None:
+                values = scores.gather(1, experts)
         else:
             experts = self._replayed(self.targets, open_to, topk, num_groups, group_topk, default)
             values = scores.gather(1, experts)
+        if self.steer is not None:
+            values = self.steer(scores, experts, values)
         if self.listening:
             self.experts.append(experts.detach())
         return values, experts
@@ -113,6 +121,11 @@ class RouterTap:
         self._taps = [LayerTap() for _ in self._routers]
         for router, tap in zip(self._routers, self._taps, strict=True):
             router.router_replay = tap
+
+    @property
+    def taps(self) -> Sequence[LayerTap]:
+        """One a layer with experts, in order."""
+        return self._taps
 
     @contextmanager
     def record(self) -> Iterator[Routes]:

@@ -37,6 +37,7 @@ _RULES = (
     (r"perf/(?P<name>.+)", "{name}"),
     (r"reward/skill/(?P<skill>[^/]+)/mean", "skill_reward_mean"),
     (r"earl/cluster_usage/(?P<skill>[^/]+)", "earl_cluster_usage"),
+    (r"earl/true_usage/(?P<skill>[^/]+)", "earl_true_usage"),
     (r"val/(?P<set>[^/]+)/(?P<skill>[^/]+)/(?P<name>.+)", "validation_{name}"),
     (r"clvr/tap(?P<tap>\d+)/(?P<name>.+)", "clvr_{name}"),
     (r"(?P<name>.+)", "{name}"),

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.batch import LearnerBatch, Tiles
+from megatron_ext.rl.goals import NO_GOAL, Clusters
 from megatron_ext.rl.parcels import Parcel, Row
 from megatron_ext.shapes import check_shape, round_up
 
@@ -22,13 +23,15 @@ FILLER_KEY = ""
 @dataclass(frozen=True)
 class Shard:
     """Rows of one rank with what identifies them: `lengths_B` real tokens of each row, `keys_B` "<prompt key>#<sample>", `digests_B` the digest of the routes
-    its rollout recorded.
+    its rollout recorded. `goal_BS` int16: whose cluster counts where a token was decided (`goals.py`); no goals, no `clusters`.
     """
 
     batch: LearnerBatch
     lengths_B: np.ndarray
     keys_B: tuple[str, ...]
     digests_B: tuple[str, ...]
+    goal_BS: np.ndarray | None = None
+    clusters: Clusters | None = None
 
     def __post_init__(self) -> None:
         rows = self.batch.tokens_BS.shape[0]
@@ -56,6 +59,8 @@ class Shard:
             lengths_B,
             tuple(self.keys_B[row] for row in rows_B),
             tuple(self.digests_B[row] for row in rows_B),
+            None if self.goal_BS is None else self.goal_BS[rows_B, :length],
+            self.clusters,
         )
 
 
@@ -77,7 +82,14 @@ def unpack(parcel: Parcel) -> Shard:
     )
     for place, row in enumerate(rows):
         _write_row(batch, place, row)
-    return Shard(batch, lengths_B, tuple(row.key for row in rows) + (FILLER_KEY,) * filler, tuple(row.digest for row in rows) + (FILLER_KEY,) * filler)
+    keys_B, digests_B = (tuple(names) + (FILLER_KEY,) * filler for names in ([row.key for row in rows], [row.digest for row in rows]))
+    if parcel.clusters is None:
+        return Shard(batch, lengths_B, keys_B, digests_B)
+    goal_BS = np.full(shape, NO_GOAL, dtype=np.int16)
+    for place, row in enumerate(rows):
+        if row.goal_T is not None:
+            goal_BS[place, len(row.tokens_S) : row.length] = row.goal_T
+    return Shard(batch, lengths_B, keys_B, digests_B, goal_BS, parcel.clusters)
 
 
 def microbatches(shard: Shard, micro_batch: int, multiple: int, parts_multiple: int = 1) -> list[Shard]:

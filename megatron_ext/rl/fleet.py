@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_ext.batch import FailedRollout, Prompt, Rollout
@@ -41,6 +42,8 @@ class MegatronFleet:
         self._board, self._config, self._deadlines, self._turns = board, config, deadlines, turns
         self._publisher = Publisher(board, config, deadlines, turns)
         turns.rollouts = lambda: [rank for replica in self.replicas if replica.open for rank in replica.ranks]
+        self.drawn_layers: Mapping[str, tuple[int, ...]] = {}
+        """By skill, of answers that are not greedy; see `roles.Ask`."""
         self._waiting, self._inbox = deque[Ask](), list[Outcome]()
         self._losses = Counter[tuple[int, str]]()
         self._events = Counter[str]()
@@ -64,7 +67,9 @@ class MegatronFleet:
         self._board.ask([Call(rank, "profile", (stage_dir, rank.name, left))], self._deadlines.open_s)
 
     def ask(self, asks: Sequence[Ask]) -> None:
-        self._waiting += asks
+        for ask in asks:
+            layers = () if ask.greedy else self.drawn_layers.get(ask.prompt.skill, ())
+            self._waiting.append(replace(ask, drawn_layers=layers) if layers else ask)
 
     def turn(self, beside_update: bool = False) -> list[Outcome]:
         """Raises RankFailed when no replica is left. Beside an update, the learner is not free to give its weights to replicas that have come back."""

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from megatron_ext.checkpoint.dist import latest_step, load_checkpoint
 from megatron_ext.checkpoint.folder import CHECKPOINTS
@@ -40,6 +43,7 @@ from megatron_ext.rl.probe_pass import ProbePass
 from megatron_ext.rl.refit.plan import Bucket, Part
 from megatron_ext.rl.refit.staging import own_parts, own_tensors
 from megatron_ext.rl.refit.weight_sync import Meeting, send
+from megatron_ext.rl.router_goals import RouterGoals, watches_routers
 from megatron_ext.rl.staleness import require_versions
 from megatron_ext.rl.turns import LearnerMemory
 from megatron_ext.training.engine import Engine
@@ -48,6 +52,8 @@ from megatron_ext.training.rank_work import RankWork, WorkMeter
 from megatron_ext.training.step import optimizer_step
 
 STORE_TIMEOUT_S = 60.0
+CEILINGS = "earl_ceilings"
+"""Where a checkpoint keeps them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,15 @@ class Updated:
     work: RankWork
 
 
+@dataclass(frozen=True)
+class Opened:
+    """`first_routers`: weights that RL started from, by layer number, where their distance is measured; `saved`: what the checkpoint that was resumed says."""
+
+    engine: Engine
+    first_routers: dict[int, torch.Tensor]
+    saved: dict[str, Any]
+
+
 class LearnerRank:
     """The role; see `ranks.Host`. Its methods are the verbs."""
 
@@ -80,10 +95,12 @@ class LearnerRank:
         world = open_parallel(config.parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S)
         self._context = self._world.enter_context(world)
         self._tokenizer = load_tokenizer(config.tokenizer_dir)
-        self._engine, self._finished = _engine(config, checkpoints, init_from, self._tokenizer, self._context)
+        opened = _engine(config, checkpoints, init_from, self._tokenizer, self._context)
+        self._engine, self._finished = opened.engine, int(opened.saved.get("step", 0))
         self._reference = _reference(config, init_from, self._tokenizer, self._context) if config.rl.kl_coeff > 0 else []
         self._memory: LearnerMemory | None = None
-        self._policy = Policy(self._engine.wrapped, self._reference, config, self._tokenizer.vocab_size, self._context)
+        self._goals = RouterGoals(config, self._context, opened.saved.get(CEILINGS, {}), opened.first_routers)
+        self._policy = Policy(self._engine.wrapped, self._reference, config, self._tokenizer.vocab_size, self._context, self._goals)
         self._saver = self._world.enter_context(open_saver(checkpoints, config.rl.keep, self._context, config.model, asynchronous=config.rl.async_save))
         self._meter = WorkMeter(self._context.device)
         self._profiler = UNPROFILED
@@ -112,10 +129,15 @@ class LearnerRank:
             # Later minibatches meet a policy that has moved: old log-probs must be taken before the first.
             parts = [self._policy.prepared(part, with_old=len(parts) > 1) for part in parts]
             clock.lap("old_log_prob")
-            steps = [optimizer_step(self._engine, part, self._policy, self._context, clock.lap) for part in parts]
+            steps = [self._step(part, clock) for part in parts]
+            goals = self._goals.finish()
         self._finished += 1
         timings = {TIMING + phase: seconds for phase, seconds in clock.phases().items()}
-        return Updated({**_over_minibatches(steps), **timings}, self._meter.take())
+        return Updated({**_over_minibatches(steps), **goals, **timings}, self._meter.take())
+
+    def _step(self, part: Sequence[PolicyBatch], clock: Stopwatch) -> dict[str, float]:
+        self._goals.begin(part)
+        return optimizer_step(self._engine, part, self._policy, self._context, clock.lap)
 
     def reference_kl(self, parcel: Parcel) -> dict[str, float]:
         """See `Policy.reference_kl`."""
@@ -164,7 +186,7 @@ class LearnerRank:
         """May return before the checkpoint is written; what goes wrong with it is raised by the next verb that saves or updates."""
         engine = self._engine
         engine.settle()
-        self._saver.save(step, engine.chunks, engine.optimizer_state, {"stage": "rl"})
+        self._saver.save(step, engine.chunks, engine.optimizer_state, {"stage": "rl", CEILINGS: self._goals.ceilings})
 
     def finish_saving(self) -> None:
         """Returns once what `save` began is published."""
@@ -176,21 +198,22 @@ class LearnerRank:
         return [policy_batch(part, self._context.device, self._finished) for part in parts]
 
 
-def _engine(config: RunConfig, checkpoints: Path, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> tuple[Engine, int]:
-    """The policy ready to train, and the steps it has finished. Nothing balances experts here: it would pull against what the reward teaches the router; and
+def _engine(config: RunConfig, checkpoints: Path, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> Opened:
+    """The policy ready to train. Nothing balances experts here: it would pull against what the reward teaches the router; and
     nothing is dropped, as rollouts drop nothing. An expert bias stays what fine-tuning left: the routes of a step are replayed, so that it could only
     answer the rollouts' load with a change of the next rollouts' routes that no gradient knows of."""
     resume = latest_step(checkpoints) is not None
     still = {"moe_balancing": "none", "moe_z_loss_coeff": 0.0, "moe_expert_bias_rate": 0.0, "moe_capacity_factor": None, "moe_pad_to_capacity": False}
     settings = config.model.model_copy(update=still)
     chunks = build_chunks(settings, tokenizer.image_id, context, vision_trains=config.rl.train_vision, turn_token=tokenizer.turn_id)
-    if not resume:
+    watched = config.earl.enabled and watches_routers(config)
+    if watched or not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
+    first = {router.layer_number: router.weight.detach().clone() for chunk in chunks for router in chunk.decoder.routers()} if watched else {}
     engine = start_engine(chunks, config.rl.optimizer, config.rl.steps * config.rl.minibatches, context, router_lr_scale=config.rl.router_lr_scale)
     if not resume:
-        return engine, 0
-    loaded = load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model)
-    return engine, int(loaded["step"])
+        return Opened(engine, first, {})
+    return Opened(engine, first, load_checkpoint(checkpoints, engine.chunks, engine.optimizer_state, context=context, model_config=config.model))
 
 
 def _reference(config: RunConfig, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> list[VisionLanguageModel]:

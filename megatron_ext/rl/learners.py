@@ -23,6 +23,7 @@ from megatron_ext.observe.stopwatch import TIMING, Stopwatch
 from megatron_ext.parallel.plan import Layout
 from megatron_ext.parallel.planner.model_flops import yardstick_of
 from megatron_ext.rl.deadlines import Deadlines
+from megatron_ext.rl.goals import Goals, GoalsOf
 from megatron_ext.rl.hosts.ranks import Rank
 from megatron_ext.rl.hosts.switchboard import POLL_S, Call, Pending, Switchboard
 from megatron_ext.rl.hosts.worlds import begin_world
@@ -52,6 +53,8 @@ class MegatronLearner:
         turns.learners = lambda: self.ranks
         self.meanwhile: Callable[[], None] | None = None
         """Done again and again while an update is under way."""
+        self.goals: GoalsOf | None = None
+        """What the routers of a step are taught beside; None: nothing."""
         self._save_s = 0.0
         self._start()
 
@@ -88,7 +91,7 @@ class MegatronLearner:
 
     def update(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, step: int) -> Metrics:
         self._turns.learner()
-        parcels = self._parcels(scored, advantages_R, self._config.rl.minibatches)
+        parcels = self._parcels(scored, advantages_R, self._config.rl.minibatches, None if self.goals is None else self.goals(scored))
         calls = [Call(rank, "update", (parcels[place.dp_rank],)) for rank, place in zip(self.ranks, self._places, strict=True)]
         answers = self._ask(calls, self._deadlines.update_s, self.meanwhile)
         self.finished_steps = step + 1
@@ -132,10 +135,10 @@ class MegatronLearner:
                 meanwhile()
         return pending.collect()
 
-    def _parcels(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int) -> list[list[Parcel]]:
+    def _parcels(self, scored: Sequence[ScoredRollout], advantages_R: np.ndarray, minibatches: int, goals: Goals | None = None) -> list[list[Parcel]]:
         multiple = Layout.of(self._config.parallel).length_multiple
         dp_size = self._places[0].dp_size
-        return plan_parcels(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id)
+        return plan_parcels(scored, advantages_R, minibatches=minibatches, dp_size=dp_size, multiple=multiple, pad_id=self._pad_id, goals=goals)
 
     def _mfu(self, scored: Sequence[ScoredRollout], metrics: Metrics) -> Metrics:
         """Of the learner's ranks while they learn: passes before the first update, and waiting for rollouts, are no part of the seconds."""

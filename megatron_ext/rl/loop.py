@@ -20,9 +20,6 @@ from megatron_ext.errors import StoppedForRequeue
 from megatron_ext.observe.stopwatch import Lap, Stopwatch
 from megatron_ext.rl.roles import Learner, Metrics, Source
 
-CreditOf = Callable[[Sequence[ScoredRollout], int], tuple[np.ndarray, Metrics]]
-"""What makes advantages of a step's rollouts, in their order, and metrics."""
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -43,7 +40,7 @@ class Recipe:
     """What the loop repeats: how rewards become advantages, when to save and when to stop."""
 
     steps: int
-    credit: CreditOf
+    credit: Callable[[Sequence[ScoredRollout], int], tuple[np.ndarray, Metrics]]
     save_every: int = 0
     after_step: Callable[[StepReport], None] = lambda report: None
     stop_requested: Callable[[], bool] = lambda: False

@@ -13,12 +13,13 @@ exactly one parcel.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
 from megatron_ext.batch import NO_TILES, Rollout, ScoredRollout, Tiles, route_digest
+from megatron_ext.rl.goals import Clusters, Goals
 from megatron_ext.shapes import check_shape
 
 
@@ -26,7 +27,8 @@ from megatron_ext.shapes import check_shape
 class Row:
     """One answer. `tokens_S`, `tiles` and `experts_SLK` are of the prompt, and the same objects in all rows of a prompt; `response_T`, `logprobs_T`,
     `versions_T` and `experts_TLK`, the routes of its positions but the last, are the answer's own. `key`: "<prompt key>#<sample>"; `digest`: of all routes that
-    its rollout recorded; `further`: tiles that it shows besides those of the prompt, which follow them."""
+    its rollout recorded; `further`: tiles that it shows besides those of the prompt, which follow them; `goal_T`: whose cluster counts (`goals.py`), None
+    without goals."""
 
     tokens_S: np.ndarray
     tiles: Tiles
@@ -39,6 +41,7 @@ class Row:
     key: str
     digest: str
     further: Tiles = NO_TILES
+    goal_T: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -60,11 +63,12 @@ class BatchForm:
 
 @dataclass(frozen=True)
 class Parcel:
-    """One rank's part of a minibatch: `rows`, to be filled up to `num_rows`."""
+    """One rank's part of a minibatch: `rows`, to be filled up to `num_rows`. `clusters`: what their goals are of; None where routers have none."""
 
     rows: tuple[Row, ...]
     num_rows: int
     form: BatchForm
+    clusters: Clusters | None = None
 
 
 def row_key(rollout: Rollout) -> str:
@@ -72,19 +76,29 @@ def row_key(rollout: Rollout) -> str:
 
 
 def plan_parcels(
-    scored: Sequence[ScoredRollout], advantages_R: np.ndarray, *, minibatches: int, dp_size: int, multiple: int, pad_id: int
+    scored: Sequence[ScoredRollout],
+    advantages_R: np.ndarray,
+    *,
+    minibatches: int,
+    dp_size: int,
+    multiple: int,
+    pad_id: int,
+    goals: Goals | None = None,
 ) -> list[list[Parcel]]:
     """The parcels of every data-parallel rank: `[dp_rank][minibatch]`. The minibatches share the groups out as they come; within each, ranks get groups of
     like lengths in turn."""
     check_shape("advantages_R", advantages_R, len(scored))
     form = BatchForm.of(scored, multiple, pad_id)
-    rows = rows_of(scored, advantages_R)
+    rows, clusters = rows_of(scored, advantages_R), None
+    if goals is not None:
+        rows = [replace(row, goal_T=goal_T) for row, goal_T in zip(rows, goals.of_rollouts, strict=True)]
+        clusters = goals.clusters
     parcels: list[list[Parcel]] = [[] for _ in range(dp_size)]
     for groups in _chunks(_groups(scored), minibatches):
         per_rank = _deal(groups, [sum(rows[row].length for row in group) for group in groups], dp_size)
         most = max(sum(len(group) for group in own) for own in per_rank)
         for rank, own in enumerate(per_rank):
-            parcels[rank].append(Parcel(tuple(rows[row] for group in own for row in group), most, form))
+            parcels[rank].append(Parcel(tuple(rows[row] for group in own for row in group), most, form, clusters))
     return parcels
 
 

@@ -34,6 +34,7 @@ from megatron_ext.rl.objective.aggregation import Rows
 from megatron_ext.rl.objective.divergence import kl_estimate
 from megatron_ext.rl.objective.loss import LossSettings, policy_loss
 from megatron_ext.rl.objective.metrics import largest, per_token
+from megatron_ext.rl.router_goals import RouterGoals
 from megatron_ext.training.step import LossParts, run_schedule
 
 
@@ -88,12 +89,19 @@ def loss_settings(config: RunConfig) -> LossSettings:
 
 class Policy:
     """The objective of `optimizer_step`. `wrapped`: the chunks of the model that is trained, as the schedule calls them; `reference`: those of its frozen
-    reference (empty: no KL)."""
+    reference (empty: no KL); `goals`: what routers are taught beside (None: nothing)."""
 
     def __init__(
-        self, wrapped: Sequence[Any], reference: Sequence[VisionLanguageModel], config: RunConfig, usable_tokens: int, context: ParallelContext
+        self,
+        wrapped: Sequence[Any],
+        reference: Sequence[VisionLanguageModel],
+        config: RunConfig,
+        usable_tokens: int,
+        context: ParallelContext,
+        goals: RouterGoals | None = None,
     ) -> None:
         self._wrapped, self._reference, self._config, self._context = wrapped, reference, config, context
+        self._goals = goals or RouterGoals(config, context, {}, {})
         image_token = wrapped[0].module.image_token
         self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, image_token, context.pgs.tp, context.device)
         self._settings = loss_settings(config)
@@ -128,7 +136,8 @@ class Policy:
         """The batches with the reference's log-probs, where the loss has a term of them, and (`with_old`) those of the present weights. Raises like `loss`
         where the rollout disagrees with them."""
         if with_old:
-            batches = [replace(batch, old_BS=old_BS) for batch, old_BS in self._scored(_Scorer(self, replays=True), self._wrapped, batches)]
+            with self._goals.recording():
+                batches = [replace(batch, old_BS=old_BS) for batch, old_BS in self._scored(_Scorer(self, replays=True), self._wrapped, batches)]
         if self._settings.kl_coeff > 0:
             batches = [replace(batch, reference_BS=logprobs_BS) for batch, logprobs_BS in self._referred(batches)]
         return list(batches)
@@ -171,7 +180,7 @@ class Policy:
             return
         here = expert_layers_among(bare.model_config, bare.stage.layers)
         experts_BSLK = bare.frame(batch.inputs).take(batch.experts_BSLK)[:, :, here]
-        with bare.router_tap.replay(experts_BSLK) as routes:
+        with bare.router_tap.replay(experts_BSLK) as routes, self._goals.pulling(bare, batch, range(here.start, here.stop)):
             yield
             require_replayed(routes, experts_BSLK, batch.shard)
 

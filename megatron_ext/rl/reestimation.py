@@ -31,7 +31,9 @@ from megatron_ext.earl.drift import drift, followed, stale_share
 from megatron_ext.earl.files import read_clusters, write_clusters
 from megatron_ext.earl.verdicts import MIN_PROMPTS
 from megatron_ext.inference.survey import Correct, survey_table
-from megatron_ext.rl.loop import CreditOf
+from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.earl_credit import EarlCredit
+from megatron_ext.rl.goals import Goals
 from megatron_ext.rl.roles import Metrics
 
 DRIFT = "drift"
@@ -127,15 +129,25 @@ class ClusterWatch:
 class WatchedCredit:
     """The credit of a run whose clusters are watched. `credit_of` makes the credit that pays for given clusters."""
 
-    def __init__(self, credit_of: Callable[[ExpertClusters], CreditOf], watch: ClusterWatch) -> None:
+    def __init__(self, credit_of: Callable[[ExpertClusters], Credit], watch: ClusterWatch) -> None:
         self._credit_of, self._watch = credit_of, watch
-        self._current: tuple[ExpertClusters, CreditOf] | None = None
+        self._clusters = watch.in_use(0)
+        self._current = credit_of(self._clusters)
+
+    @property
+    def earl(self) -> EarlCredit | None:
+        """Of the clusters that are paid for now."""
+        return self._current.earl
+
+    def goals(self, scored: Sequence[ScoredRollout]) -> Goals:
+        """See `credit.Credit`."""
+        return self._current.goals(scored)
 
     def __call__(self, scored: Sequence[ScoredRollout], step: int) -> tuple[np.ndarray, Metrics]:
         clusters = self._watch.in_use(step)
-        if self._current is None or self._current[0] is not clusters:
-            self._current = clusters, self._credit_of(clusters)
-        advantages_R, metrics = self._current[1](scored, step)
+        if self._clusters is not clusters:
+            self._clusters, self._current = clusters, self._credit_of(clusters)
+        advantages_R, metrics = self._current(scored, step)
         return advantages_R, metrics | self._watch.after(step)
 
 

@@ -49,12 +49,13 @@ class Learner(Protocol):
 @dataclass(frozen=True)
 class Ask:
     """Answers that are wanted of a prompt: their sample numbers, and the number of the draw that it comes from, of which their seeds are made. `greedy`: the
-    most likely token each time."""
+    most likely token each time. `drawn_layers`: those whose routes are drawn, of the layers with experts (`earl.mode` router_pg)."""
 
     prompt: Prompt
     samples: tuple[int, ...]
     step: int
     greedy: bool = False
+    drawn_layers: tuple[int, ...] = ()
 
 
 class Fleet(Protocol):

@@ -146,7 +146,7 @@ class RolloutRank:
 
     def _request(self, number: int, ask: Ask) -> Request:
         seeds = tuple((sample, rollout_seed(self._config.seed, ask.step, ask.prompt.key, sample)) for sample in ask.samples)
-        return Request(number, ask.prompt, seeds, ask.greedy)
+        return Request(number, ask.prompt, seeds, ask.greedy, ask.drawn_layers)
 
 
 def _too_long(ask: Ask, limit: int) -> list[FailedRollout]:

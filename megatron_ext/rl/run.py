@@ -1,6 +1,6 @@
 """The reinforcement-learning stage, from a configuration to a folder that holds its result.
 
-    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_sigma.json   drift.jsonl, drift/
+    stage_dir/  metrics.jsonl   rollouts/ (the bank, `bank/bank.py`)   ranks.json   checkpoints/step_.../   earl_{sigma,guard}.json   drift.jsonl, drift/
 
     tokenizer, clusters -> learner and replicas (Ray actors or local processes) -> stream -> loop -> metrics, rollouts, checkpoints
 
@@ -41,11 +41,12 @@ from megatron_ext.rl.hosts.ranks import Host
 from megatron_ext.rl.hosts.ray_node import Nodes
 from megatron_ext.rl.hosts.switchboard import Switchboard
 from megatron_ext.rl.learners import MegatronLearner
-from megatron_ext.rl.loop import CreditOf, Recipe, StepReport, run_loop
+from megatron_ext.rl.loop import Recipe, StepReport, run_loop
 from megatron_ext.rl.questions import questions, validate
 from megatron_ext.rl.record import Recorder
 from megatron_ext.rl.reestimation import ClusterWatch, WatchedCredit
 from megatron_ext.rl.roles import Metrics
+from megatron_ext.rl.router_goals import watches_routers
 from megatron_ext.rl.scoring.pool import RewardPool
 from megatron_ext.rl.stream import Stream
 from megatron_ext.rl.turns import Turns
@@ -63,7 +64,7 @@ class Stage:
     learner: MegatronLearner
     fleet: MegatronFleet
     stream: Stream
-    credit: CreditOf
+    credit: Credit | WatchedCredit
     recorder: Recorder
     tokenizer: Tokenizer
 
@@ -115,6 +116,8 @@ def run_rl(
         if ahead:
             learner.meanwhile = partial(stream.turn, beside_update=True)
         credit = _credit(config, found, tokenizer, bank, stage_dir, learner.reference_kl if pays_for_kl else None)
+        if credit.earl is not None:
+            learner.goals, fleet.drawn_layers = credit.goals if watches_routers(config) else None, credit.earl.drawn_layers()
         stage = Stage(config, observer, learner, fleet, stream, credit, Recorder(bank, sum(ranks_of(config).values())), tokenizer)
         restarts, lost = Restarts(config.rl.restarts), False
         while True:
@@ -172,7 +175,9 @@ def _clusters(config: RunConfig, path: Path | None) -> ExpertClusters | None:
     return read_paid_clusters(path, config)
 
 
-def _credit(config: RunConfig, found: ExpertClusters | None, tokenizer: Tokenizer, bank: Bank, stage_dir: Path, kl: ReferenceKl | None) -> CreditOf:
+def _credit(
+    config: RunConfig, found: ExpertClusters | None, tokenizer: Tokenizer, bank: Bank, stage_dir: Path, kl: ReferenceKl | None
+) -> Credit | WatchedCredit:
     def of(clusters: ExpertClusters | None) -> Credit:
         return Credit(config, clusters, tokenizer.tag_ids, stage_dir, kl)
 

@@ -2,15 +2,13 @@
 
 With c_e tokens at expert e of a layer, counted over the positions of all data-parallel ranks, without those marked as padding, before any is dropped:
 
-    max_vio      = max_e c_e / mean_e c_e - 1                     0: even; E / K - 1: one set of K experts takes all   (arXiv 2408.15664, MaxVio)
-    load_entropy = -sum_e p_e ln p_e / ln E,  p_e = c_e / sum c   1: even; ln K / ln E: one set of K experts takes all
+    max_vio, load_entropy                                         as in `earl/load.py`
     ep_load      = mean over layers of max_r c_r / mean_r c_r     c_r: of the experts that rank r of an expert-parallel group holds; 1: even
     bias_e      += rate * sign(mean_e c_e - c_e)                  after the update                                     (arXiv 2408.15664, algorithm 1)
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import expert_layers
+from megatron_ext.earl.load import load_entropy, max_vio
 from megatron_ext.model.router import Router
 from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.groups import ParallelContext
@@ -107,11 +106,6 @@ def load_metrics(counts_LE: np.ndarray) -> dict[str, float]:
     return {"moe/max_vio": float(max_vio(counts_LE).max()), "moe/load_entropy": float(load_entropy(counts_LE).mean())}
 
 
-def max_vio(counts_LE: np.ndarray) -> np.ndarray:
-    """[L]."""
-    return counts_LE.max(1) / counts_LE.mean(1) - 1.0
-
-
 def ep_rank_load(counts_LE: np.ndarray, ep: int) -> float:
     """Each of `ep` ranks holds a run of E / ep experts.
 
@@ -120,10 +114,3 @@ def ep_rank_load(counts_LE: np.ndarray, ep: int) -> float:
     """
     counts_LR = counts_LE.reshape(len(counts_LE), ep, -1).sum(2)
     return float((counts_LR.max(1) / counts_LR.mean(1)).mean())
-
-
-def load_entropy(counts_LE: np.ndarray) -> np.ndarray:
-    """[L], as a share of ln E."""
-    share_LE = counts_LE / counts_LE.sum(1, keepdims=True)
-    logs_LE = np.log(np.where(share_LE > 0, share_LE, 1.0))
-    return -(share_LE * logs_LE).sum(1) / math.log(counts_LE.shape[1])

@@ -16,7 +16,9 @@ from megatron_ext.config.algorithms import Advantage
 from megatron_ext.config.schema import EarlConfig, ModelConfig, RLConfig, RolloutConfig, RunConfig
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
 from megatron_ext.errors import UserError
-from megatron_ext.rl.credit import SIGMA_FILE, Credit, Table
+from megatron_ext.rl.credit import Credit
+from megatron_ext.rl.earl_credit import SIGMA_FILE
+from megatron_ext.rl.table import Table
 
 TAGS = {"ocr": (90, 91), "count": (92, 93)}
 
@@ -127,19 +129,92 @@ def test_a_skill_without_a_cluster_gets_no_bonus(tmp_path):
     assert "earl/cluster_usage/count" not in metrics
 
 
-def test_the_spread_of_a_composite_is_learnt_from_the_first_correct_answers_and_kept_for_a_resumed_run(tmp_path):
-    tagged = (90, 7, 91, 92, 8, 93)
+def test_a_spread_that_discovery_has_not_measured_is_learnt_from_the_first_correct_answers_and_kept_for_a_resumed_run(tmp_path):
+    tagged, unmeasured = (90, 7, 91, 92, 8, 93), clusters("ocr", "count", sigma=None)
     answers = [scored("c", 0, 1.0, "composite", 0.6, tagged), scored("c", 1, 1.0, "composite", 0.4, tagged), scored("c", 2, 0.0, "composite", 0.5, tagged)]
-    first = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)(answers, 4)
-    learnt = json.loads((tmp_path / SIGMA_FILE).read_text())["composite"]
+    first = Credit(config(subtask="tags"), unmeasured, TAGS, tmp_path)(answers, 4)
+    learnt = json.loads((tmp_path / SIGMA_FILE).read_text())["count"]
     assert learnt["step"] == 4 and learnt["sigma"] == pytest.approx(np.std([0.6, 0.4], ddof=1), rel=1e-2)
     later = [scored("d", sample, 1.0, "composite", mass, tagged) for sample, mass in ((0, 0.51), (1, 0.49))] + [scored("d", 2, 0.0, "composite")]
-    resumed = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)
+    resumed = Credit(config(subtask="tags"), unmeasured, TAGS, tmp_path)
     resumed(later, 5)
-    assert json.loads((tmp_path / SIGMA_FILE).read_text())["composite"] == learnt
-    repeated = Credit(config(subtask="tags"), clusters("ocr", "count"), TAGS, tmp_path)
+    assert json.loads((tmp_path / SIGMA_FILE).read_text())["count"] == learnt
+    repeated = Credit(config(subtask="tags"), unmeasured, TAGS, tmp_path)
     assert repeated(later, 3)[0][0] == repeated(later, 3)[0][1], "a step before it had no such bonus"
     assert first[0][0] > first[0][1] > 0 > first[0][2]
+
+
+def test_each_sub_task_of_a_composite_counts_by_its_own_sigma(tmp_path):
+    """Two right answers; sigma is 0.1 for ocr, 0.4 for count. Their ocr spans have 0.6 and 0.5: x = +-0.5. Their count spans have 0.5 and 0.6: x = -+0.125.
+    B = +-(0.5 - 0.125) / 2 = +-0.1875. A = 1/3 +- 0.2 B; tag tokens, which have all their mass on the cluster, count nowhere."""
+    tagged = (90, 7, 91, 92, 8, 8, 93)
+    found = clusters("ocr", "count")
+    found = replace(found, skills=(found.skills[0], replace(found.skills[1], sigma=0.4)))
+
+    def answer(sample, reward, ocr, count):
+        plain = scored("c", sample, reward, "composite", 1.0, tagged)
+        gates = plain.rollout.routes.gates_SLK.copy()
+        first = plain.rollout.response_rows[0]
+        gates[first + 1] = (ocr, 1 - ocr)
+        gates[first + 4 : first + 6] = (count, 1 - count)
+        return replace(plain, rollout=replace(plain.rollout, routes=replace(plain.rollout.routes, gates_SLK=gates)))
+
+    answers = [answer(0, 1.0, 0.6, 0.5), answer(1, 1.0, 0.5, 0.6), answer(2, 0.0, 0.9, 0.9)]
+    advantages, metrics = Credit(config(subtask="tags"), found, TAGS, tmp_path)(answers, 0)
+    assert advantages == pytest.approx([1 / 3 + 0.2 * 0.1875, 1 / 3 - 0.2 * 0.1875, -2 / 3], abs=1e-3)
+    assert metrics["earl/cluster_usage/composite"] == pytest.approx(((0.6 + 2 * 0.5) / 3 + (0.5 + 2 * 0.6) / 3 + 0.9) / 3, abs=1e-3)
+
+
+def test_add_pays_mass_as_reward_before_answers_are_compared(tmp_path):
+    """Rewards 1, 1, 0 and masses 0.55, 0.45, 0.9 with lambda 0.2: 1.11, 1.09, 0.18, less their mean. The wrong answer gains, too."""
+    answers = [scored("a", 0, 1.0, mass=0.55), scored("a", 1, 1.0, mass=0.45), scored("a", 2, 0.0, mass=0.9)]
+    advantages, _ = Credit(config(combine="add"), clusters("ocr"), TAGS, tmp_path)(answers, 0)
+    paid = np.array([1.11, 1.09, 0.18])
+    assert advantages == pytest.approx(paid - paid.mean(), abs=1e-3)
+
+
+def test_gdpo_compares_task_and_mass_apart_and_whitens_their_sum(tmp_path):
+    answers = [
+        scored("a", 0, 1.0, mass=0.55),
+        scored("a", 1, 1.0, mass=0.45),
+        scored("a", 2, 0.0, mass=0.9),
+        scored("b", 0, 1.0, "count"),
+        scored("b", 1, 0.0, "count"),
+    ]
+    advantages, metrics = Credit(config({"advantage": "grpo"}, combine="gdpo"), clusters("ocr"), TAGS, tmp_path)(answers, 0)
+    spread = lambda x: (x - x.mean()) / x.std(ddof=1)  # noqa: E731
+    mass = np.array([0.55, 0.45, 0.9], np.float16).astype(float)
+    summed = np.concatenate([spread(np.array([1.0, 1, 0])) + 0.2 * spread(mass), spread(np.array([1.0, 0]))])
+    assert advantages == pytest.approx(summed / summed.std(ddof=1), rel=1e-4)
+    assert metrics["earl/bonus_share"] > 0
+
+
+def test_a_control_is_paid_for_and_the_true_clusters_are_watched(tmp_path, capsys):
+    """Expert 0 is the cluster, with mass 0.6 and 0.4; the control of two experts can only be expert 1."""
+    answers = [scored("a", 0, 1.0, mass=0.6), scored("a", 1, 1.0, mass=0.4), scored("a", 2, 0.0, mass=0.2)]
+    advantages, metrics = Credit(config(control="random"), clusters("ocr"), TAGS, tmp_path)(answers, 0)
+    assert advantages[1] > advantages[0], "the control took more of the second"
+    assert metrics["earl/true_usage/ocr"] == pytest.approx(0.4, abs=1e-3) and metrics["earl/cluster_usage/ocr"] == pytest.approx(0.6, abs=1e-3)
+    assert "earl.control = random: ocr is paid for a control: random experts" in capsys.readouterr().out
+
+
+def collapsed(sample, reward, second):
+    """Of the three positions behind the prompt, one expert each: two go to `second`, one to expert 0."""
+    plain = scored("a", sample, reward, response=(1, 2, 3, 4))
+    routes = plain.rollout.routes
+    experts, gates = routes.experts_SLK[:, :, :1].copy(), routes.gates_SLK[:, :, :1] * 0 + np.float16(1)
+    experts[::2] = second
+    return replace(plain, rollout=replace(plain.rollout, routes=replace(routes, experts_SLK=experts, gates_SLK=gates)))
+
+
+def test_a_collapsing_router_halves_lambda_says_so_and_a_resumed_run_knows_what_it_was(tmp_path, capsys):
+    even, uneven = ([collapsed(sample, sample % 2, second) for sample in range(4)] for second in (1, 0))
+    credit = Credit(config(), clusters("ocr"), TAGS, tmp_path)
+    _, first = credit(even, 0)
+    _, later = Credit(config(), clusters("ocr"), TAGS, tmp_path)(uneven, 7)
+    assert (first["earl/guard"], later["earl/guard"]) == (0, 1)
+    assert later["earl/lambda"] == first["earl/lambda"] / 2
+    assert "step 8: lambda counts 0.5, experts are used less evenly than at first: layer 0: MaxVio 1" in capsys.readouterr().out
 
 
 GROUPS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4), min_size=1, max_size=5)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ext.training.moe_metrics import ep_rank_load, load_entropy, load_metrics, max_vio
+from megatron_ext.earl.load import load_entropy, max_vio
+from megatron_ext.training.moe_metrics import ep_rank_load, load_metrics
 
 
 def test_the_worst_layer_and_the_mean_entropy_are_reported() -> None:
