@@ -19,7 +19,6 @@ from megatron.core.transformer.module import MegatronModule
 
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile, vision_tokens
-from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call, ClvrBlock
 from megatron_ext.model.decode_step import decodes_whole
 from megatron_ext.model.decoder import layer_specs, transformer_config
@@ -31,6 +30,7 @@ from megatron_ext.model.projector import Projector
 from megatron_ext.model.rope import rope_angles
 from megatron_ext.model.router import RouterCall, called
 from megatron_ext.model.router_tap import RouterTap
+from megatron_ext.model.sight import Sight, VisionMemory
 from megatron_ext.model.splice import splice, visible_from, visible_until
 from megatron_ext.model.vision import InternViT
 from megatron_ext.parallel.groups import ParallelContext

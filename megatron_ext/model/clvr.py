@@ -14,14 +14,13 @@ A query uses only its own token's state, so the model stays strictly causal and 
 alone: they are computed once per image and shared by every rollout of a prompt.
 
 Tensor parallel: W_q, W_k, W_v by columns (heads), W_o by rows; under sequence parallelism W_q gathers the sequence and W_o scatters it.
-Where to read on: `clvr_block.py` (how taps meet the layers), `splice.py` (what a position may look at).
+Where to read on: `sight.py` (the attention), `clvr_block.py` (how taps meet the layers), `splice.py` (what a position may look at).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,27 +32,7 @@ from torch import nn
 
 from megatron_ext.config.schema import ClvrConfig
 from megatron_ext.model.norm import RMSNorm
-from megatron_ext.model.seats import Seats
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What the positions of a forward pass may look at. `from_BS`, `until_BS`: vision tokens [from, until) of the row are visible; `inject_BS`: where
-    refinement is added. `seats`, in decode: rows stand on the first axis of the hidden states, one token each; B counts prompts, S is 1, and all answers to a
-    prompt see the same."""
-
-    from_BS: torch.Tensor
-    until_BS: torch.Tensor
-    inject_BS: torch.Tensor
-    seats: Seats | None = None
-
-
-@dataclass(frozen=True)
-class VisionMemory:
-    """Keys and values [B, N_kv, V, D] of each tap for the rows of a batch (in decode, for its prompts), V counting all tiles of a row."""
-
-    keys: tuple[torch.Tensor, ...]
-    values: tuple[torch.Tensor, ...]
+from megatron_ext.model.sight import Sight, look
 
 
 def patch_positions(num_tokens: int, width: int, places_I5: torch.Tensor) -> torch.Tensor:
@@ -122,25 +101,17 @@ class ClvrTap(MegatronModule):
 
         In decode, `hidden` is [R, 1, H], with rows beyond the memory's as padding for sequence parallelism.
         """
-        query = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
+        query_SBND = self.query(hidden_SBH)
         if sight.seats is None:
-            flat = _look(query.permute(1, 2, 0, 3), keys_BNVD, values_BNVD, sight).permute(2, 0, 1, 3).flatten(2)
+            flat = look(query_SBND.permute(1, 2, 0, 3), keys_BNVD, values_BNVD, sight).permute(2, 0, 1, 3).flatten(2)
         else:
             rows = len(sight.seats.seat_R)
-            refined_PNGD = _look(sight.seats.by_prompt(query[:rows, 0]).transpose(1, 2), keys_BNVD, values_BNVD, sight)
-            flat = F.pad(sight.seats.by_row(refined_PNGD.transpose(1, 2)).flatten(1)[:, None], (0, 0, 0, 0, 0, len(query) - rows))
+            refined_PNGD = look(sight.seats.by_prompt(query_SBND[:rows, 0]).transpose(1, 2), keys_BNVD, values_BNVD, sight)
+            flat = F.pad(sight.seats.by_row(refined_PNGD.transpose(1, 2)).flatten(1)[:, None], (0, 0, 0, 0, 0, len(query_SBND) - rows))
         out, _ = self.linear_out(flat)
         return out if self.gate is None else torch.tanh(self.gate) * out
 
-
-def _look(query_BNSD: torch.Tensor, keys_BNVD: torch.Tensor, values_BNVD: torch.Tensor, sight: Sight) -> torch.Tensor:
-    """Attention over the visible vision tokens; rows that see nothing or inject nothing give zero AFTER the softmax (a softmax over nothing is not a
-    number)."""
-    groups = query_BNSD.shape[1] // keys_BNVD.shape[1]
-    keys, values = keys_BNVD.repeat_interleave(groups, dim=1), values_BNVD.repeat_interleave(groups, dim=1)
-    from_BS1, until_BS1 = sight.from_BS[..., None], sight.until_BS[..., None]
-    token_V = torch.arange(keys.shape[2], device=keys.device)
-    seen_BSV = ((token_V >= from_BS1) & (token_V < until_BS1)) | (until_BS1 <= from_BS1)
-    refined = F.scaled_dot_product_attention(query_BNSD, keys, values, attn_mask=seen_BSV[:, None])
-    active_BS = sight.inject_BS & (sight.until_BS > sight.from_BS)
-    return refined * active_BS[:, None, :, None].to(refined.dtype)
+    def query(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
+        """[S, B, N, D] of the whole sequence, with this rank's heads."""
+        query: torch.Tensor = self.q_layernorm(self.linear_q(self.query_norm(hidden_SBH))[0].unflatten(-1, (-1, self.head_dim)))
+        return query

@@ -26,13 +26,14 @@ from torch import nn
 
 from megatron_ext.batch.tiles import WHOLE
 from megatron_ext.config.schema import ClvrConfig, ParallelConfig
-from megatron_ext.model.clvr import ClvrTap, Sight, VisionMemory, patch_positions
+from megatron_ext.model.clvr import ClvrTap, patch_positions
 from megatron_ext.model.dispatch import LocalDispatcher, dispatches_locally
 from megatron_ext.model.frame import Frame
 from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.recompute import recomputed
 from megatron_ext.model.router import Router, pad_where_tokens_are_dropped
+from megatron_ext.model.sight import Sight, VisionMemory
 from megatron_ext.parallel.stages import Stage
 
 

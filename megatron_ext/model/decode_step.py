@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import ClvrBlock
 from megatron_ext.model.experts import chosen_experts
 from megatron_ext.model.memory import Memory
 from megatron_ext.model.norm import RMSNorm
 from megatron_ext.model.rope import rotate
+from megatron_ext.model.sight import Sight, VisionMemory
 from megatron_ext.parallel.plan import Layout
 
 Rope = tuple[torch.Tensor, torch.Tensor]

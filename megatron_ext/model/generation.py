@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_ext.model.assembly import VisionLanguageModel
-from megatron_ext.model.clvr import Sight, VisionMemory
 from megatron_ext.model.clvr_block import Call
 from megatron_ext.model.decode_step import decode_step
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.memory import Memory, PromptKeys
 from megatron_ext.model.rope import rope_angles
+from megatron_ext.model.sight import Sight, VisionMemory
 
 
 @dataclass(frozen=True)
