@@ -76,6 +76,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         from megatron_ext.earl.clusters import discover
         from megatron_ext.earl.files import write_clusters
         from megatron_ext.inference.survey import run_discovery_survey
+        from megatron_ext.observe.board import board_clusters
 
         def poll() -> None:
             if stop.asked:
@@ -93,6 +94,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
                 poll=poll,
             )
         write_clusters(clusters, run.clusters)
+        board_clusters(run.discover, run.clusters)
     for found in clusters.skills:
         print(f"  {found.skill:<10} {found.status:<9} {found.reason}")
     return {"clusters": {found.skill: found.status for found in clusters.skills}}
