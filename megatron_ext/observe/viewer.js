@@ -214,9 +214,9 @@
       this.scale.textContent = `${percent(top)} of a token's gaze on one cell`;
       const best = map.indexOf(Math.max(...map));
       const place = map[best] > 0 ? `most in row ${this.cells[best].row + 1}, column ${this.cells[best].column + 1}: ${percent(map[best])} (evenly spread: ${percent(1 / map.length)})` : "nothing to look at";
-      const within = tap.inside ? `; ${percent(tap.inside[token])} on what the answer rests on (dashed; their area: ${percent(tap.chance)})` : "";
+      const within = tap.inside ? `, ${percent(tap.inside[token])} on what the answer rests on (dashed; their area: ${percent(tap.chance)})` : "";
       const view = head ? `head ${head - 1}` : "mean over heads";
-      this.readout.textContent = `“${visible(this.trace.tokens[token].text)}”, tap ${this.state.tap}, ${view}: ${place}; entropy ${tap.entropy[token].toFixed(2)} of 1${within}.`;
+      this.readout.textContent = `“${visible(this.trace.tokens[token].text)}”, tap ${this.state.tap}, ${view}: ${place}. Mean over heads: entropy ${tap.entropy[token].toFixed(2)} of 1${within}.`;
     }
 
     showCard() {
