@@ -36,7 +36,7 @@ from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.inference.trace import pairs_by_skill
-from megatron_ext.inference.traces import TRACES, judged, traced_prompts, write_traces
+from megatron_ext.inference.traces import TRACES, traced_prompts, with_verdicts, write_traces
 from megatron_ext.observe.board import board_traces
 from megatron_ext.observe.trace import read_traces
 from megatron_ext.parallel.groups import open_parallel
@@ -77,7 +77,7 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
     _write_samples(folder, outcomes, config)
-    seen = judged(read_traces(traces), {outcome.key: (outcome.text, outcome.greedy) for outcome in outcomes})
+    seen = with_verdicts(read_traces(traces), {outcome.key: (outcome.text, outcome.greedy) for outcome in outcomes})
     (folder / TRACES).write_text(json.dumps(seen))
     board_traces(folder, seen)
     draft = out.with_suffix(".partial")

@@ -39,7 +39,7 @@ def write_traces(path: Path, engine: Engine, tokenizer: Tokenizer, prompts: Sequ
             file.write(json.dumps([trace.to_json() for trace in traces]).encode())
 
 
-def judged(traces: Sequence[dict[str, Any]], verdicts: Mapping[str, tuple[str, bool]]) -> list[dict[str, Any]]:
+def with_verdicts(traces: Sequence[dict[str, Any]], verdicts: Mapping[str, tuple[str, bool]]) -> list[dict[str, Any]]:
     """The traces' JSON with what the evaluation found of the same answers: (text, whether it is right) by prompt. Of another answer nothing is said."""
     found = [(trace, *verdicts[trace["key"]]) for trace in traces]
     return [{**trace, "correct": right if trace["text"] == text else None} for trace, text, right in found]

@@ -17,7 +17,7 @@ from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.inference import trace as module
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.trace import trace_answer
-from megatron_ext.inference.traces import MOST_TRACES, judged, traced_prompts
+from megatron_ext.inference.traces import MOST_TRACES, traced_prompts, with_verdicts
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.gaze import record_gaze
 from megatron_ext.model.weight_storage import store_for_generation
@@ -88,4 +88,4 @@ def test_the_first_answers_of_every_skill_are_traced_and_of_many_skills_fewer() 
 
 def test_a_trace_is_judged_as_the_evaluation_judged_the_same_answer_and_another_answer_is_not() -> None:
     traces = [{"key": "a", "text": "3"}, {"key": "b", "text": "3"}]
-    assert [trace["correct"] for trace in judged(traces, {"a": ("3", True), "b": ("4", True), "c": ("", False)})] == [True, None]
+    assert [trace["correct"] for trace in with_verdicts(traces, {"a": ("3", True), "b": ("4", True), "c": ("", False)})] == [True, None]
