@@ -16,6 +16,8 @@ from rich.text import Text
 from megatron_ext.observe.trace import AnswerTrace, TapGaze
 
 SHADES = " ░▒▓█"
+LEAST = np.log(0.005)
+"""Of an alternative's log-probability: what would be shown as 0.00 is left out."""
 MOST_MAP, MOST_LAYERS, MOST_ROWS = 8, 4, 24
 
 
@@ -28,7 +30,7 @@ def print_trace(trace: AnswerTrace, console: Console) -> None:
     if trace.layers:
         table.add_column("layer: expert gate")
     for token in range(min(len(trace.tokens), MOST_ROWS)):
-        others = [f"{text} {np.exp(logprob):.2f}" for text, logprob in trace.alternatives[token] if text != trace.tokens[token]][:3]
+        others = [f"{text} {np.exp(logprob):.2f}" for text, logprob in trace.alternatives[token] if text != trace.tokens[token] and logprob > LEAST][:3]
         cells: list[RenderableType] = [Text(trace.tokens[token]), f"{np.exp(trace.logprobs_T[token]):.2f}", Text("\n".join(others))]
         cells += [_gaze(trace, tap, token) for tap in trace.taps]
         table.add_row(*cells, *([_experts(trace, token, own)] if trace.layers else []))
