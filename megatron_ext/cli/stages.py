@@ -76,6 +76,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         from megatron_ext.earl.span_information import with_spans
         from megatron_ext.inference.causal import run_causal_gate
         from megatron_ext.inference.survey import CONTROL, SPANS, Surveyed, run_discovery_survey
+        from megatron_ext.observe.board import board_clusters
 
         def poll() -> None:
             if stop.asked:
@@ -96,6 +97,7 @@ def _discover(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, An
         if config.discover.causal_gate != "off":
             clusters = run_causal_gate(config, clusters, checkpoint, run.discover, stop)
         write_clusters(clusters, run.clusters)
+        board_clusters(run.discover, run.clusters)
     for found in clusters.skills:
         print(f"  {found.skill:<10} {found.status:<9} {found.reason}{effects_in_words(found.pairs)}")
         if found.causal is not None and found.status == "ok":

@@ -1,6 +1,7 @@
 """Accuracy by skill: greedy, sampled (mean@k, pass@k) and blind, and how much of its expert cluster each skill uses.
 
     prompts of a split -> replicas answer them in chunks, which a stop does not lose (chunks.py) -> Outcome per prompt -> one JSON file a checkpoint
+    the first few of every skill -> traces of their answers (traces.py), for the report
 
 Greedy says what the model answers, mean@k how often a sampled answer is right, pass@k how often one of k is. Blind repeats the greedy evaluation with
 the image replaced by
@@ -35,7 +36,11 @@ from megatron_ext.inference.looks import Instead, Look, instead_of, look, summar
 from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.inference.trace import pairs_by_skill
+from megatron_ext.inference.traces import TRACES, traced_prompts, with_verdicts, write_traces
+from megatron_ext.observe.board import board_traces
 from megatron_ext.observe.results import write_verdicts
+from megatron_ext.observe.trace import read_traces
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.stopping import StopRequest
 
@@ -70,7 +75,8 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     settings, step = config.evaluate, find_checkpoint(checkpoint)
     folder, count = out.with_suffix(""), num_prompts(settings.split, settings.prompts_per_skill, config.data)
     chunks = open_chunks("evaluate", folder / "chunks", count, config, facts_of(config, ["evaluate"], step, clusters))
-    contents = answer_chunks("evaluate", chunks, config, evaluate_rank, step, clusters, stop=stop)
+    traces = chunks.folder / TRACES
+    contents = answer_chunks("evaluate", chunks, config, evaluate_rank, step, clusters, None if traces.exists() else traces, stop=stop)
     outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
     seen = [outcome for outcome in outcomes if outcome.look is not None]
@@ -78,6 +84,9 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
         table["clvr"] = summarise_looks([outcome.look for outcome in seen if outcome.look is not None], [outcome.greedy for outcome in seen])
     _write_samples(folder, outcomes, config)
     write_verdicts(folder, [(o.key, o.skill, o.greedy, o.samples) for o in outcomes])
+    traced = with_verdicts(read_traces(traces), {outcome.key: (outcome.text, outcome.greedy) for outcome in outcomes})
+    (folder / TRACES).write_text(json.dumps(traced))
+    board_traces(folder, traced)
     draft = out.with_suffix(".partial")
     draft.write_text(json.dumps(table, indent=1))
     draft.replace(out)
@@ -85,15 +94,20 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     return table
 
 
-def evaluate_rank(rank: int, world_size: int, init_method: str, config: RunConfig, chunks: Chunks, checkpoint: Path, clusters: Path | None) -> None:
-    """Saves the outcomes of this rank's chunks."""
+def evaluate_rank(
+    rank: int, world_size: int, init_method: str, config: RunConfig, chunks: Chunks, checkpoint: Path, clusters: Path | None, traces: Path | None
+) -> None:
+    """Saves the outcomes of this rank's chunks; before them, where `traces` names a file, traces of a few answers."""
     with session(), open_parallel(all_replicas(config), rank, world_size, init_method, config.seed) as context:
         engine, tokenizer = load_engine(config, checkpoint, context)
         settings = config.evaluate
         prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
         sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
-        bonus = None if clusters is None else _bonus(config, clusters)
+        paid = None if clusters is None else read_paid_clusters(clusters, config)
+        bonus = None if paid is None else EarlBonus(paid, config.earl, paid.sigmas())
         instead = instead_of(prompts) if settings.clvr else None
+        if traces is not None and (chunks.together or context.dp_rank == 0):
+            write_traces(traces, engine, tokenizer, traced_prompts(prompts), checkpoint, {} if paid is None else pairs_by_skill(paid))
         left = chunks.left_to(context.dp_rank)
         profiler = chunk_profiler(rank, config, chunks, len(left))
         for chunk in left:
@@ -205,7 +219,7 @@ def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig)
         picture = f"{prompt.key.replace('/', '-')}.png" if len(prompt.tiles) else ""
         if picture:
             Image.fromarray(prompt.tiles.pixels_IHWC[-1]).save(folder / picture)  # of several tiles the last: the thumbnail
-        said = {"question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
+        said = {"key": prompt.key, "question": outcome.question, "answer": outcome.gold, "response": outcome.text, "correct": outcome.greedy}
         lines.append(json.dumps({"skill": prompt.skill, **said, "image": picture}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -228,8 +242,3 @@ def _blinded(prompt: Prompt) -> Prompt:
     """The prompt with noise for an image, the same noise every time."""
     rng = np.random.default_rng(rollout_seed("blind", prompt.key))
     return replace(prompt, tiles=Tiles(rng.integers(0, 256, size=prompt.tiles.shape, dtype=np.uint8), prompt.tiles.places_I5))
-
-
-def _bonus(config: RunConfig, clusters: Path) -> EarlBonus:
-    found = read_paid_clusters(clusters, config)
-    return EarlBonus(found, config.earl, found.sigmas())

@@ -11,42 +11,54 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from megatron_ext import __version__
 from megatron_ext.observe.health import RL_PHASES, phases_of
 from megatron_ext.observe.metrics import Record, read_metrics, series
 from megatron_ext.observe.profiles import read_profiles
-from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, expert_heat_map, phase_bars, usage_bars
+from megatron_ext.observe.report_clusters import clusters_shown, drift_shown
+from megatron_ext.observe.report_clvr import looks_shown, pointing_shown, traces_shown, training_shown
+from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, phase_bars, usage_bars
 from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_evaluation
 from megatron_ext.observe.stopwatch import TIMING
 from megatron_ext.observe.summary import COLUMNS, number, title
 
 STAGES = ("tokenizer", "pretrain", "sft", "mpo", "discover", "evaluate/sft", "rl", "evaluate/rl")
+TRAINING = ("pretrain", "sft", "mpo", "rl")
+EVALUATIONS = (("after fine-tuning", "sft"), ("after RL", "rl"))
 SAMPLES_PER_SKILL = 2
+"""Answers that are shown at once, and traced; the rest of what an evaluation kept is folded."""
 _FAILED = "rollout/failed/"
 
 
 def content(root: Path) -> dict[str, Any]:
     """Every variable of the template."""
     before, after = (read_evaluation(root / "evaluate" / f"{of}.json") for of in ("sft", "rl"))
-    rl = read_metrics(root / "rl")
-    clusters = _json(root / "discover" / "expert_clusters.json")
+    trained = {stage: read_metrics(root / stage) for stage in TRAINING}
+    rl, clusters, traces = trained["rl"], _json(root / "discover" / "expert_clusters.json"), traces_shown(root, SAMPLES_PER_SKILL)
+    numbers = {(trace["when"], trace["key"]): number for number, trace in enumerate(traces)}
     return {
         "name": root.resolve().name,
         "version": __version__,
         "config": _text(root / "config.yaml"),
-        "stages": [_stage(root / stage, stage) for stage in STAGES],
+        "stages": [_stage(root / stage, stage) for stage in STAGES if (root / stage).exists() or _asked(stage, _text(root / "config.yaml"))],
         "profiles": [(stage, profile) for stage in STAGES for profile in read_profiles(root / stage)],
-        "time": _time({stage: read_metrics(root / stage) for stage in ("pretrain", "sft", "mpo", "rl")}),
+        "time": _time(trained),
         "versions": _versions(root),
         "accuracy": _accuracy(before, after),
-        "learning": _learning(*(read_metrics(root / stage) for stage in ("pretrain", "sft", "mpo", "rl"))),
-        "clusters": _clusters(clusters),
+        "learning": _learning(*trained.values()),
+        "clvr": training_shown(trained),
+        "traces": traces,
+        "looks": looks_shown(root),
+        "pointing": pointing_shown([trace for trace in traces if trace["when"] == traces[0]["when"]]),
+        "clusters": clusters_shown(clusters),
+        "drift": drift_shown(rl, root / "rl", clusters),
         "usage": _usage(before, after),
         "earl": _pictures(rl, EARL),
         "health": _pictures(rl, HEALTH),
         "failures": _failures(rl),
-        "samples": [(label, found) for label, of in (("after fine-tuning", "sft"), ("after RL", "rl")) if (found := _samples(root / "evaluate" / of))],
+        "samples": [(label, found) for label, of in EVALUATIONS if (found := _samples(root / "evaluate" / of, label, numbers))],
     }
 
 
@@ -160,47 +172,6 @@ def _change(rows: list[Accuracy]) -> str:
     return "" if abs(difference) <= 2 * error else "up" if difference > 0 else "down"
 
 
-def _clusters(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    skills = found["skills"]
-    mass_XLE = np.array([skill["mean_mass_LE"] for skill in skills])
-    pairs = [[(pair["layer"], pair["expert"]) for pair in skill["pairs"]] for skill in skills]
-    return {
-        "picture": expert_heat_map([skill["skill"] for skill in skills], mass_XLE, pairs, [skill["status"] == "ok" for skill in skills]),
-        "information": [
-            (span, [f"{bits:.3f}" for bits in bits_L]) for span, bits_L in {"response": found["information_L"], **found.get("span_information", {})}.items()
-        ],
-        "causal": [(skill["skill"], _causal(skill["causal"])) for skill in skills if skill.get("causal")],
-        "rows": [
-            {
-                "skill": skill["skill"],
-                "status": skill["status"],
-                "reason": skill["reason"],
-                "prompts": skill["num_prompts"],
-                "pairs": ", ".join(f"{layer}:{expert}" for layer, expert in own) or "-",
-                "effects": _range(skill["pairs"], "log_odds") + " / " + _range(skill["pairs"], "npmi"),
-                "auroc": number(skill["auroc"]),
-                "jaccard": number(skill["jaccard"]),
-            }
-            for skill, own in zip(skills, pairs, strict=True)
-        ],
-    }
-
-
-def _causal(effect: dict[str, Any]) -> list[str]:
-    """The cells of a row: accuracy, drops of accuracy with two intervals, and the verdict."""
-    drops = [number(effect[name]) for name in ("accuracy", "drop_own", "drop_others", "drop_random")]
-    intervals = [f"{low:+.2f} to {high:+.2f}" for low, high in (effect["beyond_others"], effect["beyond_random"])]
-    return [*drops, *intervals, number(effect["random_overlap"]), effect["verdict"]]
-
-
-def _range(pairs: list[dict[str, Any]], name: str) -> str:
-    """The smallest and the largest of a cluster's experts."""
-    values = [pair[name] for pair in pairs if name in pair]
-    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
-
-
 def _usage(before: Evaluation | None, after: Evaluation | None) -> str | None:
     names = [name for name, row in (before.skills if before else {}).items() if row.cluster_mass is not None]
     if before is None or not names:
@@ -217,23 +188,42 @@ def _failures(rl: list[Record]) -> list[tuple[str, int]] | None:
     return [(name.removeprefix(_FAILED), int(sum(series(rl, name)[1]))) for name in names]
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
-    """A few answers of every skill with their images."""
+def _samples(folder: Path, label: str, numbers: dict[tuple[str, str], int]) -> dict[str, list[dict[str, Any]]]:
+    """The answers that an evaluation kept with their images: `first` of every skill, and `more`. `trace`: the number of its trace on this page, where there is
+    one."""
     path = folder / "samples.jsonl"
     if not path.exists():
-        return []
+        return {}
     taken: dict[str, int] = {}
-    chosen = []
+    found: dict[str, list[dict[str, Any]]] = {"first": [], "more": []}
     for line in path.read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)
         taken[sample["skill"]] = taken.get(sample["skill"], 0) + 1
-        if taken[sample["skill"]] <= SAMPLES_PER_SKILL:
-            chosen.append({**sample, "image": _data_uri(folder / sample["image"]) if sample["image"] else None})
-    return sorted(chosen, key=lambda sample: str(sample["skill"]))
+        image = _data_uri(folder / sample["image"]) if sample["image"] else None
+        shown = {**sample, "image": image, "trace": numbers.get((label, sample.get("key", "")))}
+        found["first" if taken[sample["skill"]] <= SAMPLES_PER_SKILL else "more"].append(shown)
+    return {name: sorted(samples, key=lambda sample: str(sample["skill"])) for name, samples in found.items()}
 
 
 def _data_uri(path: Path) -> str | None:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii") if path.exists() else None
+
+
+def _asked(stage: str, config: str | None) -> bool:
+    """Whether the run's configuration asks for the stage: what starts from a given checkpoint needs none before it, and preferences are taught where they have
+    steps."""
+    values = yaml.safe_load(config or "") or {}
+
+    def value(name: str) -> Any:
+        section, _, field = name.partition(".")
+        return (values.get(section) or {}).get(field)
+
+    if stage == "mpo":
+        return bool(value("mpo.steps"))
+    if stage == "discover":
+        return value("model.num_experts") != 0
+    given = {"pretrain": ("sft.init_from", "mpo.init_from", "rl.init_from"), "sft": ("mpo.init_from", "rl.init_from")}
+    return not any(value(name) for name in given.get(stage, ()))
 
 
 def _stage(folder: Path, name: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The pictures of a report: matplotlib figures as PNG data URIs, drawn without a display.
+"""The pictures of a report: matplotlib figures as PNG data URIs, drawn without a display, on no background: a dark page inverts their ink.
 
 Colours are the Okabe-Ito palette and the cividis map, which colour-blind readers can tell apart.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
+from PIL import Image
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8a8f98"
 FEW = 8
@@ -35,7 +36,7 @@ class Curve:
 
 def curves(title: str, lines: Sequence[Curve], ylabel: str, log: bool = False) -> str:
     """Lines over training steps, each smoothed over a tenth of its length with the raw values faint behind it."""
-    figure, axes = _figure(5.2, 2.7)
+    figure, axes = figure_of(5.2, 2.7)
     for colour, line in zip(PALETTE, lines, strict=False):
         steps, values = np.asarray(line.steps, float), np.asarray(line.values, float)
         if line.points or len(steps) < FEW:
@@ -54,12 +55,33 @@ def curves(title: str, lines: Sequence[Curve], ylabel: str, log: bool = False) -
         axes.tick_params(which="minor", labelsize=8)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8, ncols=1 if len(lines) < 4 else 2)
-    return _png(figure)
+    return png_uri(figure)
+
+
+def curves_over_stages(title: str, stages: Mapping[str, Sequence[Curve]], ylabel: str) -> str:
+    """Lines that go on from stage to stage, one stage's steps behind the other's. A name has the same colour in every stage."""
+    figure, axes = figure_of(5.2, 2.7)
+    names = list(dict.fromkeys(line.name for lines in stages.values() for line in lines))
+    start, handles = 0.0, dict[str, Any]()
+    for stage, lines in stages.items():
+        for line in lines:
+            colour, steps = PALETTE[names.index(line.name) % len(PALETTE)], start + np.asarray(line.steps, float)
+            axes.plot(steps, np.asarray(line.values, float), color=colour, alpha=0.25, linewidth=1)
+            handles[line.name] = axes.plot(steps, _smooth(np.asarray(line.values, float)), color=colour, linewidth=1.8)[0]
+        axes.text(start, 1.0, f" {stage}", transform=axes.get_xaxis_transform(), fontsize=8, color=GREY, va="top")
+        axes.axvline(start, color=GREY, linewidth=0.8, linestyle=":")
+        start += max(float(max(line.steps)) for line in lines)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("step, stage behind stage")
+    axes.set_ylabel(ylabel)
+    if len(names) > 1:
+        axes.legend([handles[name] for name in names], names, frameon=False, fontsize=8)
+    return png_uri(figure)
 
 
 def accuracy_bars(skills: Sequence[str], series: Sequence[tuple[str, Sequence[float | None], Sequence[float | None]]], chance: Sequence[float | None]) -> str:
     """Grouped bars per skill, one per series (name, values, standard errors), with a line at chance."""
-    figure, axes = _figure(max(7.0, 1.1 * len(skills) + 1.5), 2.9)
+    figure, axes = figure_of(max(7.0, 1.1 * len(skills) + 1.5), 2.9)
     width = 0.8 / max(len(series), 1)
     for index, (colour, (name, values, errors)) in enumerate(zip(PALETTE, series, strict=False)):
         places = np.arange(len(skills)) + (index - (len(series) - 1) / 2) * width
@@ -73,44 +95,23 @@ def accuracy_bars(skills: Sequence[str], series: Sequence[tuple[str, Sequence[fl
     axes.set_ylim(0, 1)
     axes.set_ylabel("accuracy")
     axes.legend(frameon=False, fontsize=8, ncols=len(series) + 1, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _png(figure)
-
-
-def expert_heat_map(skills: Sequence[str], mass_XLE: np.ndarray, clusters: Sequence[Sequence[tuple[int, int]]], solid: Sequence[bool]) -> str:
-    """Mean gate mass per skill and expert, a panel per layer. Frames mark each skill's cluster: solid where it gets the bonus, dashed where it is unstable."""
-    num_skills, num_layers, num_experts = mass_XLE.shape
-    columns = min(num_layers, 4)
-    rows = -(-num_layers // columns)
-    figure = Figure(figsize=(min(1.2 + columns * max(1.8, 0.27 * num_experts), 14), 0.9 + rows * (0.55 + 0.27 * num_skills)), dpi=160, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    top = float(mass_XLE.max())
-    for axes in panels[num_layers:]:
-        axes.set_visible(False)
-    for layer, axes in enumerate(panels[:num_layers]):
-        image = axes.imshow(mass_XLE[:, layer], cmap="cividis", vmin=0, vmax=top, aspect="auto")
-        _label_panel(axes, skills if layer % columns == 0 else [""] * num_skills, num_experts, f"layer {layer}")
-        for skill, pairs in enumerate(clusters):
-            for at, expert in pairs:
-                if at == layer:
-                    _frame(axes, skill, expert, solid[skill])
-    figure.colorbar(image, ax=list(panels), shrink=0.8, label="mean gate mass")
-    return _png(figure)
+    return png_uri(figure)
 
 
 def usage_bars(skills: Sequence[str], before: Sequence[float | None], after: Sequence[float | None]) -> str:
     """The share of its routing that each skill gives to its own cluster, before and after RL."""
-    figure, axes = _figure(max(7.0, 0.9 * len(skills) + 1.5), 2.4)
+    figure, axes = figure_of(max(7.0, 0.9 * len(skills) + 1.5), 2.4)
     for offset, colour, name, values in ((-0.2, GREY, "after fine-tuning", before), (0.2, BLUE, "after RL", after)):
         axes.bar(np.arange(len(skills)) + offset, [0.0 if value is None else value for value in values], 0.36, color=colour, label=name)
     axes.set_xticks(range(len(skills)), skills)
     axes.set_ylabel("gate mass on own cluster")
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1.0))
-    return _png(figure)
+    return png_uri(figure)
 
 
 def phase_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Seconds of a step by phase, a bar for each stage. All bars are equally long: how long the steps themselves are differs too much."""
-    figure, axes = _figure(7.5, 0.75 + 0.42 * len(rows))
+    figure, axes = figure_of(7.5, 0.75 + 0.42 * len(rows))
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     names.sort(key=lambda name: name in ("save", "evaluate"))
     left = dict.fromkeys(rows, 0.0)
@@ -126,10 +127,11 @@ def phase_bars(rows: Mapping[str, Mapping[str, float]]) -> str:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(visible=False)
     axes.legend(frameon=False, fontsize=8, ncols=min(len(names), 6), loc="lower left", bbox_to_anchor=(0, 1.0), handlelength=1.0, columnspacing=1.2)
-    return _png(figure)
+    return png_uri(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
+def figure_of(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with one plain pair of axes, in inches."""
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -139,20 +141,6 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _label_panel(axes: Any, skills: Sequence[str], num_experts: int, title: str) -> None:
-    axes.set_title(title, fontsize=9)
-    axes.set_yticks(range(len(skills)), skills, fontsize=8)
-    step = max(1, num_experts // 8)
-    axes.set_xticks(range(0, num_experts, step), [str(expert) for expert in range(0, num_experts, step)], fontsize=7)
-    axes.tick_params(length=0)
-
-
-def _frame(axes: Any, row: int, column: int, solid: bool) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=ORANGE, linewidth=1.8, linestyle="-" if solid else (0, (2, 1.5))))
-
-
 def _smooth(values: np.ndarray) -> np.ndarray:
     """A centred mean over a tenth of the values; windows at the ends are shorter."""
     half = max(len(values) // 20, 0)
@@ -160,8 +148,14 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.array([np.nanmean(window) if np.isfinite(window).any() else np.nan for window in windows])
 
 
-def _png(figure: Figure) -> str:
+def png_uri(figure: Figure, shaded: bool = False) -> str:
+    """A PNG of at most 256 colours, a third of the bytes of all of them. `shaded`: of all of them, for maps of many shades."""
     FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None}, transparent=True)
+    if not shaded:
+        with Image.open(drawn) as picture:
+            few = picture.quantize(256, method=Image.Quantize.FASTOCTREE)
+        drawn = io.BytesIO()
+        few.save(drawn, format="png")
+    return "data:image/png;base64," + base64.b64encode(drawn.getvalue()).decode("ascii")

@@ -24,14 +24,14 @@ def print_summary(root: Path, console: Console | None = None) -> None:
     """The table of a run, as far as it was evaluated; nothing where it was not."""
     before, after = (read_evaluation(root / "evaluate" / f"{of}.json") for of in ("sft", "rl"))
     if before is not None or after is not None:
-        _console(console).print(_table(before, after))
+        (console or wide_console()).print(_table(before, after))
 
 
 def print_evaluation(path: Path, console: Console | None = None) -> None:
     """The table of one evaluation."""
     found = read_evaluation(path)
     if found is not None:
-        _console(console).print(_table(found, None))
+        (console or wide_console()).print(_table(found, None))
 
 
 def title(name: str, samples: int | None) -> str:
@@ -66,9 +66,7 @@ def number(value: float | None, error: float | None = None) -> str:
     return f"{value:.2f}" if error is None else f"{value:.2f}+-{error:.2f}"
 
 
-def _console(console: Console | None) -> Console:
+def wide_console() -> Console:
     """A table needs its width also where the output is a file."""
-    if console is not None:
-        return console
     found = Console()
     return found if found.is_terminal else Console(width=120)

@@ -76,6 +76,9 @@ def test_a_trained_model_answers_a_question_about_a_picture(folder: Path) -> Non
     assert (out.count("\nanswer: "), out.count("\nsample: ")) == (1, 2)
     code, out, errors = megatron_ext(folder, "generate", "small.yaml", "--image", "runs/small/generate/count-0.png", "--prompt", "how many circles?")
     assert code == 0, errors
+    code, out, errors = megatron_ext(folder, "generate", "small.yaml", "--example", "ocr", "--trace", "--out", "ocr.html")
+    assert code == 0 and "tap 0: 1 -> 2" in out, errors
+    assert (folder / "ocr.html").stat().st_size > 20_000 and json.loads((folder / "ocr.json").read_text())[0]["skill"] == "ocr"
     code, _, errors = megatron_ext(folder, "generate", "small.yaml", "--image", "absent.png", "--prompt", "what?")
     assert (code, errors.count("error: ")) == (2, 1)
 

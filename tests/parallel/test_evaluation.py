@@ -16,6 +16,7 @@ from megatron_ext.errors import CheckpointError, UserError
 from megatron_ext.inference.ask import MOST_LIKELY, answers
 from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
 from megatron_ext.inference.survey import run_discovery_survey
+from megatron_ext.observe.trace import AnswerTrace, read_traces
 from megatron_ext.parallel.local import run_ranks
 from tests.support.generation import Answers, answers_of_a_rank, slices_of_a_rank
 from tests.support.rl_run import prepare, rl_config, save_clusters
@@ -38,6 +39,12 @@ def test_an_evaluation_has_a_row_for_every_skill_and_writes_what_it_returns(run:
     assert list(table["skills"]) == list(ALL_SKILLS) and table["split"] == "test"
     for row in table["skills"].values():
         assert row["n"] == 12 and 0 <= row["greedy"] <= 1 and row["pass@3"] >= row["mean@3"] and row["blind"] is not None
+    traces = [AnswerTrace.of_json(found) for found in read_traces(tmp_path / "sft" / "traces.json")]
+    assert [trace.skill for trace in traces] == [skill for skill in ALL_SKILLS for _ in range(4)]
+    assert all(trace.taps[0].inside_T is not None and trace.clusters["count"] for trace in traces)
+    samples = [json.loads(line) for line in (tmp_path / "sft" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["key"] for sample in samples] == [trace.key for trace in traces]
+    assert len(list((tmp_path / "sft").glob("events.*"))) == 1, "TensorBoard has their pictures"
     assert 0 < table["skills"]["count"]["cluster_mass"] < 1 and table["skills"]["composite"]["cluster_mass"] is None
     assert table["macro"]["greedy"] == pytest.approx(np.mean([row["greedy"] for row in table["skills"].values()]))
     looks = table["clvr"]
@@ -62,8 +69,8 @@ def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfi
 def test_a_question_is_answered_and_a_missing_checkpoint_is_named(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     config, checkpoint = run
     prompt = Prompt("ask", "none", np.array([9, 10, 11], np.int32), NO_TILES, "")
-    likely, *sampled = answers(config, checkpoint, prompt, samples=2)
-    assert likely.sample == MOST_LIKELY and [rollout.sample for rollout in sampled] == [0, 1]
+    (likely, *sampled), traces = answers(config, checkpoint, prompt, samples=2)
+    assert likely.sample == MOST_LIKELY and [rollout.sample for rollout in sampled] == [0, 1] and traces == []
     with pytest.raises(CheckpointError, match="nowhere"):
         answers(config, tmp_path / "nowhere", prompt, samples=0)
 
@@ -78,7 +85,7 @@ def test_standard_errors_and_means_of_a_table_worked_by_hand(run: tuple[RunConfi
 
 
 @pytest.fixture(scope="module")
-def answers_of_one_rank() -> Answers:
+def answers_of_one_rank() -> tuple[Answers, AnswerTrace]:
     return run_ranks(answers_of_a_rank, 1, ParallelConfig(), timeout_s=120)[0]
 
 
@@ -87,15 +94,21 @@ def answers_of_one_rank() -> Answers:
     [ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=4, tp=2, ep=2)],
     ids=["TP2+SP", "EP2", "TP2 x EP2"],
 )
-def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: Answers, parallel: ParallelConfig) -> None:
-    """Five prompts, three samples: tokens and routes equal those of one rank, log-probs to 1e-4. Under EP2 one rank has two prompts, or none, and
+def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: tuple[Answers, AnswerTrace], parallel: ParallelConfig) -> None:
+    """Five prompts, three samples: tokens and routes equal those of one rank, log-probs and the gaze to 1e-4. Under EP2 one rank has two prompts, or none, and
     keeps step."""
+    expected, expected_trace = answers_of_one_rank
     parts = run_ranks(answers_of_a_rank, parallel.num_ranks, parallel, timeout_s=120)
-    together = {key: answer for part in parts for key, answer in part.items()}
-    assert together.keys() == answers_of_one_rank.keys()
-    for key, (tokens, logprobs, digest) in answers_of_one_rank.items():
+    together = {key: answer for part, _ in parts for key, answer in part.items()}
+    assert together.keys() == expected.keys()
+    for key, (tokens, logprobs, digest) in expected.items():
         assert together[key][0] == tokens and together[key][2] == digest
         np.testing.assert_allclose(together[key][1], logprobs, atol=1e-4)
+    trace = parts[0][1]
+    assert trace.tokens == expected_trace.tokens and len(trace.taps) == 2
+    np.testing.assert_allclose(trace.logprobs_T, expected_trace.logprobs_T, atol=1e-4)
+    for tap, other in zip(trace.taps, expected_trace.taps, strict=True):
+        np.testing.assert_allclose(tap.maps_TNC, other.maps_TNC, atol=1e-4)
 
 
 def test_a_worker_answers_in_slices_as_in_one_call_in_every_layout(run: tuple[RunConfig, Path]) -> None:

@@ -46,7 +46,8 @@ def laid_out(config: RunConfig, layout: dict[str, Any]) -> RunConfig:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """TensorBoard's say when they were written."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith("events.")}
 
 
 def once_saved(folder: Path, action: Callable[[], object]) -> None:
@@ -76,7 +77,7 @@ def test_an_evaluation_by_ranks_that_share_experts(run: RunConfig, tmp_path: Pat
         once_saved(tmp_path / "stopped" / "sft" / "chunks", lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert evaluate("stopped") == EXIT_REQUEUE
     assert "of 18 prompts answered: run again to resume. The same command resumes it." in capsys.readouterr().err
-    assert set(files(tmp_path / "stopped")) <= {f"sft/chunks/{name}" for name in ("begun.json", "0", "1", "0.draft", "1.draft")}
+    assert set(files(tmp_path / "stopped")) <= {f"sft/chunks/{name}" for name in ("begun.json", "0", "1", "0.draft", "1.draft", "traces.json")}
     assert evaluate("stopped") == EXIT_OK
     assert files(tmp_path / "stopped") == files(tmp_path / "straight")
     assert {"sft.json", "sft/samples.jsonl"} <= set(files(tmp_path / "stopped")) and not (tmp_path / "stopped" / "sft" / "chunks").exists()

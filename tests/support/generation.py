@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -12,21 +13,23 @@ from megatron_ext.batch import NO_TILES, FailedRollout, Rollout, route_digest
 from megatron_ext.config.schema import ParallelConfig, RolloutConfig, RunConfig
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.sampling import rollout_seed
+from megatron_ext.inference.trace import trace_answer
 from megatron_ext.model.assembly import build_model
 from megatron_ext.model.weight_storage import store_for_generation
+from megatron_ext.observe.trace import AnswerTrace
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.rl.hosts.ranks import LOOPBACK, Place
 from megatron_ext.rl.roles import Ask
 from megatron_ext.rl.rollout_worker import RolloutRank
-from tests.support.models import IMAGE, Words, open_gates, small_config, small_prompts
+from tests.support.models import IMAGE, Pieces, Words, open_gates, small_config, small_prompts
 
 MASKED = ((0, 3), (2, 1))
 Answers = dict[tuple[str, int], tuple[list[int], list[float], str]]
 
 
-def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig) -> Answers:
-    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts, and under "masked" of those answered without two experts; the
-    last rank of two has fewer chunks than the first. Several ranks read prompts in parts, one rank reads them at once."""
+def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig) -> tuple[Answers, AnswerTrace]:
+    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts, and under "masked" of those answered without two experts; and
+    the trace of the first of them. The last rank of two has fewer chunks than the first. Several ranks read prompts in parts, one rank reads them at once."""
     with open_parallel(parallel, rank, world_size, init_method, seed=0) as context:
         model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
         open_gates(model)
@@ -38,12 +41,13 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
         def seeds(index: int, sample: int) -> int:
             return rollout_seed(0, 0, mine[index].key, sample)
 
-        found = _by_key(engine.generate(mine, 3, seeds=seeds, version=0))
+        rollouts = engine.generate(mine, 3, seeds=seeds, version=0)
         with model.router_tap.mask(MASKED):
             masked = engine.generate(mine, 1, seeds=seeds, version=0)
         for rollout in masked:
             assert not any((rollout.routes.experts_SLK[:, layer] == expert).any() for layer, expert in MASKED)
-        return found | {(f"masked {key}", sample): answer for (key, sample), answer in _by_key(masked).items()}
+        answers = _by_key(rollouts) | {(f"masked {key}", sample): answer for (key, sample), answer in _by_key(masked).items()}
+        return answers, trace_answer(engine, Pieces(), rollouts[0], Path("x"), {})
 
 
 def _by_key(rollouts: Sequence[Rollout]) -> Answers:

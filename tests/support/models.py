@@ -76,3 +76,10 @@ class Words:
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
+
+
+class Pieces(Words):
+    """And what traces need of it."""
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return [f"<{number}>" for number in ids]

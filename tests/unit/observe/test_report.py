@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_ext.observe import report_clvr
 from megatron_ext.observe.metrics import MetricsWriter
 from megatron_ext.observe.report import write_report
+from megatron_ext.observe.report_clusters import drift_shown, heat_map
+from tests.support.traces import small_trace
 
 SKILLS = ("count", "ocr")
 
@@ -43,7 +46,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.text += data
 
 
@@ -98,7 +101,7 @@ def test_a_complete_run_shows_every_part(run: Path) -> None:
         "0.70 ± 0.03",
         "overlap of 0.31 only",
         "-0.07 to +0.45",
-        "image: layer 0: 0.003",
+        "<td>image</td><td>0.003</td>",
         "1.25 to 1.25 / 0.31 to 0.31",
         "which <b> digits?",
         "right: 4 2",
@@ -106,7 +109,7 @@ def test_a_complete_run_shows_every_part(run: Path) -> None:
     ):
         assert words in page.text, words
     assert re.search(r"reward_timeout\s*58", page.text), "failures are counted over the run"
-    assert len(page.sources) == 8, "accuracy, loss, reward, clusters, usage, mismatch, two samples"
+    assert len(page.sources) == 11, "accuracy, loss, reward, clusters, usage, mismatch, five samples"
     assert "Not there yet" not in page.text
 
 
@@ -123,6 +126,72 @@ def test_the_file_needs_nothing_beside_it(run: Path) -> None:
     page = Page(write_report(run).read_text())
     assert all(source.startswith("data:image/png;base64,iVBOR") for source in page.sources)
     assert all(link.startswith(("data:", "#")) for link in page.links)
+
+
+def test_a_stage_that_the_configuration_does_not_ask_for_is_not_listed_unless_it_ran(tmp_path: Path) -> None:
+    def stages(config: str) -> str:
+        (tmp_path / "config.yaml").write_text(config)
+        return Page(write_report(tmp_path).read_text()).text.split("Accuracy by skill")[0]
+
+    assert "mpo" not in stages("name: x\n")
+    assert "mponot there yet" in stages("mpo:\n  steps: 20  # tiny.yaml\n")
+    (tmp_path / "sft").mkdir()
+    listed = stages("mpo: {steps: 0}\nrl: {init_from: elsewhere}\nmodel: {num_experts: 0}\n")
+    assert [name in listed for name in ("pretrain", "discover", "sft")] == [False, False, True]
+
+
+def test_what_looking_is_worth_is_shown_where_the_evaluation_measured_it(tmp_path: Path) -> None:
+    worth = {"n": 60, "greedy": 0.6, "zeroed": 0.5, "zeroed_drop": 0.1, "zeroed_drop_se": 0.02, "other": 0.4, "other_drop": 0.2, "other_drop_se": None}
+    worth |= {"taps": [{"attention_entropy": 0.9, "pointing": 0.31}], "pointing_chance": 0.12, "divergence": []}
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "sft.json").write_text(evaluation(0.6))
+    (tmp_path / "evaluate" / "rl.json").write_text(json.dumps({**json.loads(evaluation(0.6)), "clvr": worth}))
+    (row,) = report_clvr.looks_shown(tmp_path)
+    assert (row["when"], row["zeroed"], row["other"]) == ("after RL", "0.50 (0.10 ± 0.02)", "0.40 (0.20)")
+    assert (row["pointing"], row["chance"], row["entropy"], row["divergence"]) == ("0.31", "0.12", "0.90", "-")
+    assert "taps see nothing" in Page(write_report(tmp_path).read_text()).text
+
+
+def keep_answers(folder: Path, traces: list[dict[str, object]]) -> None:
+    folder.mkdir(parents=True)
+    samples = [{"key": f"k{n}", "skill": "ocr", "question": "q", "answer": "1", "response": "1", "correct": True, "image": ""} for n in range(5)]
+    (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, samples)))
+    (folder / "traces.json").write_text(json.dumps(traces))
+
+
+def test_sampled_answers_lead_to_their_traces_and_the_rest_is_folded(tmp_path: Path) -> None:
+    keep_answers(tmp_path / "evaluate" / "sft", [small_trace(f"k{n}").to_json() for n in range(3)])
+    page = Page(write_report(tmp_path).read_text())
+    assert [link for link in page.links if "trace=" in link] == ["#trace=0&token=0", "#trace=1&token=0"]
+    assert "3 more" in page.text and "Over the 2 answers" in page.text, "pointing, of the traced answers"
+
+
+def test_traces_that_are_too_many_bytes_lose_their_heads_first_then_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = [small_trace(f"k{n}", skill=f"skill{n}").to_json() for n in range(4)]
+    keep_answers(tmp_path / "evaluate" / "rl", traces)
+    assert [len(trace["taps"][0]["peaks"][0]) for trace in report_clvr.traces_shown(tmp_path, 2)] == [3] * 4
+    monkeypatch.setattr(report_clvr, "MOST_BYTES", 3 * len(json.dumps(traces[0])))
+    assert [len(trace["taps"][0]["peaks"][0]) for trace in report_clvr.traces_shown(tmp_path, 2)] == [1] * 3
+
+
+def test_a_measure_of_clvr_has_a_picture_with_all_stages_that_wrote_it() -> None:
+    rows = [{"step": step, "clvr/tap0/gate": 0.1, "clvr/tap1/gate": 0.2, "clvr/tap0/update_ratio": 0.3} for step in range(1, 12)]
+    assert len(report_clvr.training_shown({"pretrain": [], "sft": rows, "rl": rows})) == 2
+    assert report_clvr.training_shown({"sft": [{"step": 1, "loss": 1.0}]}) == []
+
+
+def test_drift_is_shown_from_metrics_and_files_as_far_as_there_are_any(tmp_path: Path) -> None:
+    """Overlap, mass and staleness; the map needs two looks, of which discovery's is one."""
+    found = json.loads(cluster_file())
+    rl = [{"step": 50, "earl/drift/ocr/jaccard": 0.5, "earl/drift/ocr/mass": 0.4, "earl/cluster_stale": 1.0}]
+    assert drift_shown([{"step": 1, "reward/mean": 0.1}], tmp_path, found) is None
+    (tmp_path / "drift").mkdir()
+    (tmp_path / "drift" / "step_000050.json").write_text(cluster_file())
+    skill = {"skill": "ocr", "num_prompts": 3, "status": None, "reason": None, "jaccard": None, "mass": None, "mass_before": 0.41}
+    (tmp_path / "drift.jsonl").write_text(json.dumps({"step": 50, "skills": [skill]}) + "\n")
+    shown = drift_shown(rl, tmp_path, found)
+    assert shown is not None and len(shown["pictures"]) == 3 and shown["members"].startswith("data:image/png")
+    assert (shown["step"], shown["rows"][0]["mass"], shown["rows"][0]["reason"]) == (50, "0.41 -> -", "too few fresh answers")
 
 
 def test_a_real_difference_is_coloured_and_one_within_two_standard_errors_is_not(run: Path) -> None:
@@ -154,7 +223,6 @@ def test_curves_of_one_kind_share_a_picture_and_are_named_by_what_tells_them_apa
 
 
 def test_many_experts_and_layers_still_fit_a_picture() -> None:
-    from megatron_ext.observe.report_pictures import expert_heat_map
-
-    mass_XLE = np.full((6, 16, 128), 1 / 128)
-    assert expert_heat_map([f"skill{n}" for n in range(6)], mass_XLE, [[(3, 100)]] * 6, [True] * 6).startswith("data:image/png")
+    skill = {"status": "ok", "pairs": [{"layer": 40, "expert": 100}], "mean_mass_LE": np.full((48, 128), 1 / 128).tolist()}
+    drawn = heat_map({"skills": [{**skill, "skill": f"skill{n}"} for n in range(2)]})
+    assert drawn.startswith("data:image/png") and len(drawn) < 400_000, "a panel per skill, 48 layers of 128 experts"
