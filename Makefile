@@ -45,7 +45,7 @@ rl: $(STAMP)  ## the whole recipe: pretraining, fine-tuning, expert clusters, RL
 	$(RUN) run "$(CONFIG)" $(ARGS)
 
 test: $(STAMP)  ## the tests: unit, parallel, architecture, on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not journey" --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not journey" --numprocesses 2 $(ARGS)
 
 bench: $(STAMP)  ## the benchmarks against their peers, half an hour or more; ARGS="--only generation" for one
 	$(BIN)/python tools/bench/all.py $(ARGS)

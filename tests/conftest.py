@@ -5,29 +5,33 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
     from megatron_ext.parallel.groups import ParallelContext
 
-
-ROOT = Path(__file__).parent
 
 # Examples are not timed, because machines are busy; where CI is set they are the same in every run, so that a failure is the change's own.
 settings.register_profile("here", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("here")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who runs beside whom where there are two workers (`--dist loadgroup`): a file's tests one after the other; and those that start ranks of their own never
-    beside each other, since each takes the machine for itself and has a time limit."""
-    for item in items:
-        group = "ranks" if "parallel" in item.path.relative_to(ROOT).parts[:1] else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+class ByFile(LoadScopeScheduling):
+    """A file's tests run one after the other on the same worker; and those that start ranks of their own never beside each other, since each takes the machine
+    for itself and has a time limit."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ranks" if nodeid.startswith("tests/parallel/") else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
