@@ -2,11 +2,14 @@
 
     ImageStore.keep(tiles) -> folder/<digest>.npy, once -> StoredTiles -> pickle: path and shape -> mapped and checked when their pixels are asked for
 
-A file holds two arrays in numpy's own format, pixels and then places: `np.load` reads the first.
+A file holds two arrays in numpy's own format, pixels and then places: `np.load` reads the first. Here headers are compared with what they must be and not
+parsed: numpy parses them with `ast`, which two threads of Python 3.11 must not do at once (python/cpython#106905).
 """
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,12 +54,15 @@ class StoredTiles(Tiles):
         return self.loaded().places_I5
 
     def loaded(self) -> Tiles:
+        pixels, places = _header(self._shape, np.uint8), _header((self._shape[0], 5), np.float32)
         try:
-            pixels_IHWC = np.load(self.path, mmap_mode="r", allow_pickle=False)
             with self.path.open("rb") as file:
-                file.seek(pixels_IHWC.offset + pixels_IHWC.nbytes)
-                tiles = Tiles(np.asarray(pixels_IHWC), np.load(file, allow_pickle=False))
-        except (OSError, ValueError, EOFError, AttributeError) as error:
+                _demand(file.read(len(pixels)) == pixels, f"its pixels are not uint8 {self._shape}")
+                file.seek(math.prod(self._shape), io.SEEK_CUR)
+                _demand(file.read(len(places)) == places, "what follows its pixels are no places")
+                places_I5 = np.fromfile(file, np.float32, self._shape[0] * 5).reshape(-1, 5)
+            tiles = Tiles(np.asarray(np.memmap(self.path, np.uint8, "r", len(pixels), self._shape)), places_I5)
+        except (OSError, ValueError) as error:
             raise self._unusable(f"cannot be read ({error})") from error
         if tiles_digest(tiles) != self.digest:
             raise self._unusable(f"holds other tiles than its name says: their digest is {tiles_digest(tiles)}")
@@ -87,8 +93,8 @@ class ImageStore:
         assert isinstance(stored, StoredTiles)
         if not _is_whole(stored):
             with durable_file(stored.path) as file:
-                np.save(file, tiles.pixels_IHWC)
-                np.save(file, tiles.places_I5)
+                np.save(file, np.ascontiguousarray(tiles.pixels_IHWC, np.uint8))
+                np.save(file, np.ascontiguousarray(tiles.places_I5, np.float32))
         return stored
 
 
@@ -114,6 +120,18 @@ def tiles_digest(tiles: Tiles) -> str:
     hasher.update(np.ascontiguousarray(tiles.pixels_IHWC, np.uint8).data)
     hasher.update(np.ascontiguousarray(tiles.places_I5, np.float32).data)
     return hasher.hexdigest()
+
+
+def _header(shape: tuple[int, ...], dtype: type[np.generic]) -> bytes:
+    """What `np.save` writes before an array."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))})
+    return file.getvalue()
+
+
+def _demand(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
 
 
 def _is_whole(stored: StoredTiles) -> bool:

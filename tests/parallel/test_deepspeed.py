@@ -121,6 +121,7 @@ def test_an_engine_with_a_part_left_out_is_seen(small_shards: Path) -> None:
     assert "gradient of decoder.layers.0.mlp.experts.local_experts.0.linear_fc1.weight" in different(dense, one_rank())
 
 
+@pytest.mark.journey
 def test_engines_continue_each_other_in_other_layouts(small_shards: Path, tmp_path: Path) -> None:
     """Four updates on one rank of engine megatron; the same by relay: megatron, ZeRO-3 with experts split, ZeRO-1 with tensors split, megatron.
 

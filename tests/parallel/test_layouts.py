@@ -81,6 +81,7 @@ LONG = {
     "PP4", "PP2 DP2", "CP2 DP2", "DP2, packed", "PP2 VPP2, packed", "one rank, recompute selective", "PP2 VPP2, recompute full", "CP2, recompute selective",
     "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT", "PP2, a language model alone", "EP2, every other layer dense", "PP2 TP2, addition",
     "CP2 TP2", "PP2 TP2", "PP2 EP2", "TP2 EP2", "TP2 ETP2", "one rank, recompute full",
+    "PP2 TP2, tied embeddings", "TP2, gates over all experts, refinement everywhere", "TP2 CP2, frozen ViT, packed", "CP4",
 }  # fmt: skip
 """Journeys: each of their features is in another case too, or with the same layout in test_experts_kernels.py and test_moe_balancing.py."""
 METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "data/tiles_per_row", "clvr/tap0/gate", "clvr/tap2/gate")

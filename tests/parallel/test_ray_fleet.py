@@ -252,6 +252,7 @@ def busy_run():
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.journey
 def test_ctrl_c_ends_a_busy_run_at_once_and_leaves_nothing_behind():
     """Ctrl-C reaches every process of the terminal's process group, so the signal is sent to the group."""
     with busy_run() as (driver, folder):
@@ -310,6 +311,7 @@ def test_a_run_that_loses_rays_head_or_its_driver_ends_within_seconds_and_leaves
         assert not folder.exists()
 
 
+@pytest.mark.journey
 def test_a_failing_run_leaves_nothing_behind_and_restores_the_environment():
     before = dict(os.environ)
     script = (

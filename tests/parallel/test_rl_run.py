@@ -101,7 +101,7 @@ def test_the_learner_replays_every_route_and_agrees_with_the_rollouts_to_roundin
     ("learner", "rollout", "replicas"),
     [
         pytest.param(ParallelConfig(num_ranks=2), ParallelConfig(), 2, id="two learner ranks and two replicas"),
-        pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, tp=2), 1, id="TP2 on both sides"),
+        pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, tp=2), 1, id="TP2 on both sides", marks=pytest.mark.journey),
         pytest.param(
             ParallelConfig(num_ranks=2, cp=2, recompute="full"),
             ParallelConfig(num_ranks=2, ep=2),
@@ -146,7 +146,7 @@ def test_a_finished_stage_is_not_run_again(start, finished, monkeypatch):
     [
         pytest.param(ParallelConfig(), ParallelConfig(), 1, id="one learner rank and one replica"),
         pytest.param(ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), 1, id="a TP2 learner and an EP2 replica"),
-        pytest.param(ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, tp=2), 1, id="an EP2 learner and a TP2 replica"),
+        pytest.param(ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=2, tp=2), 1, id="an EP2 learner and a TP2 replica", marks=pytest.mark.journey),
         pytest.param(ParallelConfig(num_ranks=2, pp=2), ParallelConfig(), 1, id="a PP2 learner and one replica"),
         pytest.param(ParallelConfig(num_ranks=2, cp=2, recompute="full"), ParallelConfig(num_ranks=2, tp=2), 1, id="a CP2 learner that recomputes"),
         pytest.param(ParallelConfig(num_ranks=4, pp=2, tp=2), ParallelConfig(), 1, id="a PP2 TP2 learner and one replica", marks=pytest.mark.journey),
@@ -298,6 +298,7 @@ def test_a_learner_that_is_killed_starts_again_and_repeats_its_steps_from_the_ba
     assert numbers(tmp_path) == numbers(exact[1])
 
 
+@pytest.mark.journey
 def test_a_learner_that_is_killed_each_time_ends_the_run_by_name(start, exact, tmp_path, monkeypatch, roles):
     config = change(exact[0], restarts=1)
     draw = questions.prompts_of_step

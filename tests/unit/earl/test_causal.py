@@ -19,11 +19,24 @@ TRIAL = Trial("ocr", Arm(((0, 1),)), (Arm(((0, 2),), "ocr"), Arm(((0, 3),), "ocr
 MASS = np.array([[0.1, 0.4, 0.3, 0.2]])
 
 
+def pair(expert: int) -> PairEffect:
+    return PairEffect(0, expert, 0.1, 2.0, 9.0, 0.01, 1.0, 0.9, 0.3, 0.1, 9.0, 0.9, 0.3)
+
+
 def clusters(**pairs: tuple[int, ...]) -> ExpertClusters:
     """One layer of four experts; skills with these experts of it."""
     found = [
         SkillCluster(
-            skill, "ok" if own else "empty", "", 9, tuple(PairEffect(0, e, 0.1, 2.0, 9.0, 0.01, 1.0) for e in own), 0.1 if own else None, 0.9, None, 1.0, None
+            skill,
+            "ok" if own else "empty",
+            "",
+            9,
+            tuple(pair(e) for e in own),
+            0.1 if own else None,
+            0.9,
+            None,
+            1.0,
+            None,
         )
         for skill, own in pairs.items()
     ]

@@ -101,13 +101,13 @@ def test_a_complete_run_shows_every_part(run: Path) -> None:
         "0.70 ± 0.03",
         "overlap of 0.31 only",
         "-0.07 to +0.45",
-        "<td>image</td><td>0.003</td>",
         "1.25 to 1.25 / 0.31 to 0.31",
         "which <b> digits?",
         "right: 4 2",
         "reward_timeout",
     ):
         assert words in page.text, words
+    assert re.search(r"image\s*0\.003\s*0\.004", page.text), "bits by layer"
     assert re.search(r"reward_timeout\s*58", page.text), "failures are counted over the run"
     assert len(page.sources) == 11, "accuracy, loss, reward, clusters, usage, mismatch, five samples"
     assert "Not there yet" not in page.text

@@ -52,9 +52,13 @@ def draw(number: int, ocr: int, count: int) -> list[ScoredRollout]:
     return [answer(f"{skill}{number}-{index}", skill, expert) for index in range(20) for skill, expert in (("ocr", ocr), ("count", count))]
 
 
+def pair(expert: int) -> PairEffect:
+    return PairEffect(0, expert, 0.1, 2.0, 9.0, 0.01, 1.0, 0.9, 0.3, 0.1, 9.0, 0.9, 0.3)
+
+
 def clusters() -> ExpertClusters:
     """ocr has expert 0, count expert 1."""
-    found = tuple(SkillCluster(skill, "ok", "", 9, (PairEffect(0, e, 0.1, 2.0, 9.0, 0.01, 1.0),), 0.5, 0.9, None, 1.0, None) for e, skill in enumerate(SKILLS))
+    found = tuple(SkillCluster(skill, "ok", "", 9, (pair(e),), 0.5, 0.9, None, 1.0, None) for e, skill in enumerate(SKILLS))
     table = np.full((2, 1, EXPERTS), 1 / EXPERTS)
     return ExpertClusters(1, EXPERTS, found, table, table * 0, np.zeros(1), 4.0, DiscoverConfig(), 0, "sft")
 
