@@ -184,7 +184,7 @@ def drift_map(members: dict[int, dict[str, set[tuple[int, int]]]]) -> str:
             for pair in found.get(skill, ()):
                 counts[pair] = counts.get(pair, 0) + 1
         rows += [(skill, pair) for pair in sorted(counts, key=lambda pair: (-counts[pair], pair))[: max(2, MOST_PAIRS // len(skills))]]
-    figure, axes = figure_of(min(3.0 + 0.42 * len(steps), 12), 0.8 + 0.15 * len(rows))
+    figure, axes = figure_of(min(7.0 + 0.3 * len(steps), 12), 0.8 + 0.15 * len(rows))
     for row, (skill, pair) in enumerate(rows):
         for column, step in enumerate(steps):
             there = pair in members[step].get(skill, ())

@@ -22,6 +22,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hf.save(tmp_path_factory.mktemp("convert") / "hf")
 
 
+@pytest.mark.journey
 def test_there_and_back(source: Path, tmp_path: Path) -> None:
     there = convert("--from", "hf", "--to", "megatron", source, tmp_path / "ours")
     assert there.returncode == 0, there.stderr

@@ -46,6 +46,7 @@ def test_the_first_rank_of_every_pipeline_stage_is_recorded(tmp_path: Path) -> N
     assert "pretrain, rank 1: 2 steps" in page and "aten::mm" in page
 
 
+@pytest.mark.journey
 def test_a_learner_and_a_rollout_worker_are_recorded_and_the_numbers_stay(tmp_path: Path) -> None:
     config = rl_config(tmp_path)
     checkpoint = prepare(config)

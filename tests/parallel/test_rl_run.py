@@ -214,6 +214,7 @@ def test_a_step_asks_further_prompts_in_place_of_groups_that_teach_nothing(start
         assert {answer.reward for answer in bank.groups([group for group in bank.trained(0) if group[1] == key])} == {0, 1}
 
 
+@pytest.mark.journey
 def test_ray_computes_the_very_numbers_of_local_processes(start, finished, tmp_path):
     config, checkpoint = start
     rl.run_rl(change(config, fleet="ray"), tmp_path, checkpoint, None)
