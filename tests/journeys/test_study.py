@@ -16,6 +16,7 @@ pytestmark = pytest.mark.journey
 RECIPE = """
 name: dense
 model: {num_experts: 0}
+earl: {enabled: false}
 pretrain: {steps: 12, global_batch: 8, micro_batch: 8}
 sft: {steps: 30, global_batch: 8, micro_batch: 8, save_every: 2}
 evaluate: {prompts_per_skill: 6, samples: 2, sampled_prompts_per_skill: 6}
