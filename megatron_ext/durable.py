@@ -35,6 +35,12 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """The whole of a `durable_file`, in UTF-8."""
+    with durable_file(path) as file:
+        file.write(text.encode())
+
+
 def remove_drafts(folder: Path) -> None:
     """What a writer that was killed has left. There must be no other."""
     for draft in folder.glob(".*.tmp"):

@@ -57,9 +57,10 @@ class StoredTiles(Tiles):
         pixels, places = _header(self._shape, np.uint8), _header((self._shape[0], 5), np.float32)
         try:
             with self.path.open("rb") as file:
-                _demand(file.read(len(pixels)) == pixels, f"its pixels are not uint8 {self._shape}")
+                before = file.read(len(pixels))
                 file.seek(math.prod(self._shape), io.SEEK_CUR)
-                _demand(file.read(len(places)) == places, "what follows its pixels are no places")
+                if (before, file.read(len(places))) != (pixels, places):
+                    raise ValueError(f"it does not hold uint8 {self._shape} and their places")
                 places_I5 = np.fromfile(file, np.float32, self._shape[0] * 5).reshape(-1, 5)
             tiles = Tiles(np.asarray(np.memmap(self.path, np.uint8, "r", len(pixels), self._shape)), places_I5)
         except (OSError, ValueError) as error:
@@ -127,11 +128,6 @@ def _header(shape: tuple[int, ...], dtype: type[np.generic]) -> bytes:
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": np.lib.format.dtype_to_descr(np.dtype(dtype))})
     return file.getvalue()
-
-
-def _demand(holds: bool, problem: str) -> None:
-    if not holds:
-        raise ValueError(problem)
 
 
 def _is_whole(stored: StoredTiles) -> bool:

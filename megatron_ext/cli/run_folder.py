@@ -57,13 +57,20 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process from working in the same run."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(str(self.root), "another process is working in this run", "wait for it, or choose another name=...") from None
+        with locked(self.root, "run"):
             yield
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keeps a second process from working in the folder of a run or a study. Raises UserError where one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(str(folder), f"another process is working in this {what}", "wait for it, or choose another name=...") from None
+        yield
 
 
 def move_aside(path: Path) -> Path:

@@ -6,20 +6,17 @@ study.yaml -> cells (study_cells.py) -> preregistration.json -> runs (study_runs
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ext.cli.dry_run import missing_files
 from megatron_ext.cli.marks import versions
+from megatron_ext.cli.run_folder import locked
 from megatron_ext.cli.study_cells import Cell, Cells, cells_of, settings_by_arm
 from megatron_ext.cli.study_runs import CellRun, differing, facts, jobs_of, last_words, log_of, prepare, run_arguments
 from megatron_ext.config.study import Study, explain_study, load_study
 from megatron_ext.config.study_schema import SHARED, StudyConfig
-from megatron_ext.durable import make_folder
 from megatron_ext.errors import EXIT_FAILURE, EXIT_OK, ConfigError, StoppedForRequeue, UserError
 from megatron_ext.study.registration import Registration, differences, plan_of, read_registration, register
 from megatron_ext.study.schedule import Board, carry_out
@@ -69,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report_only:
         _report(study.config, cells, _registered(study.config), None)
         return EXIT_OK
-    with _locked(study.config.study_dir):
+    with locked(study.config.study_dir, "study"):
         registration = register(study.config.study_dir, plan, versions(), args.amend)
         board = _carry_out(study.config, cells, registration)
         _report(study.config, cells, registration, board)
@@ -150,15 +147,3 @@ def _described(study: StudyConfig, cells: Cells, plan: dict[str, object]) -> str
 def _does(cell: Cell) -> str:
     own = ", ".join(stage.name for stage in cell.own)
     return f"{own}{'  (done)' if cell.done else ''}"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps a second process from working in the same study."""
-    make_folder(folder)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(str(folder), "another process is working in this study", "wait for it, or choose another name=...") from None
-        yield

@@ -12,7 +12,6 @@ A file of another schema, another model, or with a missing, unknown or impossibl
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from megatron_ext.config.schema import DiscoverConfig, ModelConfig, RunConfig
 from megatron_ext.config.sizes import expert_layers
-from megatron_ext.earl.causal_effect import CausalEffect
+from megatron_ext.durable import make_folder, write_text
+from megatron_ext.earl.causal_effect import CausalEffect, Verdict
 from megatron_ext.earl.clusters import ExpertClusters, PairEffect, SkillCluster
+from megatron_ext.earl.verdicts import Status
 from megatron_ext.errors import UserError
 
 SCHEMA_VERSION = 2
@@ -49,10 +50,8 @@ def write_clusters(clusters: ExpertClusters, path: Path) -> None:
     }
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     _File.model_validate_json(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    make_folder(path.parent)
+    write_text(path, text)
 
 
 def read_clusters(path: Path, model: ModelConfig) -> ExpertClusters:
@@ -153,13 +152,13 @@ class _Causal(_Strict):
     cluster_mass: Share
     random_mass: Share
     random_overlap: Share
-    verdict: Literal["causal", "correlational"]
+    verdict: Verdict
     reason: str
 
 
 class _Skill(_Strict):
     skill: str
-    status: Literal["ok", "correlational", "unstable", "empty"]
+    status: Status
     reason: str
     num_prompts: Index
     pairs: tuple[_Pair, ...]

@@ -37,7 +37,7 @@ from megatron_ext.inference.phases import chunk_profiler
 from megatron_ext.inference.replica import all_replicas, load_engine
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.inference.trace import pairs_by_skill
-from megatron_ext.inference.traces import TRACES, traced_prompts, with_verdicts, write_traces
+from megatron_ext.inference.traces import TRACES, first_of_each_skill, traced_prompts, with_verdicts, write_traces
 from megatron_ext.observe.board import board_traces
 from megatron_ext.observe.results import write_verdicts
 from megatron_ext.observe.trace import read_traces
@@ -102,7 +102,7 @@ def evaluate_rank(
         engine, tokenizer = load_engine(config, checkpoint, context)
         settings = config.evaluate
         prompts = draw_skills(settings.split, settings.prompts_per_skill, PROMPT_SEED, config.data, tokenizer, config.model.vision)
-        sampled = {prompt.key for prompt in _first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
+        sampled = {prompt.key for prompt in first_of_each_skill(prompts, settings.sampled_prompts_per_skill)} if settings.samples else set()
         paid = None if clusters is None else read_paid_clusters(clusters, config)
         bonus = None if paid is None else EarlBonus(paid, config.earl, paid.sigmas())
         instead = instead_of(prompts) if settings.clvr else None
@@ -226,16 +226,6 @@ def _write_samples(folder: Path, outcomes: Sequence[Outcome], config: RunConfig)
 
 def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _first_of_each_skill(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    taken: dict[str, int] = {}
-    chosen = []
-    for prompt in prompts:
-        taken[prompt.skill] = taken.get(prompt.skill, 0) + 1
-        if taken[prompt.skill] <= count:
-            chosen.append(prompt)
-    return chosen
 
 
 def _blinded(prompt: Prompt) -> Prompt:

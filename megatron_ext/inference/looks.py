@@ -30,6 +30,7 @@ from megatron_ext.model.asked import on_ask
 from megatron_ext.model.clvr import ClvrTap
 from megatron_ext.model.other_picture import other_pictures
 from megatron_ext.model.sight import Sight, attention_weights
+from megatron_ext.observe.gaze_map import entropy
 
 Instead = Callable[[torch.Tensor], torch.Tensor]
 AT_ONCE = 16
@@ -99,10 +100,9 @@ def _maps(engine: Engine, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
 def _of_prompt(prompt: Prompt, maps_TV: torch.Tensor, tokens: int, zeroed: bool, other: bool, picture_size: int) -> Look:
     """`maps_TV` of the prompt's own vision tokens, `tokens` a tile."""
     covered_V = coverage(prompt, tokens, picture_size)
-    entropy_T = torch.special.entr(maps_TV).sum(1) / np.log(max(maps_TV.shape[1], 2))
     divergence = tuple(float(_js(one, next_one)) for one, next_one in pairwise(maps_TV))
     pointing = None if covered_V is None else tuple((maps_TV @ covered_V).tolist())
-    return Look(zeroed, other, tuple(entropy_T.tolist()), divergence, pointing, None if covered_V is None else float(covered_V.mean()))
+    return Look(zeroed, other, tuple(entropy(maps_TV.numpy()).tolist()), divergence, pointing, None if covered_V is None else float(covered_V.mean()))
 
 
 def coverage(prompt: Prompt, tokens: int, picture_size: int) -> torch.Tensor | None:
@@ -121,8 +121,8 @@ def coverage(prompt: Prompt, tokens: int, picture_size: int) -> torch.Tensor | N
 
 def _js(one_V: torch.Tensor, other_V: torch.Tensor) -> torch.Tensor:
     """Jensen-Shannon divergence in bits (Lin 1991)."""
-    entropy = torch.special.entr
-    return (entropy((one_V + other_V) / 2).sum() - (entropy(one_V).sum() + entropy(other_V).sum()) / 2) / np.log(2)
+    entr = torch.special.entr
+    return (entr((one_V + other_V) / 2).sum() - (entr(one_V).sum() + entr(other_V).sum()) / 2) / np.log(2)
 
 
 def summarise_looks(looks: Sequence[Look], greedy: Sequence[bool]) -> dict[str, Any]:

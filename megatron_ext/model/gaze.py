@@ -4,19 +4,21 @@
         model(inputs)           or an engine's prefill, in whatever parts, and its steps
     gaze.weights()              of every tap, float32 [B, T, N, V]
 
-It stands in forward hooks, which compute the weights a second time beside the fused attention that the model runs; without a recording the model has no hook
-and pays nothing. Read on: `sight.py` (the weights), `observe/gaze_map.py` (where vision token v lies in the picture).
+It listens to what taps ask (`asked.py`) and makes the weights beside the fused attention that the model runs; without a recording the model has no hook and
+pays nothing. Read on: `sight.py` (the weights), `observe/gaze_map.py` (where vision token v lies in the picture).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
+from megatron_ext.model.asked import on_ask
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.clvr import ClvrTap
 from megatron_ext.model.sight import Sight, attention_weights
@@ -36,15 +38,14 @@ class Gaze:
         may look at and are 0 elsewhere. Empty where the model saw no image. Rows are those of the passes, so an engine must have kept the same ones."""
         return [torch.cat(self._found[number], dim=1) for number in self.numbers if self._found[number]]
 
-    def take(self, number: int, tap: ClvrTap, hidden_SBH: torch.Tensor, keys_BNVD: torch.Tensor, sight: Sight) -> None:
-        """One call of a tap. Collective under tensor parallelism."""
-        query_SBND = tap.query(hidden_SBH)
+    def take(self, number: int, tp_group: Any, query_SBND: torch.Tensor, keys_BNVD: torch.Tensor, sight: Sight) -> None:
+        """What a tap asks, once. Collective under tensor parallelism."""
         if sight.seats is None:
             places = self._places(number, len(query_SBND))
             query_SBND, sight = query_SBND[places], sight.part(places)
         if query_SBND.shape[0]:
             heads_BSVN = attention_weights(query_SBND, keys_BNVD, sight).permute(0, 2, 3, 1).contiguous()
-            whole_BSVN = gather_from_tensor_model_parallel_region(heads_BSVN, group=tap.tp_group)
+            whole_BSVN = gather_from_tensor_model_parallel_region(heads_BSVN, group=tp_group)
             self._found[number].append(whole_BSVN.transpose(2, 3).cpu())
 
     def _places(self, number: int, count: int) -> slice:
@@ -59,18 +60,10 @@ class Gaze:
 def record_gaze(model: VisionLanguageModel, kept: slice = slice(None)) -> Iterator[Gaze]:
     """The gaze of every tap that this rank holds. Of a position it takes N V floats, so that of a long prompt only those asked for should be `kept`."""
     gaze = Gaze([number for number in model.stage.asks if isinstance(model.decoder.taps[number], ClvrTap)], kept)
-    handles = [model.decoder.taps[number].register_forward_pre_hook(_hook(gaze, number)) for number in gaze.numbers]
+    taps = {number: model.decoder.taps[number] for number in gaze.numbers}
+    handles = [handle for number, tap in taps.items() for handle in on_ask(tap, partial(gaze.take, number, tap.tp_group))]
     try:
         yield gaze
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hook(gaze: Gaze, number: int) -> Callable[..., None]:
-    def look(tap: Any, inputs: tuple[Any, ...]) -> None:
-        hidden_SBH, keys_BNVD, _, sight = inputs
-        with torch.no_grad():
-            gaze.take(number, tap, hidden_SBH, keys_BNVD, sight)
-
-    return look

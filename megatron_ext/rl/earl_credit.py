@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_ext.batch import Rollout, RouteTrace, ScoredRollout
 from megatron_ext.config.schema import RunConfig
+from megatron_ext.durable import write_text
 from megatron_ext.earl.bonus import EarlBonus, apply_bonus, lambda_at
 from megatron_ext.earl.clusters import ExpertClusters
 from megatron_ext.earl.controls import controlled
@@ -179,6 +180,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(value, indent=1))
-    draft.replace(path)
+    write_text(path, json.dumps(value, indent=1))

@@ -25,7 +25,7 @@ from megatron_ext.batch import ScoredRollout
 from megatron_ext.config.schema import RunConfig
 from megatron_ext.data.prompts import skills_of
 from megatron_ext.data.rewards import is_right
-from megatron_ext.durable import durable_file, make_folder
+from megatron_ext.durable import make_folder, write_text
 from megatron_ext.earl.clusters import ExpertClusters, discover
 from megatron_ext.earl.drift import drift, followed, stale_share
 from megatron_ext.earl.files import read_clusters, write_clusters
@@ -104,8 +104,7 @@ class ClusterWatch:
             "information_before_L": old.information_L.tolist(),
             "skills": [asdict(one) for one in drifts],
         }
-        with durable_file(self._file) as file:
-            file.write("".join(json.dumps(self._records[at]) + "\n" for at in sorted(self._records)).encode())
+        write_text(self._file, "".join(json.dumps(self._records[at]) + "\n" for at in sorted(self._records)))
 
     def _discovered(self, table: dict[str, np.ndarray] | None, window: Window) -> ExpertClusters | None:
         """None where fewer than two skills have enough answers."""

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_ext import __version__
-from megatron_ext.durable import durable_file
+from megatron_ext.durable import write_text
 from megatron_ext.study import table
 from megatron_ext.study.pictures import curves_by_arm, forest, scores_by_arm
 from megatron_ext.study.results import Results, by_arm, curve_sets
@@ -34,8 +34,7 @@ def write_page(results: Results, folder: Path) -> Path:
     )
     environment.globals.update(signed=table.signed, around=table.around, p_text=table.p_text, number=table.number)
     path = folder / FILE
-    with durable_file(path) as file:
-        file.write(environment.get_template("study.html.j2").render(content(results, folder)).encode())
+    write_text(path, environment.get_template("study.html.j2").render(content(results, folder)))
     return path
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config.study_schema import StudyConfig
-from megatron_ext.durable import durable_file, make_folder
+from megatron_ext.durable import make_folder, write_text
 from megatron_ext.errors import UserError
 from megatron_ext.study.verdict import RULE
 
@@ -120,8 +120,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 def _write(folder: Path, registration: Registration) -> Registration:
     make_folder(folder)
-    with durable_file(folder / FILE) as file:
-        file.write((json.dumps({"digest": registration.digest, **asdict(registration)}, indent=1) + "\n").encode())
+    write_text(folder / FILE, json.dumps({"digest": registration.digest, **asdict(registration)}, indent=1) + "\n")
     return registration
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ext.config.study_schema import StudyConfig
-from megatron_ext.durable import durable_file
+from megatron_ext.durable import write_text
 from megatron_ext.observe.metrics_file import read_metrics, series
 from megatron_ext.study.outcomes import Scores, read_scores
 from megatron_ext.study.registration import Registration
@@ -120,6 +120,5 @@ def write_results(results: Results, folder: Path) -> Path:
         "findings": [finding.as_json() for finding in results.findings],
     }
     path = folder / FILE
-    with durable_file(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
+    write_text(path, json.dumps(content, indent=1) + "\n")
     return path
