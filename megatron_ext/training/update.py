@@ -58,22 +58,30 @@ def gradient_norm(shards: Sequence[Shards]) -> float:
 def merged(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """Flat tensors as fewer, longer ones: those that follow each other in the same memory are one, cut into pieces of at most RUN_NUMEL numbers.
 
-    >>> x = torch.arange(6.0)
-    >>> [run.tolist() for run in merged([x[3:4], x[:2], x[2:3], x[5:]])]
-    [[0.0, 1.0, 2.0, 3.0], [5.0]]
+    Buffers keep the order in which they are first met. Their addresses are another in every process, and a norm summed in that order would be another, too.
+
+    >>> x, y = torch.arange(6.0), torch.arange(2.0)
+    >>> [run.tolist() for run in merged([x[3:4], y, x[:2], x[2:3], x[5:]])]
+    [[0.0, 1.0, 2.0, 3.0], [5.0], [0.0, 1.0]]
     """
+    buffers: dict[int, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        buffers.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor.detach())
     runs: list[torch.Tensor] = []
-    for tensor in sorted(tensors, key=torch.Tensor.data_ptr):
-        last = runs[-1] if runs else None
-        if last is not None and _storage(last) == _storage(tensor) and last.storage_offset() + last.numel() == tensor.storage_offset():
-            runs[-1] = last.as_strided((last.numel() + tensor.numel(),), (1,))
-        else:
-            runs.append(tensor.detach())
+    for buffer in buffers.values():
+        runs += _joined(sorted(buffer, key=torch.Tensor.storage_offset))
     return [piece for run in runs for piece in run.split(RUN_NUMEL)]
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _joined(pieces: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Of one buffer, in its order."""
+    runs: list[torch.Tensor] = []
+    for piece in pieces:
+        if runs and runs[-1].storage_offset() + runs[-1].numel() == piece.storage_offset():
+            runs[-1] = runs[-1].as_strided((runs[-1].numel() + piece.numel(),), (1,))
+        else:
+            runs.append(piece)
+    return runs
 
 
 def _fused_adam(adam: torch.optim.AdamW, group: dict[str, Any], divisor: float) -> None:

@@ -60,3 +60,12 @@ def test_long_runs_are_cut_and_share_their_memory_with_what_they_are_made_of() -
     assert [len(run) for run in runs] == [RUN_NUMEL, RUN_NUMEL, 3]
     whole.fill_(2.0)
     assert all(bool((run == 2).all()) for run in runs)
+
+
+def test_where_buffers_lie_in_memory_does_not_change_the_order_of_the_sum() -> None:
+    """Else two processes with the same gradients would have norms that differ in their last digit: a run that was resumed would not be the one that was not."""
+    buffers = sorted([torch.empty(8) for _ in range(6)], key=torch.Tensor.data_ptr)
+    for order in (buffers, buffers[::-1], buffers[3:] + buffers[:3]):
+        for number, buffer in enumerate(order):
+            buffer.copy_(torch.arange(8.0) + 10 * number)
+        assert [run.tolist() for run in merged([piece for buffer in order for piece in buffer.split(3)])] == [buffer.tolist() for buffer in order]
