@@ -26,7 +26,7 @@ class LocalDispatcher(MoETokenDispatcher):
         rows = len(routing_map) * self.config.moe_router_topk
         expert_T, self.token_T = routing_map.t().contiguous().nonzero_static(size=rows).unbind(1)
         gates_T = probs.flatten().index_select(0, self.token_T * routing_map.shape[1] + expert_T)
-        return tokens.flatten(0, 1).index_select(0, self.token_T), gates_T
+        return _RowsOfTokens.apply(tokens.flatten(0, 1), self.token_T), gates_T
 
     def token_dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden_states, probs
@@ -44,18 +44,40 @@ class LocalDispatcher(MoETokenDispatcher):
         return hidden_states.view(self.shape)
 
 
+class _RowsOfTokens(torch.autograd.Function):
+    """A row for every expert of a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
+        ctx.num_tokens = len(x_NH)
+        ctx.save_for_backward(token_T)
+        return x_NH.index_select(0, token_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return sum_by_token(grad_TH, ctx.saved_tensors[0], ctx.num_tokens), None
+
+
 class _SumByToken(torch.autograd.Function):
-    """Torch's own `index_add` would keep the rows for its backward pass, which needs their shape alone."""
+    """And back. Torch's own `index_add` would keep the rows for its backward pass, which needs their shape alone."""
 
     @staticmethod
     def forward(ctx: Any, rows_TH: torch.Tensor, token_T: torch.Tensor, num_tokens: int) -> torch.Tensor:
         ctx.save_for_backward(token_T)
-        return rows_TH.new_zeros(num_tokens, rows_TH.shape[1]).index_add_(0, token_T, rows_TH)
+        return sum_by_token(rows_TH, token_T, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad_NH.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def sum_by_token(rows_TH: torch.Tensor, token_T: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[N, H]. Every token has as many rows. A GPU adds rows in an order of its own, and slowly in 16 bits: there a token's rows are brought side by side."""
+    if rows_TH.is_cpu:
+        return rows_TH.new_zeros(num_tokens, rows_TH.shape[1]).index_add_(0, token_T, rows_TH)
+    return rows_TH.index_select(0, token_T.argsort(stable=True)).view(num_tokens, -1, rows_TH.shape[1]).sum(1)
 
 
 def dispatches_locally(config: TransformerConfig) -> bool:

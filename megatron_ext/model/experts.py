@@ -42,14 +42,21 @@ class GroupedExperts(SequentialMLP):
             ends_E = tokens_per_expert.to(permuted_probs.device).cumsum(0, dtype=torch.int32)
             return from_one_piece(permuted_local_hidden_states, permuted_probs, ends_E, *self.piece), None
         fc1, fc2 = ([getattr(expert, name).weight for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2"))
-        return swiglu_experts(permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist(), fc1, fc2, self._grouped), None
+        counts = tokens_per_expert if self._grouped else tokens_per_expert.tolist()
+        return swiglu_experts(permuted_local_hidden_states, permuted_probs, counts, fc1, fc2, self._grouped), None
 
 
 def swiglu_experts(
-    x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Sequence[int], fc1: Sequence[torch.Tensor], fc2: Sequence[torch.Tensor], grouped: bool
+    x_TH: torch.Tensor,
+    gates_T: torch.Tensor,
+    counts: Sequence[int] | torch.Tensor,
+    fc1: Sequence[torch.Tensor],
+    fc2: Sequence[torch.Tensor],
+    grouped: bool,
 ) -> torch.Tensor:
-    """[T, H]. `fc1` [2 F, H] and `fc2` [H, F] by expert. `grouped`: through grouped_mm, otherwise in place."""
-    return _SwigluExperts.apply(x_TH, gates_T, list(counts), grouped, *fc1, *fc2)
+    """[T, H]. `fc1` [2 F, H] and `fc2` [H, F] by expert. `grouped`: through grouped_mm, which waits for no GPU where `counts` is a tensor; otherwise in
+    place, with `counts` a list."""
+    return _SwigluExperts.apply(x_TH, gates_T, counts, grouped, *fc1, *fc2)
 
 
 def from_one_piece(x_TH: torch.Tensor, gates_T: torch.Tensor, ends_E: torch.Tensor, fc1_EHF: torch.Tensor, fc2_EFH: torch.Tensor) -> torch.Tensor:
@@ -71,7 +78,9 @@ def chosen_experts(experts: Any, x_TH: torch.Tensor, gates_TK: torch.Tensor, exp
         made_NH = few_experts(x_NH, gates_N, counts, experts.local_experts)
     else:
         made_NH = from_one_piece(x_NH, gates_N, ends_E, *piece)
-    return torch.zeros_like(x_TH).index_add_(0, token_N, made_NH)
+    if x_TH.is_cpu:
+        return torch.zeros_like(x_TH).index_add_(0, token_N, made_NH)
+    return torch.empty_like(made_NH).index_copy_(0, order_N, made_NH).view(*experts_TK.shape, -1).sum(1)
 
 
 def few_experts(x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Sequence[int], experts: Iterable[Any]) -> torch.Tensor:
@@ -88,8 +97,8 @@ def few_experts(x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Sequence[int]
 
 class _SwigluExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TH: torch.Tensor, gates_T: torch.Tensor, counts: list[int], grouped: bool, *weights: torch.Tensor) -> torch.Tensor:
-        fc1, fc2 = weights[: len(counts)], weights[len(counts) :]
+    def forward(ctx: Any, x_TH: torch.Tensor, gates_T: torch.Tensor, counts: Any, grouped: bool, *weights: torch.Tensor) -> torch.Tensor:
+        fc1, fc2 = weights[: len(weights) // 2], weights[len(weights) // 2 :]
         multiply = _Grouped(counts, x_TH.device) if grouped else _InPlace(counts)
         hidden_TF = multiply.forward(x_TH, fc1)
         ctx.multiply = multiply
@@ -136,8 +145,8 @@ class _InPlace:
 class _Grouped:
     """The same by torch's one call for all experts."""
 
-    def __init__(self, counts: Sequence[int], device: torch.device) -> None:
-        self.ends_E = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+    def __init__(self, counts: Sequence[int] | torch.Tensor, device: torch.device) -> None:
+        self.ends_E = torch.as_tensor(counts, device=device).cumsum(0, dtype=torch.int32)
 
     def forward(self, x_TI: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         return F.grouped_mm(x_TI, torch.stack(tuple(weights)).transpose(1, 2), offs=self.ends_E)

@@ -20,22 +20,22 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext.model.heads import policy_logits
 
-CHUNK_NUMEL = 1 << 20
-"""Logits of one chunk."""
+CHUNK_NUMEL = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Logits of one chunk: few enough for the caches, and on a GPU enough for its launches."""
 _NOTHING = -200.0
 """exp of it is 0 in float32."""
 _LEAST = -1e30
 """In place of the peak of a part whose tokens are all banned."""
 
 
-def token_logprobs(logits_SBV: torch.Tensor, targets_BS: torch.Tensor, tp_group: Any, chunk_numel: int = CHUNK_NUMEL) -> torch.Tensor:
+def token_logprobs(logits_SBV: torch.Tensor, targets_BS: torch.Tensor, tp_group: Any, chunk_numel: int | None = None) -> torch.Tensor:
     """log softmax of the logits at the targets, float32 [B, S]. The caller shifts (`heads.decided`): `targets[:, s]` is what position s predicts. Logits are
     this rank's part of the vocabulary; they are overwritten where they need a gradient. Collective over the group."""
     return _scores(logits_SBV, targets_BS, _Rule(tp_group, None, chunk_numel))[0]
 
 
 def policy_scores(
-    logits_SBV: torch.Tensor, targets_BS: torch.Tensor, temperature: float, banned_V: torch.Tensor, tp_group: Any, chunk_numel: int = CHUNK_NUMEL
+    logits_SBV: torch.Tensor, targets_BS: torch.Tensor, temperature: float, banned_V: torch.Tensor, tp_group: Any, chunk_numel: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs of the targets under the policy, entropies without gradient), float32 [B, S]; otherwise like `token_logprobs`."""
     return _scores(logits_SBV, targets_BS, _Rule(tp_group, (temperature, banned_V), chunk_numel))
@@ -43,18 +43,13 @@ def policy_scores(
 
 @dataclass(frozen=True)
 class _Rule:
-    """`policy`: temperature and banned tokens; None: the logits as they are, and no entropies. `overwrites`: logits may be lost."""
+    """`policy`: temperature and banned tokens; None: the logits as they are, and no entropies. `chunk_numel`: None is what suits the device. `overwrites`:
+    logits may be lost."""
 
     tp_group: Any
     policy: tuple[float, torch.Tensor] | None
-    chunk_numel: int
+    chunk_numel: int | None
     overwrites: bool = False
-
-    def z(self, logits: torch.Tensor) -> torch.Tensor:
-        """Float32, in memory that may be overwritten."""
-        if self.policy is not None:
-            return policy_logits(logits, *self.policy)
-        return logits.float() if self.overwrites or logits.dtype != torch.float32 else logits.clone()
 
     @property
     def temperature(self) -> float:
@@ -72,7 +67,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, targets_N: torch.Tensor, rule: _Rule) -> tuple[torch.Tensor, torch.Tensor]:
         place_N, here_N = _places(targets_N, logits_NV.shape[1], rule.tp_group)
-        rows = max(1, rule.chunk_numel // logits_NV.shape[1])
+        rows = max(1, (rule.chunk_numel or CHUNK_NUMEL[logits_NV.device.type]) // logits_NV.shape[1])
         parts = zip(logits_NV.split(rows), place_N.split(rows), here_N.split(rows), strict=True)
         found = [_one_pass(logits, place, here, rule) for logits, place, here in parts]
         own_peak_N, own_total_N, own_target_N, *own_weighted_N = torch.cat(found, dim=1)
@@ -99,7 +94,7 @@ class _Scores(torch.autograd.Function):
         weights_NV, place_N, here_N, share_N, logprobs_N = ctx.saved_tensors
         grad_N = grad_N / ctx.temperature
         for weights, factor in zip(weights_NV.split(ctx.rows), (-grad_N * share_N.exp()).split(ctx.rows), strict=True):
-            weights.copy_(weights.float().mul_(factor[:, None])) if weights.dtype != torch.float32 else weights.mul_(factor[:, None])
+            weights.mul_(factor[:, None])  # in float32, whatever the weights are kept in
         d_logits_NV = weights_NV
         at_target_N = (-grad_N * torch.expm1(logprobs_N)).to(d_logits_NV.dtype)
         place_N1 = place_N[:, None]
@@ -109,10 +104,11 @@ class _Scores(torch.autograd.Function):
 
 def _one_pass(logits: torch.Tensor, place: torch.Tensor, here: torch.Tensor, rule: _Rule) -> torch.Tensor:
     """Of a chunk the peak, sum of exp(z - peak), z of the target, and for entropies sum of exp(z - peak) (z - peak): [3 or 4, positions]."""
-    z = rule.z(logits)
-    target = torch.where(here, z.gather(1, place[:, None])[:, 0], 0.0)
-    peak = z.amax(-1).clamp_(min=_LEAST)
-    z.sub_(peak[:, None])
+    z = logits if rule.policy is None else policy_logits(logits, *rule.policy)
+    target = torch.where(here, z.gather(1, place[:, None])[:, 0].float(), 0.0)
+    peak = z.amax(-1).float().clamp_(min=_LEAST)
+    may_change = rule.policy is not None or (rule.overwrites and logits.dtype == torch.float32)
+    z = z.sub_(peak[:, None]) if may_change else z - peak[:, None]  # in float32
     weights = z.exp_() if rule.policy is None else z.exp()
     found = [peak, weights.sum(-1), target]
     if rule.policy is not None:

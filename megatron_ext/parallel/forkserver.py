@@ -72,5 +72,7 @@ def _close(*descriptors: int) -> None:
 
 
 def _for_the_server() -> dict[str, str]:
-    """What the server must find when it starts: our import path, and one thread for the pools that libraries size as they load."""
-    return {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    """What the server must find when it starts: our import path, one thread for the pools that libraries size as they load, and NVML as the way to ask for
+    GPUs. Some libraries ask as they load, and whoever asks CUDA itself may not use it in what is forked afterwards."""
+    path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}

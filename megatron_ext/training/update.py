@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-RUN_NUMEL = 1 << 18
-"""Numbers of one norm: few enough for float32 sums of squares to be exact to 1e-6 and for a core's cache."""
+from megatron_ext.device import device
+
+RUN_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 30}
+"""Numbers of one norm. On a CPU few enough for float32 sums of squares to be exact to 1e-6 and for a core's cache; a GPU cuts them itself."""
 
 
 class Shards:
@@ -50,9 +51,15 @@ def gradient_norm(shards: Sequence[Shards]) -> float:
     """Of the whole model. Collective, once over the ranks that all shards have in common, or for each shard over its own."""
     groups = [one.part.get_grad_stats_parallel_group() for one in shards]
     if all(group == groups[0] for group in groups):
-        return float(get_grad_norm_fp32([run for one in shards for run in one.runs], grad_stats_parallel_group=groups[0]))
-    norms = [get_grad_norm_fp32(one.runs, grad_stats_parallel_group=group) for one, group in zip(shards, groups, strict=True)]
-    return math.sqrt(sum(float(norm) ** 2 for norm in norms))
+        return math.sqrt(_square([run for one in shards for run in one.runs], groups[0]))
+    return math.sqrt(sum(_square(one.runs, group) for one, group in zip(shards, groups, strict=True)))
+
+
+def _square(runs: list[torch.Tensor], group: Any) -> float:
+    """The sum of squares over all ranks of the group. A GPU is waited for once, where Megatron without Apex waits for each tensor."""
+    square = torch.stack(torch._foreach_norm(runs)).double().square().sum() if runs else torch.zeros((), dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(square, group=group)
+    return float(square)
 
 
 def merged(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -70,7 +77,7 @@ def merged(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     runs: list[torch.Tensor] = []
     for buffer in buffers.values():
         runs += _joined(sorted(buffer, key=torch.Tensor.storage_offset))
-    return [piece for run in runs for piece in run.split(RUN_NUMEL)]
+    return [piece for run in runs for piece in run.split(RUN_NUMEL[run.device.type])]
 
 
 def _joined(pieces: Iterable[torch.Tensor]) -> list[torch.Tensor]:
