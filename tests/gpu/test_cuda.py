@@ -16,7 +16,7 @@ from megatron_ext.model.dispatch import sum_by_token
 from megatron_ext.model.experts import swiglu_experts
 from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.token_scores import policy_scores, token_logprobs
-from megatron_ext.parallel.groups import ParallelContext, open_parallel
+from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl.turns import LearnerMemory
 from megatron_ext.training.rank_work import WorkMeter, rank_metrics
