@@ -17,7 +17,11 @@ from bars import HEAD, read, verdicts
 
 HERE = Path(__file__).parent
 SHARED = ("all", "bars", "interleave")
-BY_ITSELF = {"discovery": "a quarter of an hour at full size, and no peer", "plan": "a quarter of an hour for predictions, which have no peer"}
+BY_ITSELF = {
+    "discovery": "a quarter of an hour at full size, and no peer",
+    "gpu": "wants a GPU with 60 GiB",
+    "plan": "a quarter of an hour for predictions, which have no peer",
+}
 """Run by their name alone."""
 SHORT = {
     "checkpoint": ["--rounds", "3", "--ranks", "1"],
