@@ -28,6 +28,7 @@ from megatron_ext.earl.controls import controlled
 from megatron_ext.earl.load import WEIGHT_UNDER_GUARD, Load, collapsing, expert_counts
 from megatron_ext.earl.spans import Span
 from megatron_ext.earl.statistics import sigma_from
+from megatron_ext.rl.earl_notice import Notice
 from megatron_ext.rl.goals import Goals, TagIds, goals_of, spans_of
 from megatron_ext.rl.objective.advantage import alike, multi_reward_advantages
 from megatron_ext.rl.table import Table
@@ -59,6 +60,7 @@ class EarlCredit:
         self._first = Load(tuple(first["max_vio"]), tuple(first["entropy"])) if first else None
         self._spans: list[list[Span]] = []
         self._left = 1.0
+        self._notice = Notice()
         if config.earl.control != "none":
             print(f"earl.control = {config.earl.control}: {_said(self.paid)}", flush=True)
 
@@ -79,18 +81,21 @@ class EarlCredit:
             if self._learn_sigma(scored, by_skill, step):
                 bonus = EarlBonus(self.paid, earl, self._sigma_at(step))
             bonus_PG = bonus.over_skills({skill: table.spread(of_R) for skill, of_R in by_skill.items()}, rewards_PG, table.valid_PG)
-            bonus_PG[alike(rewards_PG, table.valid_PG)] = 0.0  # an advantage over the batch, or shaping, may leave such a group some
+            same_P = alike(rewards_PG, table.valid_PG)
+            bonus_PG[same_P] = 0.0  # an advantage over the batch, or shaping, may leave such a group some
             wrong_PG = table.valid_PG & (rewards_PG < earl.correct_threshold)
             advantages_PG = apply_bonus(task_PG, bonus_PG, weight, earl.max_share, wrong_PG)
+            paid_share = {"earl/paid_share": self._notice.see(bonus_PG, table.valid_PG & ~wrong_PG & ~same_P[:, None])}
         else:
             bonus_PG = table.spread(np.where(np.isfinite(mass_R), mass_R, 0.0))
-            advantages_PG = self._summed(shaped_PG, bonus_PG, weight, table.valid_PG, without)
+            advantages_PG, paid_share = self._summed(shaped_PG, bonus_PG, weight, table.valid_PG, without), {}
         added_R, total_R = np.abs(table.gather(advantages_PG - task_PG)), np.abs(table.gather(advantages_PG))
         metrics = {
             "earl/lambda": weight,
             "earl/bonus_mean": float(np.abs(table.gather(bonus_PG)).mean()),
             "earl/bonus_share": float(added_R.sum() / max(total_R.sum(), 1e-12)),
             "earl/guard": float(len(guard)),
+            **paid_share,
             **self._usage(scored, mass_R),
         }
         return advantages_PG, metrics

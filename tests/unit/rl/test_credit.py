@@ -217,6 +217,17 @@ def test_a_collapsing_router_halves_lambda_says_so_and_a_resumed_run_knows_what_
     assert "step 8: lambda counts 0.5, experts are used less evenly than at first: layer 0: MaxVio 1" in capsys.readouterr().out
 
 
+def test_a_bonus_that_tells_no_answers_apart_is_said_once_after_ten_steps(tmp_path, capsys):
+    """Two right answers that are one text have one route and one mass, so x = 0 for both. Where masses differ nothing is said."""
+    for other_mass, told in ((0.5, True), (0.6, False)):
+        credit = Credit(config(), clusters("ocr"), TAGS, tmp_path)
+        answers = [scored("a", 0, 1.0, mass=0.5), scored("a", 1, 1.0, mass=other_mass), scored("a", 2, 0.0)]
+        shares = [credit(answers, step)[1]["earl/paid_share"] for step in range(12)]
+        assert shares == [0.0 if told else 1.0] * 12
+        said = capsys.readouterr().out
+        assert said.count("earl: 0 of 20 correct answers got a bonus of 0.01 or more in 10 steps") == int(told) and ("router_pg" in said) is told
+
+
 GROUPS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=4), min_size=1, max_size=5)
 
 
