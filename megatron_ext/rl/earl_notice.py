@@ -29,8 +29,8 @@ class Notice:
         self._steps, self._correct, self._paid = self._steps + 1, self._correct + correct, self._paid + paid
         if self._steps == AFTER_STEPS and self._correct and self._paid < RARE * self._correct:
             print(
-                f"earl: {self._paid} of {self._correct} correct answers got a bonus of {FELT:g} or more in {AFTER_STEPS} steps. It pays for differences between "
-                "the correct answers to one prompt; where they are the same text, they take the same route. earl.mode=router_pg draws routes, "
+                f"earl: {self._paid} of {self._correct} correct answers got a bonus of {FELT:g} or more in {AFTER_STEPS} steps. It pays for differences "
+                "between the correct answers to one prompt; where they are the same text, they take the same route. earl.mode=router_pg draws routes, "
                 "earl.combine=add pays for the mass itself.",
                 flush=True,
             )
