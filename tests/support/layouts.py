@@ -27,7 +27,8 @@ TAPS = ClvrConfig(taps=((0, 1), (1, 3), (2, 3)), num_heads=4, num_kv_heads=2, he
 """One tap inside a stage of PP2, one that crosses to the next, one whose adapter lives on the second stage, where the ViT's features have to come from
 somewhere."""
 STEPS, ROWS, MICRO = 2, 8, 2
-MARKERS = Markers(slots=(10, 11))
+MARKERS = Markers(slots=tuple(range(10, 26)))
+"""Some of the words of random rows: enough of them that no gradient is all rounding."""
 
 
 @dataclass(frozen=True)
