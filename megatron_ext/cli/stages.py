@@ -43,7 +43,7 @@ def _tokenizer(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, A
 
     if config.data.index is not None:
         skills_in(config.data)  # indexes the shards, before there are many ranks that need it
-    return {"tokenizer": str(train_tokenizer(config.data, run.tokenizer, config.seed))}
+    return {"tokenizer": str(train_tokenizer(config.data, run.tokenizer, config.seed, config.model))}
 
 
 def _pretrain(config: RunConfig, run: RunFolder, launch: Launch) -> dict[str, Any]:
@@ -165,7 +165,8 @@ def require(stage: Stage, config: RunConfig) -> None:
 def sections(stage: Stage, config: RunConfig) -> tuple[str, ...]:
     """The parts of the configuration that decide the result of a stage: its own and those of everything before it."""
     before = {section for name in needs(stage, config) for section in sections(STAGES[name], config)}
-    return tuple(sorted(before | set(stage.sections) | ({"model"} if stage.name != "tokenizer" else set())))
+    slots = {"model.clvr.inject", "model.clvr.num_slots"} if config.model.clvr.slots else set()  # memory tokens are pieces of the tokenizer
+    return tuple(sorted(before | set(stage.sections) | ({"model"} if stage.name != "tokenizer" else slots)))
 
 
 def recipe(until: str | None, config: RunConfig) -> list[Stage]:

@@ -45,8 +45,9 @@ def clvr_rules(config: RunConfig) -> Problems:
     if width % 4:
         field = "model.hidden_size" if clvr.kv_tokens == "projected" else "model.vision.hidden_size"
         yield UserError(field, f"{width} is not a multiple of 4", "CLVR's 2-D patch positions need four equal parts")
-    if clvr.inject == "slots":
-        yield UserError("model.clvr.inject", "slots, memory tokens behind the question, is not there yet", "use text, response or all")
+    if clvr.num_slots != ClvrConfig().num_slots and clvr.inject != "slots":
+        problem = f"{clvr.num_slots} would be ignored with model.clvr.inject = {clvr.inject}, which has no memory tokens"
+        yield UserError("model.clvr.num_slots", problem, "remove it, or set model.clvr.inject=slots")
     yield from _layers(config)
     if clvr.fusion == "addition":
         yield from _addition(clvr)

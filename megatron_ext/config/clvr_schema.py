@@ -2,7 +2,7 @@
 
     taps  query_source          who asks, and where the answer enters      tap | same_layer (Flamingo, Llama 3.2 Vision) | input_embedding (no feedback)
     memory  kv_tokens  kv_layers           what is looked at               image | learned (no vision) | shuffled (another picture)
-    gate  gate_kind  inject                how much of the answer enters, and at which tokens
+    gate  gate_kind  inject  num_slots     how much of the answer enters, and at which tokens
     fusion                                 attention | addition (DeepStack: no query, image tokens alone)
 
 Which values go together is in `config/clvr_rules.py`, what they cost in `config/clvr_sizes.py`.
@@ -33,7 +33,11 @@ class ClvrConfig(Section):
     """One gate a tap (with `zero_out` fixed at 1), one a channel of the hidden state, or one a token made from its hidden state ("when to look")."""
     inject: Literal["text", "response", "slots", "all"] = "text"
     """Where the refinement is added: text tokens after an image, those of the assistant's turns alone (from the template's header on, so that the first token
-    of the answer is decided with it), or every token after an image. `slots`, memory tokens behind the question, is not there yet."""
+    of the answer is decided with it), every token after an image, or `slots`: memory tokens behind every question, from which later tokens read by
+    self-attention what was seen."""
+    num_slots: int = Field(4, gt=0, le=64)
+    """With `slots`: memory tokens a question, each with an embedding of its own. The tokenizer of the run carries them (`<vmem0>`, `<vmem1>`, ...), and every
+    question is that much longer."""
     query_source: Literal["tap", "same_layer", "input_embedding"] = "tap"
     """What asks: the output of the tap's source layer; the input of its target layer, without feedback over layers; the token's embedding, before all layers.
     The last two are ablations, and leave the source without a meaning; a tap (j - 1, j) asks with the input of its target layer anyway."""
@@ -61,6 +65,16 @@ class ClvrConfig(Section):
         if self.query_source == "same_layer" or self.fusion == "addition":
             return tuple((target - 1, target) for _, target in self.taps)
         return self.taps
+
+    @property
+    def slots(self) -> int:
+        """Memory tokens behind every question."""
+        return self.num_slots if self.enabled and self.inject == "slots" else 0
+
+    @property
+    def answers_look(self) -> bool:
+        """Whether the tokens of an answer ask, so that generation keeps what taps look at; else all is seen once the prompt is read."""
+        return self.fusion == "attention" and self.inject != "slots"
 
     @property
     def has_gate(self) -> bool:

@@ -16,7 +16,7 @@ from megatron_ext.config.exact_rules import exact_rules
 from megatron_ext.config.fleet_rules import fleet_rules
 from megatron_ext.config.objective_rules import objective_rules
 from megatron_ext.config.offload_rules import offload_rules
-from megatron_ext.config.schema import RunConfig
+from megatron_ext.config.schema import ModelConfig, RunConfig
 from megatron_ext.config.sizes import data_parallel, patches_per_side, tokens_per_tile
 from megatron_ext.config.stage_rules import mix_rules, must_divide, optimizer_rules, stage_rules
 from megatron_ext.config.staleness_rules import staleness_rules
@@ -178,23 +178,18 @@ def _data(config: RunConfig) -> Problems:
         yield UserError(
             "data.max_length", f"{data.max_length} is more than model.max_positions = {model.max_positions}", "shorten the rows or raise the model's positions"
         )
-    if tokens_per_tile(model.vision) >= data.max_length:
-        yield UserError(
-            "data.max_length",
-            f"{data.max_length} leaves no room for text: an image alone takes {tokens_per_tile(model.vision)} tokens",
-            "raise it, or model.vision.downsample",
-        )
+    if tokens_per_tile(model.vision) + model.clvr.slots >= data.max_length:
+        problem = f"{data.max_length} leaves no room for text: an image alone takes {tokens_per_tile(model.vision)} tokens{_slots(model)}"
+        yield UserError("data.max_length", problem, "raise it, or model.vision.downsample")
 
 
 def _rollout(config: RunConfig) -> Problems:
     rollout, model = config.rollout, config.model
-    needed = tokens_per_tile(model.vision) + rollout.max_new_tokens
+    needed = tokens_per_tile(model.vision) + model.clvr.slots + rollout.max_new_tokens
     if needed >= model.max_positions:
-        yield UserError(
-            "rollout.max_new_tokens",
-            f"{rollout.max_new_tokens} after an image of {tokens_per_tile(model.vision)} tokens exceeds model.max_positions = {model.max_positions}",
-            "generate fewer tokens or raise the model's positions",
-        )
+        after = f"an image of {tokens_per_tile(model.vision)} tokens{_slots(model)}"
+        problem = f"{rollout.max_new_tokens} after {after} exceeds model.max_positions = {model.max_positions}"
+        yield UserError("rollout.max_new_tokens", problem, "generate fewer tokens or raise the model's positions")
     if rollout.parallel.engine != "megatron":
         yield UserError("rollout.parallel.engine", f"{rollout.parallel.engine} trains, and rollouts do not", "remove it; parallel.engine is the learner's")
     if rollout.top_k > model.vocab_size:
@@ -202,6 +197,11 @@ def _rollout(config: RunConfig) -> Problems:
     if rollout.temperature == 0 and config.rl.steps:
         yield UserError("rollout.temperature", "0 makes all rollouts of a prompt the same, so there is nothing to learn from", "use 1.0, or rl.steps=0")
     yield from exact_rules(config)
+
+
+def _slots(model: ModelConfig) -> str:
+    """What every question holds beside, in words."""
+    return f" and {model.clvr.slots} memory tokens (model.clvr.num_slots)" if model.clvr.slots else ""
 
 
 def _discover(config: RunConfig) -> Problems:

@@ -7,18 +7,19 @@
     4 2<|im_end|>
 
 Every `<image>` in a question stands for one image and becomes `tokens_per_tile` image-context tokens for each of its tiles between `<img>` and `</img>`.
+Where the tokenizer has memory tokens (`model.clvr.inject = slots`), all of them stand behind the text of every question: `written?<vmem0><vmem1><|im_end|>`.
 Loss falls on the assistant's text and its `<|im_end|>`, nowhere else. A prompt ends after `<|im_start|>assistant` and its newline, where the response begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 
-from megatron_ext.data.pieces import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer
+from megatron_ext.data.pieces import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, TURN_END, TURN_START, Tokenizer, slot_pieces
 from megatron_ext.errors import DataError
 
 IMAGE = "<image>"
@@ -43,6 +44,7 @@ def encode_turns(turns: Sequence[Turn], tokenizer: Tokenizer, tokens_per_tile: i
     tokens: list[int] = []
     mask: list[int] = []
     for question, answer in turns:
+        _refuse((answer,), slot_pieces(len(tokenizer.slot_ids)), "conversation")
         asked = _question(question, tokenizer, tokens_per_tile, counts)
         answered = [*tokenizer.encode(answer), tokenizer.eos_id]
         tokens += asked + answered + _newline(tokenizer)
@@ -74,8 +76,9 @@ def encode_observation(text: str, tokenizer: Tokenizer, tokens_per_tile: int, ti
 
 
 def question_text(tokens_S: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The last question of a prompt, for people to read: without template, image and history."""
-    last = tokenizer.decode(tokens_S.tolist()).rpartition(f"{TURN_START}user\n")[2].partition(TURN_END)[0]
+    """The last question of a prompt, for people to read: without template, image, memory tokens and history."""
+    words = [token for token in tokens_S.tolist() if token not in tokenizer.slot_ids]
+    last = tokenizer.decode(words).rpartition(f"{TURN_START}user\n")[2].partition(TURN_END)[0]
     return last.rpartition(IMAGE_END)[2].strip()
 
 
@@ -84,8 +87,12 @@ def check_placeholders(turns: Sequence[Turn], num_images: int, where: str = "con
     placed = sum(question.count(IMAGE) for question, _ in turns)
     if placed != num_images:
         raise DataError(where, f"{placed} {IMAGE} placeholders for {num_images} images", f"write {IMAGE} once per image, in the questions")
-    for text in (text for turn in turns for text in turn):
-        for piece in RESERVED:
+    _refuse((text for turn in turns for text in turn), RESERVED, where)
+
+
+def _refuse(texts: Iterable[str], pieces: Sequence[str], where: str) -> None:
+    for text in texts:
+        for piece in pieces:
             if piece in text:
                 raise DataError(where, f"the text holds {piece}, which belongs to the chat template", f"remove it; images are written {IMAGE}")
 
@@ -96,9 +103,11 @@ def _newline(tokenizer: Tokenizer) -> list[int]:
 
 def _question(question: str, tokenizer: Tokenizer, tokens_per_tile: int, tiles: Iterator[int]) -> list[int]:
     """One user turn up to where the response begins. Text between two special pieces is encoded as a whole, as a tokenizer would that saw all of it."""
+    slots = slot_pieces(len(tokenizer.slot_ids))
+    _refuse((question,), slots, "conversation")
     first, *rest = question.split(IMAGE)
     texts = [f"{TURN_START}user\n{first}", *rest]
-    texts[-1] += f"{TURN_END}\n{TURN_START}assistant\n"
+    texts[-1] += f"{''.join(slots)}{TURN_END}\n{TURN_START}assistant\n"
     if rest and tokenizer.image_id < 0:
         raise DataError("the tokenizer", f"has no {IMAGE_CONTEXT}, which stands for images", "use the tokenizer of a checkpoint with vision")
     tokens = tokenizer.encode(texts[0])

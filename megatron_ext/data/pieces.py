@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import count
+
+from megatron_ext.batch import Markers
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 TAGS = ("ocr", "count", "spatial", "color", "compare", "ans")
 SPECIALS = (TURN_START, TURN_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT, "\n", *(mark for tag in TAGS for mark in (f"<{tag}>", f"</{tag}>")))
 UNKNOWN = "<unk>"
+SLOT = re.compile(r"<vmem\d+>")
+"""A memory token of CLVR (`model.clvr.inject = slots`), in the text of a tokenizer that has them."""
+
+
+def slot_pieces(count: int) -> tuple[str, ...]:
+    """
+    >>> slot_pieces(2)
+    ('<vmem0>', '<vmem1>')
+    """
+    return tuple(f"<vmem{number}>" for number in range(count))
+
+
+def count_slots(known: Callable[[str], bool]) -> int:
+    """How many memory tokens a vocabulary has, numbered from 0 without a gap."""
+    return next(number for number in count() if not known(f"<vmem{number}>"))
 
 
 class Tokenizer(ABC):
@@ -25,6 +44,18 @@ class Tokenizer(ABC):
     """Stands for one image token; negative in the vocabulary of a language model alone."""
     tag_ids: dict[str, tuple[int, int]]
     """The ids of the opening and closing mark of every tag; empty where tags are ordinary text."""
+    slot_ids: tuple[int, ...] = ()
+    """Memory tokens, which stand behind every question; empty where the run has none."""
+
+    @property
+    def markers(self) -> Markers:
+        """What a model is told of the vocabulary."""
+        return Markers(self.turn_id, self.slot_ids)
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """What the template alone may write and no model may say: image and memory tokens."""
+        return (self.image_id, *self.slot_ids)
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

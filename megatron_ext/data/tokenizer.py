@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ext.config.schema import DataConfig
+from megatron_ext.config.schema import DataConfig, ModelConfig
 from megatron_ext.data.chat import ROLES
 from megatron_ext.data.hf_tokenizer import HF_FILE, HfTokenizer, copy_tokenizer
 from megatron_ext.data.pieces import Tokenizer
@@ -26,20 +26,22 @@ DIALOGUES_PER_KIND = 400
 """Conversations of the suite that the vocabulary is trained on, per kind: each phrase occurs dozens of times."""
 
 
-def train_tokenizer(config: DataConfig, folder: Path, seed: int) -> Path:
+def train_tokenizer(config: DataConfig, folder: Path, seed: int, model: ModelConfig | None = None) -> Path:
     """Trains on the text of `config` and writes `folder/tokenizer.model`; the same arguments give the same bytes. Returns the file.
 
-    With `config.tokenizer` set nothing is trained: the files of that Hugging Face folder are copied.
+    With `config.tokenizer` set nothing is trained: the files of that Hugging Face folder are copied. `model`: the one it is for, whose memory tokens it gets
+    (None: none).
 
     Colors, shapes, directions and digits of every level are single pieces, so the vocabulary does not depend on the level.
     """
     if config.tokenizer is not None:
-        return copy_tokenizer(config.tokenizer, folder)
-    model = train_vocabulary(list(_texts(config, seed)), (*ROLES, *COLORS, *SHAPES, *RELATIONS, EMPTY), config.vocab_size)
+        return copy_tokenizer(config.tokenizer, folder, model)
+    slots = 0 if model is None else model.clvr.slots
+    trained = train_vocabulary(list(_texts(config, seed)), (*ROLES, *COLORS, *SHAPES, *RELATIONS, EMPTY), config.vocab_size, slots)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / MODEL_FILE
     unfinished = path.with_suffix(".partial")
-    unfinished.write_bytes(model)
+    unfinished.write_bytes(trained)
     os.replace(unfinished, path)
     return path
 

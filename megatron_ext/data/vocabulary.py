@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_ext.data.pieces import IMAGE_CONTEXT, SPECIALS, TAGS, TURN_END, TURN_START, UNKNOWN, Tokenizer
+from megatron_ext.data.pieces import IMAGE_CONTEXT, SPECIALS, TAGS, TURN_END, TURN_START, UNKNOWN, Tokenizer, count_slots, slot_pieces
 from megatron_ext.errors import DataError
 
 PAD = "<pad>"
@@ -24,7 +24,10 @@ MODEL_FILE = "tokenizer.model"
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _DIGITS = tuple("0123456789")
 _ASCII = "".join(character for character in map(chr, range(33, 127)) if character not in _DIGITS)
-_CUT = re.compile("(" + "|".join(re.escape(special) for special in SPECIALS) + ")")
+
+
+def _cut_at(specials: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("(" + "|".join(re.escape(special) for special in specials) + ")")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -39,7 +42,10 @@ class SentencePieceTokenizer(Tokenizer):
         self.turn_id = processor.piece_to_id(TURN_START)
         self.image_id = processor.piece_to_id(IMAGE_CONTEXT)
         self.tag_ids = {tag: (processor.piece_to_id(f"<{tag}>"), processor.piece_to_id(f"</{tag}>")) for tag in TAGS}
-        self._special_ids = {special: processor.piece_to_id(special) for special in SPECIALS}
+        slots = slot_pieces(count_slots(lambda piece: processor.piece_to_id(piece) != processor.unk_id()))
+        self.slot_ids = tuple(map(processor.piece_to_id, slots))
+        self._special_ids = {special: processor.piece_to_id(special) for special in (*SPECIALS, *slots)}
+        self._cut = _cut_at(tuple(self._special_ids))
         self._special_texts = {index: special for special, index in self._special_ids.items()} | {self.pad_id: ""}
         self._encode = lru_cache(maxsize=65536)(self._encode_uncached)  # conversations repeat their phrases
 
@@ -79,7 +85,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_uncached(self, text: str) -> tuple[int, ...]:
         ids: list[int] = []
-        for part in _CUT.split(text):
+        for part in self._cut.split(text):
             special = self._special_ids.get(part)
             if special is not None:
                 ids.append(special)
@@ -91,15 +97,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode(run) if run else ""
 
 
-def train_vocabulary(lines: Sequence[str], words: Sequence[str], vocab_size: int) -> bytes:
-    """A serialized SentencePiece (BPE) model of at most `vocab_size` pieces: the specials, every digit, every one of `words` after a space, printable
-    ASCII, and what merges best in the lines. Deterministic: one thread, no paths inside.
+def train_vocabulary(lines: Sequence[str], words: Sequence[str], vocab_size: int, slots: int = 0) -> bytes:
+    """A serialized SentencePiece (BPE) model of at most `vocab_size` pieces: the specials, `slots` memory tokens, every digit, every one of `words` after a
+    space, printable ASCII, and what merges best in the lines. Deterministic: one thread, no paths inside.
 
     Raises DataError when `vocab_size` cannot hold the fixed pieces and the characters of the lines.
     """
-    parts = [part for line in lines for part in _CUT.split(line) if part and part not in SPECIALS]
+    cut = _cut_at(SPECIALS)
+    parts = [part for line in lines for part in cut.split(line) if part and part not in SPECIALS]
     characters = set().union(*parts) | set(_ASCII)
-    fixed = [*SPECIALS, *_DIGITS, *(_SPACE + word for word in (*_DIGITS, *words))]
+    fixed = [*SPECIALS, *slot_pieces(slots), *_DIGITS, *(_SPACE + word for word in (*_DIGITS, *words))]
     needed = len(fixed) + len(characters - set(_DIGITS) - {" "}) + 3  # padding, unknown, space
     if vocab_size < needed:
         raise DataError(

@@ -7,7 +7,8 @@
     zeroed       right with keys and values of 0         the taps add nothing
     other        right with those of another prompt's picture, while the language model reads its own
 
-Maps are those of the last token of the prompt, which decides the first one of the answer, as a mean over heads.
+Maps are those of the last token of the prompt, which decides the first one of the answer, as a mean over heads; where memory tokens look, those of the last
+question, as a mean over them too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from megatron_ext.config.clvr_sizes import kv_shape
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.passes import prompt_inputs
 from megatron_ext.model.asked import on_ask
+from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.clvr import ClvrTap
+from megatron_ext.model.inputs import ModelInputs
 from megatron_ext.model.other_picture import other_pictures
 from megatron_ext.model.sight import Sight, attention_weights
 from megatron_ext.observe.gaze_map import entropy
@@ -73,16 +76,17 @@ def look(engine: Engine, prompts: Sequence[Prompt], zeroed: Sequence[bool], othe
 
 
 def _maps(engine: Engine, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-    """Of every tap, the attention [P, V] of the last tokens of the prompts, as a mean over heads."""
+    """Of every tap, the attention [P, V] of the last tokens of the prompts (K: one of each, or its memory tokens), as a mean over heads and these."""
     model, context = engine.model, engine.context
     inputs, lengths_P = prompt_inputs(prompts, engine.passes.vocabulary.eos_id, context.layout.tp, context.device)
-    rows_P, last_P = torch.arange(len(prompts), device=context.device), torch.from_numpy(lengths_P - 1).to(context.device)
+    rows_P1 = torch.arange(len(prompts), device=context.device)[:, None]
+    places_PK = _looking(model, inputs, torch.from_numpy(lengths_P - 1).to(context.device))
     found: list[torch.Tensor] = []
 
     def told(query_SBND: torch.Tensor, keys_BNVD: torch.Tensor, sight: Sight) -> None:
-        from_P, until_P, inject_P = (x_BS[rows_P, last_P] for x_BS in (sight.from_BS, sight.until_BS, sight.inject_BS))
-        at_last = Sight(from_P[:, None], until_P[:, None], inject_P[:, None])
-        found.append(attention_weights(query_SBND[last_P, rows_P][None], keys_BNVD, at_last)[:, :, 0].mean(1))
+        from_PK, until_PK, inject_PK = (x_BS[rows_P1, places_PK] for x_BS in (sight.from_BS, sight.until_BS, sight.inject_BS))
+        query_KPND = query_SBND[places_PK, rows_P1].transpose(0, 1)
+        found.append(attention_weights(query_KPND, keys_BNVD, Sight(from_PK, until_PK, inject_PK)).flatten(1, 2).mean(1))
 
     handles = [handle for tap in model.decoder.taps if isinstance(tap, ClvrTap) for handle in on_ask(tap, told)]
     try:
@@ -95,6 +99,15 @@ def _maps(engine: Engine, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
         for maps_PV in found:
             torch.distributed.all_reduce(maps_PV, group=context.pgs.tp)
     return [(maps_PV / context.pgs.tp.size()).double().cpu() for maps_PV in found]
+
+
+def _looking(model: VisionLanguageModel, inputs: ModelInputs, last_P: torch.Tensor) -> torch.Tensor:
+    """Int64 [P, K]: which positions of each prompt are asked."""
+    slots = model.model_config.clvr.slots
+    if not slots:
+        return last_P[:, None]
+    is_slot_PS = torch.isin(inputs.tokens_BS, torch.tensor(model.markers.slots, device=last_P.device))
+    return torch.where(is_slot_PS, torch.arange(is_slot_PS.shape[1], device=last_P.device), -1).topk(slots, dim=1).values
 
 
 def _of_prompt(prompt: Prompt, maps_TV: torch.Tensor, tokens: int, zeroed: bool, other: bool, picture_size: int) -> Look:

@@ -41,7 +41,8 @@ class Passes:
 
     def __init__(self, model: VisionLanguageModel, context: ParallelContext, vocabulary: Vocabulary, config: RolloutConfig) -> None:
         self.model, self.context, self.vocabulary, self.config = model, context, vocabulary, config
-        self.banned_V = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, vocabulary.image_id, context.pgs.tp, context.device)
+        placeholders = vocabulary.image_id, *model.markers.slots
+        self.banned_V = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, placeholders, context.pgs.tp, context.device)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ def load_engine(config: RunConfig, checkpoint: Path, context: ParallelContext) -
     """The engine of this rank with the weights of `checkpoint`. Collective. Raises CheckpointError or DataError when something is missing or of
     another model."""
     tokenizer = load_tokenizer(config.tokenizer_dir)
-    model = build_model(config.model, tokenizer.image_id, context, turn_token=tokenizer.turn_id)
+    model = build_model(config.model, tokenizer.image_id, context, markers=tokenizer.markers)
     load_checkpoint(checkpoint, model, context=context, model_config=config.model)
     store_for_generation(model)
     return Engine(model, context, tokenizer, config.rollout), tokenizer

@@ -93,7 +93,8 @@ def _pass(engine: Engine, rollout: Rollout, first: int, count: int) -> tuple[tor
     with passes.generating(), model.router_tap.replay(replayed), record_gaze(model, chosen) as gaze:
         logits_TV = model(inputs)[chosen, 0]
         whole_TV = gather_from_tensor_model_parallel_region(policy_logits(logits_TV, engine.config.temperature, passes.banned_V), group=engine.context.pgs.tp)
-        looks = len(prompt.tiles) > 0 and model.model_config.clvr.memory == "image"  # learned keys, and those of another picture, lie nowhere in this one
+        # Learned keys, and those of another picture, lie nowhere in this one; where memory tokens look, the answer does not.
+        looks = len(prompt.tiles) > 0 and model.model_config.clvr.memory == "image" and model.model_config.clvr.answers_look
         weights = [weights_BTNV[0].numpy() for weights_BTNV in gaze.weights()] if looks else []
     return whole_TV.cpu(), list(zip(gaze.numbers, weights, strict=False))
 

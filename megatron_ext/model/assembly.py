@@ -20,9 +20,11 @@ from megatron.core.models.common.embeddings.language_model_embedding import Lang
 from megatron.core.tensor_parallel import ColumnParallelLinear, scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_ext.batch import NO_MARKERS, Markers
 from megatron_ext.config.clvr_sizes import kv_shape, source_shape
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import tokens_per_tile
+from megatron_ext.errors import UserError
 from megatron_ext.model.clvr_block import Call, ClvrBlock
 from megatron_ext.model.decode_step import decodes_whole
 from megatron_ext.model.decoder import layer_specs, transformer_config
@@ -45,14 +47,14 @@ from megatron_ext.parallel.stages import Stage, pipeline_stages
 class VisionLanguageModel(MegatronModule):
     """InternVL3.5-style model with CLVR, or its language model alone. Logits are split over the tensor-parallel group: [S, B, vocab / tp].
 
-    `image_token`: the id of image positions; any negative number for a model without vision. `turn_token`: the id that begins a turn of the chat template,
-    needed where CLVR looks in responses alone.
+    `image_token`: the id of image positions; any negative number for a model without vision. `markers`: the tokenizer's, needed where CLVR looks in responses
+    or at memory tokens alone.
     """
 
-    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage, turn_token: int | None = None) -> None:
+    def __init__(self, model: ModelConfig, image_token: int, context: ParallelContext, stage: Stage, markers: Markers = NO_MARKERS) -> None:
         config = transformer_config(model, context.layout)
         super().__init__(config)
-        self.model_config, self.image_token, self.turn_token, self.stage = model, image_token, turn_token, stage
+        self.model_config, self.image_token, self.markers, self.stage = model, image_token, markers, stage
         self.tp_group, self.cp_group = context.pgs.tp, context.pgs.cp
         self.pre_process, self.post_process, self.share_embeddings_and_output_weights = stage.first, stage.last, model.tie_embeddings  # Megatron asks for these
         self.vision = InternViT(model.vision) if stage.runs_vision else None
@@ -121,7 +123,7 @@ class VisionLanguageModel(MegatronModule):
         model = self.model_config
         is_image_BS = inputs.tokens_BS == self.image_token
         until_BS = visible_until(is_image_BS, tokens_per_tile(model.vision), kv_shape(model)[0])
-        inject_BS = inject_at(model.clvr.inject, inputs.tokens_BS, is_image_BS, inputs.bounds, self.turn_token)
+        inject_BS = inject_at(model.clvr.inject, inputs.tokens_BS, is_image_BS, inputs.bounds, self.markers)
         image_BS = frame.take(order_of(is_image_BS)) if model.clvr.fusion == "addition" else None
         sight = Sight(frame.take(visible_from(until_BS, inputs.bounds)), frame.take(until_BS), frame.take(inject_BS), image_BS=image_BS)
         return self.decoder.remember(sources_IVW, inputs.row_tiles_BM, inputs.places_I5 if len(inputs.tiles_ICHW) else None), sight
@@ -228,15 +230,17 @@ class VisionLanguageModel(MegatronModule):
 
 
 def build_chunks(
-    model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, vision_trains: bool = True, turn_token: int | None = None
+    model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, vision_trains: bool = True, markers: Markers = NO_MARKERS
 ) -> list[VisionLanguageModel]:
     """This rank's parts of the model, in the order of the data, with weights drawn from `seed`, the same in every layout.
 
-    A vision encoder that does not train is frozen, here and wherever a later stage has one of its own.
+    A vision encoder that does not train is frozen, here and wherever a later stage has one of its own. Raises UserError where the tokenizer has not the memory
+    tokens that the model asks for.
     """
+    _require_slots(model, markers)
     layout = context.layout
     stages = pipeline_stages(model, layout.pp, layout.vpp, vision_trains)
-    chunks = [VisionLanguageModel(model, image_token, context, stage, turn_token) for stage in stages[context.pp_rank :: layout.pp]]
+    chunks = [VisionLanguageModel(model, image_token, context, stage, markers) for stage in stages[context.pp_rank :: layout.pp]]
     for vp, chunk in enumerate(chunks):
         chunk.vp_stage = vp if layout.vpp > 1 else None
         chunk.model_type = ModelType.encoder_or_decoder  # the schedules ask for both
@@ -247,9 +251,15 @@ def build_chunks(
     return chunks
 
 
-def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, turn_token: int | None = None) -> VisionLanguageModel:
+def build_model(model: ModelConfig, image_token: int, context: ParallelContext, seed: int = 0, markers: Markers = NO_MARKERS) -> VisionLanguageModel:
     """The whole model on this rank, for layouts without pipeline stages."""
-    (whole,) = build_chunks(model, image_token, context, seed, turn_token=turn_token)
+    (whole,) = build_chunks(model, image_token, context, seed, markers=markers)
     if not (whole.stage.first and whole.stage.last):
         raise ValueError("build_model is for one pipeline stage: use build_chunks")
     return whole
+
+
+def _require_slots(model: ModelConfig, markers: Markers) -> None:
+    if model.clvr.slots not in (0, len(markers.slots)):
+        problem = f"{model.clvr.slots} memory tokens, and the tokenizer that the model is built for has {len(markers.slots)}"
+        raise UserError("model.clvr.num_slots", problem, "make the tokenizer with this configuration (the stage `tokenizer`), or use model.clvr.inject=text")

@@ -59,8 +59,7 @@ def read(model: VisionLanguageModel, inputs: ModelInputs, lengths_P: np.ndarray,
         last_PH[ends_P] = hidden_SBH[last_P[ends_P] - part.start, rows_P[ends_P]]
     until_P = np.zeros_like(lengths_P) if sight is None else sight.until_BS[rows_P, last_P].cpu().numpy()
     logits = model.logits(model.scatter(last_PH[:, None]))[: len(rows_P), 0]
-    answers_look = model.model_config.clvr.fusion == "attention"
-    return Reading(logits, lengths_P, keys, vision if answers_look else None, until_P)
+    return Reading(logits, lengths_P, keys, vision if model.model_config.clvr.answers_look else None, until_P)
 
 
 def _parts(model: VisionLanguageModel, hidden_SBH: torch.Tensor, whole: Call, parts: int) -> Iterator[tuple[slice, torch.Tensor, Call]]:

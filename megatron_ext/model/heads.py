@@ -6,16 +6,18 @@ the vocabulary here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 
-def banned_tokens(vocab_size: int, usable: int, image_token: int, tp_group: Any, device: torch.device) -> torch.Tensor:
-    """Bool [vocab / tp] of this rank: ids beyond the tokenizer, and the image placeholder, which would break re-scoring if it were generated."""
+def banned_tokens(vocab_size: int, usable: int, placeholders: Sequence[int], tp_group: Any, device: torch.device) -> torch.Tensor:
+    """Bool [vocab / tp] of this rank: ids beyond the tokenizer, and those of image and memory tokens: an image placeholder would break re-scoring if it were
+    generated, a memory token would be looked at in one pass and not in the other."""
     ids = torch.arange(vocab_size, device=device).chunk(tp_group.size())[tp_group.rank()]
-    return (ids >= usable) | (ids == image_token)
+    return (ids >= usable) | torch.isin(ids, torch.tensor(placeholders, device=device))
 
 
 def policy_logits(logits: torch.Tensor, temperature: float, banned_V: torch.Tensor) -> torch.Tensor:

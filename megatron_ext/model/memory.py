@@ -54,7 +54,7 @@ class Footprint:
     @classmethod
     def of(cls, model: ModelConfig, tp: int) -> Footprint:
         pair, clvr = 2 * (2 if model.dtype == "bf16" else 4), model.clvr
-        looks = model.vision.enabled and clvr.fusion == "attention"
+        looks = model.vision.enabled and clvr.answers_look
         tile = kv_shape(model)[0] * len(clvr.active_taps) * clvr.num_kv_heads * clvr.head_dim if looks else 0
         return cls(pair * model.num_layers * model.num_query_groups * model.head_dim // tp, pair * tile // tp)
 

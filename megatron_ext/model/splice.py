@@ -10,6 +10,8 @@ from itertools import pairwise
 
 import torch
 
+from megatron_ext.batch import Markers
+
 
 def splice(
     text_BSH: torch.Tensor, image_INH: torch.Tensor, row_tiles_BM: torch.Tensor, is_image_BS: torch.Tensor, local_S: torch.Tensor | None = None
@@ -47,19 +49,21 @@ def visible_from(until_BS: torch.Tensor, bounds: tuple[int, ...]) -> torch.Tenso
     return _before_the_sample(until_BS, bounds)
 
 
-def inject_at(where: str, tokens_BS: torch.Tensor, is_image_BS: torch.Tensor, bounds: tuple[int, ...], turn_token: int | None) -> torch.Tensor:
+def inject_at(where: str, tokens_BS: torch.Tensor, is_image_BS: torch.Tensor, bounds: tuple[int, ...], markers: Markers) -> torch.Tensor:
     """Bool [B, S]: the positions to whose residual stream refinements are added, as `model.clvr.inject` says. Made from the tokens alone, so that a rollout,
     the learner and every later turn of a conversation agree.
 
-    A response is an assistant's turn from its header on: turns of user and assistant alternate, so every second `turn_token` of a sample begins one.
+    A response is an assistant's turn from its header on: turns of user and assistant alternate, so every second `markers.turn` of a sample begins one.
     """
     if where == "all":
         return torch.ones_like(is_image_BS)
     if where == "text":
         return ~is_image_BS
-    if turn_token is None:
-        raise ValueError("model.clvr.inject = response needs the id of the piece that begins a turn: build the model with turn_token")
-    turns_BS = (tokens_BS == turn_token).cumsum(1)
+    if where == "slots":
+        return torch.isin(tokens_BS, torch.tensor(markers.slots, device=tokens_BS.device))
+    if markers.turn is None:
+        raise ValueError("model.clvr.inject = response needs the id of the piece that begins a turn: build the model with markers")
+    turns_BS = (tokens_BS == markers.turn).cumsum(1)
     turns_BS = turns_BS - _before_the_sample(turns_BS, bounds)
     return (turns_BS > 0) & (turns_BS % 2 == 0) & ~is_image_BS
 

@@ -25,6 +25,7 @@ from megatron_ext.config.schema import DataConfig
 from megatron_ext.data.chat import IMAGE, RESERVED
 from megatron_ext.data.images import fit
 from megatron_ext.data.originals import original
+from megatron_ext.data.pieces import SLOT
 from megatron_ext.data.rewards import BadReward, load_function
 from megatron_ext.rl.scoring.pool import Failure, WorkerPool
 
@@ -71,6 +72,8 @@ def read_observation(value: object, prompt: Prompt) -> Observation | None:
         raise _wrong(f"it returned a {type(value).__name__}, neither an Observation nor None")
     if mark := next((mark for mark in (*RESERVED, IMAGE) if mark in value.text), None):
         raise _wrong(f"the text of its observation holds {mark}, which belongs to the chat template")
+    if slot := SLOT.search(value.text):
+        raise _wrong(f"the text of its observation holds {slot[0]}, which is a memory token")
     if len(value.pictures) > MOST_PICTURES:
         raise _wrong(f"{len(value.pictures)} pictures in one observation, more than {MOST_PICTURES}")
     wanted = prompt.tiles.shape[1:] if len(prompt.tiles) else None

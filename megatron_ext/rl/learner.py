@@ -178,7 +178,7 @@ class LearnerRank:
         """What the present weights make of the probe, and by which experts; None but from the rank that speaks for all."""
         context, tokenizer = self._context, self._tokenizer
         self._engine.settle()
-        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, context).of_learner(self._engine.wrapped, self._finished)
+        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.placeholders, context).of_learner(self._engine.wrapped, self._finished)
         speaks = context.is_last_stage and context.tp_rank == context.cp_rank == context.dp_rank == 0
         return probed if speaks else None
 
@@ -205,7 +205,7 @@ def _engine(config: RunConfig, checkpoints: Path, init_from: Path, tokenizer: To
     resume = latest_step(checkpoints) is not None
     still = {"moe_balancing": "none", "moe_z_loss_coeff": 0.0, "moe_expert_bias_rate": 0.0, "moe_capacity_factor": None, "moe_pad_to_capacity": False}
     settings = config.model.model_copy(update=still)
-    chunks = build_chunks(settings, tokenizer.image_id, context, vision_trains=config.rl.train_vision, turn_token=tokenizer.turn_id)
+    chunks = build_chunks(settings, tokenizer.image_id, context, vision_trains=config.rl.train_vision, markers=tokenizer.markers)
     watched = config.earl.enabled and watches_routers(config)
     if watched or not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
@@ -218,7 +218,7 @@ def _engine(config: RunConfig, checkpoints: Path, init_from: Path, tokenizer: To
 
 def _reference(config: RunConfig, init_from: Path, tokenizer: Tokenizer, context: ParallelContext) -> list[VisionLanguageModel]:
     """The frozen model that RL started from."""
-    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, turn_token=tokenizer.turn_id)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, markers=tokenizer.markers)
     load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     return [chunk.requires_grad_(False).eval() for chunk in chunks]
 

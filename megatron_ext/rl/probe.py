@@ -35,7 +35,7 @@ ENOUGH_TOKENS = 512
 @dataclass(frozen=True)
 class Probe:
     """`tokens_S` int32, padded to what divides in the learner's and in the rollouts' layout. `compared_S` bool: whether position s decides a token whose
-    log-prob is compared: image placeholders, which are never sampled, and padding are not."""
+    log-prob is compared: placeholders of images and memory tokens, which are never sampled, and padding are not."""
 
     tokens_S: np.ndarray
     tiles: Tiles
@@ -83,7 +83,7 @@ def string_together(prompts: Sequence[Prompt], tokenizer: Tokenizer, most_tokens
         chosen, tiles = [tokens_S[tokens_S != tokenizer.image_id][:most_tokens]], [NO_TILES]
     tokens_S = np.concatenate(chosen)
     padding = round_up(len(tokens_S), multiple) - len(tokens_S)
-    compared_S = np.append(tokens_S[1:] != tokenizer.image_id, np.zeros(1 + padding, bool))
+    compared_S = np.append(~np.isin(tokens_S[1:], tokenizer.placeholders), np.zeros(1 + padding, bool))
     return Probe(np.append(tokens_S, np.full(padding, tokenizer.pad_id, np.int32)), Tiles.join(tiles), compared_S)
 
 

@@ -28,11 +28,12 @@ from megatron_ext.training.step import LossParts, run_schedule
 
 
 class ProbePass:
-    """One pass of the probe: an objective without a gradient. `usable_tokens`: of the vocabulary, those that the tokenizer has."""
+    """One pass of the probe: an objective without a gradient. `usable_tokens`: of the vocabulary, those that the tokenizer has;
+    `placeholders`: those that are never sampled."""
 
-    def __init__(self, probe: Probe, config: RunConfig, usable_tokens: int, image_token: int, context: ParallelContext) -> None:
+    def __init__(self, probe: Probe, config: RunConfig, usable_tokens: int, placeholders: Sequence[int], context: ParallelContext) -> None:
         self._probe, self._config, self._context = probe, config, context
-        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, image_token, context.pgs.tp, context.device)
+        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, placeholders, context.pgs.tp, context.device)
         tiles = np.arange(max(1, len(probe.tiles)))[None] if len(probe.tiles) else np.full((1, 1), -1)
         self._inputs = model_inputs(probe.tokens_S[None], probe.tiles, tiles, context.device)
         length = len(probe.tokens_S)

@@ -60,7 +60,7 @@ class RolloutRank:
         self._context = self._world.enter_context(open_parallel(parallel, place.rank, place.world_size, place.meeting_point, config.seed, WORLD_TIMEOUT_S))
         self._tokenizer = tokenizer = load_tokenizer(config.tokenizer_dir)
         self._config, self._version = config, -1
-        self._model = build_model(config.model, tokenizer.image_id, self._context, turn_token=tokenizer.turn_id)
+        self._model = build_model(config.model, tokenizer.image_id, self._context, markers=tokenizer.markers)
         store_for_generation(self._model)
         self._engine = Engine(self._model, self._context, tokenizer, config.rollout)
         self._session = self._engine.session()
@@ -125,7 +125,8 @@ class RolloutRank:
     def probe(self, probe: Probe, experts_SLK: np.ndarray | None) -> Probed | None:
         """What the loaded weights make of the probe, by the experts given; None from ranks that only take part."""
         tokenizer = self._tokenizer
-        probed = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.image_id, self._context).of_rollout(self._model, self._version, experts_SLK)
+        asked = ProbePass(probe, self._config, tokenizer.vocab_size, tokenizer.placeholders, self._context)
+        probed = asked.of_rollout(self._model, self._version, experts_SLK)
         return probed if self._context.tp_rank == 0 else None
 
     def rest(self) -> None:

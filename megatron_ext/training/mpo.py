@@ -172,7 +172,7 @@ def open_preference(
     digest = digest_of(find_checkpoint(init_from))
     if resumed and resumed["reference"] != digest:
         raise CheckpointError(str(init_from), "is not the checkpoint that this stage began with, its reference", "put that one back, or begin again (--force)")
-    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, turn_token=tokenizer.turn_id)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, vision_trains=False, markers=tokenizer.markers)
     load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     rewards = RunningMean(**resumed["rewards"]) if resumed else RunningMean()
     return MixedPreference(engine, [chunk.requires_grad_(False).eval() for chunk in chunks], config.mpo, context, rewards)

@@ -77,7 +77,7 @@ def _resumed_or_started(
 ) -> tuple[Engine, dict[str, Any]]:
     """The stage's own latest checkpoint comes first, with what the stage kept there; without one, the weights of `init_from`, or those drawn from the seed."""
     resume = latest_step(checkpoints) is not None
-    chunks = build_chunks(config.model, tokenizer.image_id, context, config.seed, settings.train_vision, tokenizer.turn_id)
+    chunks = build_chunks(config.model, tokenizer.image_id, context, config.seed, settings.train_vision, tokenizer.markers)
     if init_from is not None and not resume:
         load_checkpoint(init_from, chunks, context=context, model_config=config.model)
     engine = start_engine(chunks, settings.optimizer, settings.steps, context)

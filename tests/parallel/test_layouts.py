@@ -62,6 +62,7 @@ CASES = {
     "TP2 CP2, frozen ViT, packed": Case(layout(4, tp=2, cp=2), train_vision=False, packed=True),
     "PP2 TP2, tied embeddings": Case(layout(4, pp=2, tp=2), changes={"tie_embeddings": True}),
     "TP2, gates over all experts, refinement everywhere": Case(TP2, changes={"norm_topk_prob": False, "clvr": TAPS.model_copy(update={"inject": "all"})}),
+    "TP2 CP2, memory tokens, packed": Case(layout(4, tp=2, cp=2), changes={"clvr": TAPS.model_copy(update={"inject": "slots", "num_slots": 16})}, packed=True),
     "TP2, dense": Case(TP2, changes=DENSE),
     "PP2 DP2, dense, packed": Case(layout(4, pp=2), changes=DENSE, packed=True),
     "PP2 TP2, a stage without experts": Case(layout(4, pp=2, tp=2), changes={"dense_layers": (0, 1)}),

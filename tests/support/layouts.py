@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 
-from megatron_ext.batch import NO_TILES
+from megatron_ext.batch import NO_TILES, Markers
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.config.schema import ClvrConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
@@ -27,6 +27,8 @@ TAPS = ClvrConfig(taps=((0, 1), (1, 3), (2, 3)), num_heads=4, num_kv_heads=2, he
 """One tap inside a stage of PP2, one that crosses to the next, one whose adapter lives on the second stage, where the ViT's features have to come from
 somewhere."""
 STEPS, ROWS, MICRO = 2, 8, 2
+MARKERS = Markers(slots=tuple(range(10, 26)))
+"""Some of the words of random rows: enough of them that no gradient is all rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def train(rank: int, world_size: int, init_method: str, case: Case, weights: dic
     """Two updates, each rank taking its data-parallel share. `weights` replace the drawn ones. Tensors are reported by rank 0 alone."""
     with open_parallel(case.parallel, rank, world_size, init_method, seed=rank) as context:
         model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
-        chunks = build_chunks(model, IMAGE, context, seed=3, vision_trains=case.train_vision)
+        chunks = build_chunks(model, IMAGE, context, seed=3, vision_trains=case.train_vision, markers=MARKERS)
         drawn = digest(full_tensors(chunks, context))
         for chunk in chunks:
             open_gates(chunk)

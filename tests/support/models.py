@@ -81,5 +81,7 @@ class Words:
 class Pieces(Words):
     """And what traces need of it."""
 
+    slot_ids: tuple[int, ...] = ()
+
     def pieces(self, ids: list[int]) -> list[str]:
         return [f"<{number}>" for number in ids]

@@ -24,11 +24,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from generation import NEW, PROMPT, VOCABULARY, Case, checkpoint, prompts_of
+from generation import IMAGE, NEW, PROMPT, VOCABULARY, Case, checkpoint, prompts_of
 from generation import Words as Endless
 from interleave import machine
 
-from megatron_ext.batch import Prompt
+from megatron_ext.batch import Markers, Prompt
 from megatron_ext.checkpoint.hf.to_megatron import hf_to_megatron
 from megatron_ext.config.schema import EarlConfig, OptimizerConfig, RLConfig, RolloutConfig, RunConfig
 from megatron_ext.rl import learner, learners, replicas, rollout_worker
@@ -52,7 +52,7 @@ PHASES = ("generation", "update", "rest")
 class Words(Endless):
     """Its words are the numbers of its tokens."""
 
-    pad_id, tag_ids = 0, {}
+    pad_id, tag_ids, slot_ids, placeholders, markers = 0, {}, (), (IMAGE,), Markers()
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

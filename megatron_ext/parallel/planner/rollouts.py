@@ -103,7 +103,7 @@ class Replica:
         weights, width = _width(model) * sum(self.numels), _width(model)
         prompts, token = answers.together(rows), self._cache_token_bytes()
         cache = (prompts * answers.prompt_tokens + rows * answers.most_tokens) * token
-        taps = len(model.clvr.active_taps) if model.clvr.fusion == "attention" else 0
+        taps = len(model.clvr.active_taps) if model.clvr.answers_look else 0
         keys = model.clvr.num_kv_heads * model.clvr.head_dim // layout.tp
         vision = prompts * taps * 2 * answers.tiles * kv_shape(model)[0] * keys * width
         growth = rows * answers.most_tokens * token // (2 * model.num_layers)

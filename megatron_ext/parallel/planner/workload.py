@@ -67,11 +67,11 @@ def tiles_of_a_row(config: RunConfig, assumed: Assumed) -> int:
 
 
 def prompt_tokens(config: RunConfig, assumed: Assumed) -> int:
-    """Its images and as much text again, unless told otherwise; at most what leaves room for the response."""
+    """Its images and as much text again, with memory tokens, unless told otherwise; at most what leaves room for the response."""
     if assumed.prompt_tokens is not None:
         return assumed.prompt_tokens
     room = config.model.max_positions - config.rollout.max_new_tokens
-    return min(room, max(64, 2 * tiles_of_a_row(config, assumed) * tokens_per_tile(config.model.vision)))
+    return min(room, max(64, 2 * tiles_of_a_row(config, assumed) * tokens_per_tile(config.model.vision)) + config.model.clvr.slots)
 
 
 def workload(config: RunConfig, stage: StageName, assumed: Assumed = Assumed()) -> Workload:

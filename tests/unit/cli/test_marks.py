@@ -95,6 +95,13 @@ def test_a_given_checkpoint_stands_in_for_the_stages_that_would_have_made_it() -
     assert "model" in sections(STAGES["rl"], config)
 
 
+def test_the_tokenizer_depends_on_the_model_only_for_its_memory_tokens() -> None:
+    assert sections(STAGES["tokenizer"], RunConfig()) == ("data", "seed")
+    assert differences(mark(stage="tokenizer"), mark("model.clvr.gate=tanh_gate", stage="tokenizer")) == []
+    four, eight = (("model.clvr.inject=slots", *more) for more in ((), ("model.clvr.num_slots=8",)))
+    assert differences(mark(*four, stage="tokenizer"), mark(*eight, stage="tokenizer")) == ["model.clvr.num_slots was 4, is now 8"]
+
+
 def test_what_follows_preferences_starts_from_their_result_and_without_steps_there_are_none() -> None:
     config = load_config(None, ["mpo.steps=5"]).config
     names = [stage.name for stage in recipe(None, config)]

@@ -49,7 +49,22 @@ BROKEN = [
     (["model.clvr.taps=[[0, 1], [0, 1]]"], "model.clvr.taps", "names a pair twice"),
     (["model.clvr.taps=[]"], "model.clvr.taps", "is empty"),
     (["model.clvr.num_kv_heads=3"], "model.clvr.num_kv_heads", "3 does not divide model.clvr.num_heads = 4"),
-    (["model.clvr.inject=slots"], "model.clvr.inject", "slots, memory tokens behind the question, is not there yet"),
+    (["model.clvr.num_slots=8"], "model.clvr.num_slots", "8 would be ignored with model.clvr.inject = text"),
+    (
+        ["model.clvr.inject=slots", "model.clvr.fusion=addition", "model.clvr.kv_tokens=projected"],
+        "model.clvr.inject",
+        "slots would be ignored with fusion = addition: image tokens alone are added to",
+    ),
+    (
+        ["model.clvr.inject=slots", "rollout.max_new_tokens=493"],
+        "rollout.max_new_tokens",
+        "493 after an image of 16 tokens and 4 memory tokens (model.clvr.num_slots) exceeds model.max_positions = 512",
+    ),
+    (
+        ["model.clvr.inject=slots", "data.max_length=20"],
+        "data.max_length",
+        "takes 16 tokens and 4 memory tokens",
+    ),
     (["model.clvr.taps=[[0, 2], [1, 2]]", "model.clvr.query_source=same_layer"], "model.clvr.taps", "two taps with one target, which are the same"),
     (["model.clvr.taps=[[0, 2], [1, 2]]", "model.clvr.query_source=input_embedding"], "model.clvr.taps", "two taps with one target"),
     (["model.clvr.kv_layers=[9]"], "model.clvr.kv_layers", "9 is none of model.vision.num_layers = 2 layers"),
@@ -197,6 +212,7 @@ def test_switched_off_parts_are_not_judged() -> None:
     load_config(None, ["rl.kl_estimator=k1", "rl.kl_placement=reward", "rl.kl_coeff=0.1"])
     load_config(None, ["rl.mismatch_correction=tis", "rl.max_logprob_diff=1"])
     load_config(None, ["rl.mismatch_correction=sequence_mask", "rl.max_staleness=1", "rl.partial_rollouts=true", "rollout.deterministic=true"])
+    load_config(None, ["model.clvr.inject=slots", "model.clvr.num_slots=8", "rollout.max_new_tokens=487"])
     load_config(None, ["model.num_experts=0", "earl.enabled=false", "discover.committee_top=99"])
     load_config(None, ["model.vision.enabled=false", "model.clvr.enabled=false", "data.kind=jsonl", "data.path=x.jsonl", "model.vision.patch_size=5"])
 

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from megatron_ext.config.schema import DataConfig, VisionConfig
+from megatron_ext.config.schema import ClvrConfig, DataConfig, ModelConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
 from megatron_ext.data.chat import encode_prompt, encode_turns
 from megatron_ext.data.images import load_tiles
 from megatron_ext.data.stream import TrainingStream
-from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from megatron_ext.errors import DataError
+from megatron_ext.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_digest, train_tokenizer
+from megatron_ext.errors import DataError, UserError
 from tests.support.hf_tokenizer import save_tokenizer
 
 VISION = VisionConfig(image_size=16, patch_size=4)
@@ -126,3 +126,34 @@ def test_a_training_batch_holds_every_tile_and_its_tokens(tmp_path: Path, ours: 
     assert batch.tiles.pixels_IHWC.shape == (15, 16, 16, 3), "four tiles and a thumbnail for each of three rows"
     assert (batch.row_tiles_BM >= 0).sum(1).tolist() == [5, 5, 5]
     assert ((batch.tokens_BS == ours.image_id).sum(1) == 5 * TILE).all()
+
+
+def with_slots(count: int, rows: int) -> ModelConfig:
+    return ModelConfig(vocab_size=rows, clvr=ClvrConfig(inject="slots", num_slots=count))
+
+
+def test_memory_tokens_take_spare_rows_behind_the_vocabulary_and_what_was_there_stays(tmp_path: Path, source: Path, ours: Tokenizer) -> None:
+    """As many as there are rows."""
+    size = ours.vocab_size
+    train_tokenizer(DataConfig(tokenizer=source), tmp_path, 0, with_slots(2, size + 2))
+    remembering = load_tokenizer(tmp_path)
+    assert (remembering.vocab_size, remembering.slot_ids) == (size + 2, (size, size + 1))
+    assert (remembering.image_id, remembering.eos_id, remembering.pad_id) == (ours.image_id, ours.eos_id, ours.pad_id)
+    asked = "<image>\nWhat is in the picture?"
+    without, found = (encode_prompt(asked, tokenizer, TILE, [("How many?", "3")], [2]).tolist() for tokenizer in (ours, remembering))
+    assert [token for token in found if token not in remembering.slot_ids] == without
+    assert remembering.decode(found).count("<vmem0><vmem1><|im_end|>") == 2
+    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    train_tokenizer(DataConfig(tokenizer=tmp_path), tmp_path / "again", 0, with_slots(2, size + 2))
+    assert tokenizer_digest(tmp_path / "again") == tokenizer_digest(tmp_path)
+
+
+def test_memory_tokens_without_room_or_of_another_number_are_refused(tmp_path: Path, source: Path, ours: Tokenizer) -> None:
+    size = ours.vocab_size
+    for rows, remedy in ((size + 1, "use at most 1"), (size, "use model.clvr.inject=text, or a model with more rows")):
+        numbers = f"2 memory tokens do not fit: the tokenizer in .* has {size} tokens and model.vocab_size = {rows}; {remedy}"
+        with pytest.raises(UserError, match=rf"model\.clvr\.num_slots: {numbers}"):
+            train_tokenizer(DataConfig(tokenizer=source), tmp_path / "run", 0, with_slots(2, rows))
+    train_tokenizer(DataConfig(tokenizer=source), tmp_path / "three", 0, with_slots(3, size + 8))
+    with pytest.raises(UserError, match=r"model\.clvr\.num_slots: 2, but the tokenizer in .* has 3 memory tokens; set it to 3"):
+        train_tokenizer(DataConfig(tokenizer=tmp_path / "three"), tmp_path / "run", 0, with_slots(2, size + 8))

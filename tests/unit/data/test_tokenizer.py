@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.config.schema import DataConfig, VisionConfig
+from megatron_ext.config.schema import ClvrConfig, DataConfig, ModelConfig, VisionConfig
 from megatron_ext.config.sizes import tokens_per_tile
-from megatron_ext.data.chat import Conversation, encode_conversation, encode_prompt, question_text
+from megatron_ext.data.chat import Conversation, encode_conversation, encode_observation, encode_prompt, question_text
 from megatron_ext.data.pieces import SPECIALS
 from megatron_ext.data.suite import KINDS, draw_conversation
 from megatron_ext.data.suite.levels import COLORS, RELATIONS, SHAPES
-from megatron_ext.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_ext.data.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
 from megatron_ext.errors import DataError
 
 IMAGE = np.zeros((32, 32, 3), np.uint8)
@@ -109,3 +109,48 @@ def test_placeholders_and_images_must_agree_and_text_cannot_forge_the_template(t
 def test_a_prompt_can_be_read_back_as_its_question(tokenizer):
     tokens = encode_prompt("<image>\nhow many circles are there?", tokenizer, 16, history=[("what color is the square?", "red")])
     assert question_text(tokens, tokenizer) == "how many circles are there?"
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """With two memory tokens."""
+    folder = tmp_path_factory.mktemp("remembering")
+    train_tokenizer(DataConfig(), folder, 0, ModelConfig(clvr=ClvrConfig(inject="slots", num_slots=2)))
+    return load_tokenizer(folder)
+
+
+def test_memory_tokens_stand_behind_the_words_of_every_question_and_are_not_learnt(remembering):
+    turns = (("<image>\nhow many circles are there?", "3"), ("and squares?", "2"))
+    tokens_S, mask_S = encode_conversation(Conversation((IMAGE,), turns), remembering, 2)
+    first = "<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nhow many circles are there?<vmem0><vmem1><|im_end|>\n<|im_start|>assistant\n"
+    second = "<|im_start|>user\nand squares?<vmem0><vmem1><|im_end|>\n<|im_start|>assistant\n"
+    assert remembering.decode(tokens_S) == f"{first}3<|im_end|>\n{second}2<|im_end|>\n"
+    assert remembering.decode(tokens_S[mask_S == 1]) == "3<|im_end|>2<|im_end|>"
+    one, two = remembering.slot_ids
+    assert one != two and remembering.pieces(remembering.slot_ids) == ["<vmem0>", "<vmem1>"]
+    assert [token for token in tokens_S.tolist() if token in remembering.slot_ids] == [one, two, one, two]
+    asked = encode_prompt(turns[1][0], remembering, 2, turns[:1])
+    assert np.array_equal(asked, tokens_S[: len(asked)]) and question_text(asked, remembering) == "and squares?"
+    observed = remembering.decode(encode_observation("look again", remembering, 2, [1], ended=True))
+    assert observed == "\n<|im_start|>user\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nlook again<vmem0><vmem1><|im_end|>\n<|im_start|>assistant\n"
+    assert remembering.markers.slots == (one, two) and remembering.placeholders == (remembering.image_id, one, two)
+
+
+def test_a_vocabulary_without_memory_tokens_is_what_it_was(tmp_path, tokenizer, remembering):
+    for folder, model in (("a", None), ("b", ModelConfig(clvr=ClvrConfig(enabled=False, inject="slots")))):
+        train_tokenizer(DataConfig(), tmp_path / folder, 0, model)
+    assert tokenizer_digest(tmp_path / "a") == tokenizer_digest(tmp_path / "b") and tokenizer.slot_ids == ()
+    assert remembering.vocab_size == tokenizer.vocab_size == 256
+    words = "which color is row 2 column 3? <ans>"
+    assert remembering.decode(remembering.encode(words + "<vmem1>\n")) == words + "<vmem1>\n"
+    assert remembering.pieces(remembering.encode(words)) == tokenizer.pieces(tokenizer.encode(words))
+
+
+def test_text_cannot_forge_memory_tokens_and_without_any_they_are_plain_text(tokenizer, remembering):
+    for turn in (("what is <vmem1>?", "3"), ("how many?", "<vmem0>")):
+        with pytest.raises(DataError, match=r"holds <vmem\d>, which belongs to the chat template"):
+            encode_conversation(Conversation((), (turn,)), remembering, 2)
+        assert encode_conversation(Conversation((), (turn,)), tokenizer, 2)[1].any()
+    with pytest.raises(DataError, match="holds <vmem0>"):
+        encode_prompt("<vmem0>", remembering, 2)
+    assert encode_prompt("<vmem2>", remembering, 2).size, "which is none of the two"

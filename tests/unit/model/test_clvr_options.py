@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ext.batch import NO_TILES
+from megatron_ext.batch import NO_TILES, Markers
 from megatron_ext.config.clvr_schema import ClvrConfig
 from megatron_ext.config.schema import ModelConfig
 from megatron_ext.config.sizes import count_parameters
+from megatron_ext.errors import UserError
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.model.generation import decode, read
 from megatron_ext.model.inputs import ModelInputs, model_inputs
@@ -21,7 +22,7 @@ from megatron_ext.model.other_picture import other_pictures, picture_of
 from megatron_ext.parallel.groups import ParallelContext
 from tests.support.models import IMAGE, TOKENS_PER_TILE, small_batch, small_config
 
-TURN = 9
+TURN, SLOTS = 9, (60, 61)
 OPTIONS: dict[str, dict[str, Any]] = {
     "same layer": {"query_source": "same_layer"},
     "input embedding": {"query_source": "input_embedding"},
@@ -38,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "an MLP": {"ffn_hidden": 16},
     "three looks": {"inner_iterations": 3, "gate_kind": "dynamic", "ffn_hidden": 16},
     "responses": {"inject": "response"},
+    "memory tokens": {"inject": "slots", "num_slots": 2},
+    "memory tokens that ask with their embeddings": {"inject": "slots", "num_slots": 2, "query_source": "input_embedding", "inner_iterations": 2},
     "addition": {"fusion": "addition", "kv_tokens": "unshuffled"},
     "addition of projected tokens": {"fusion": "addition", "kv_tokens": "projected", "gate_kind": "channel"},
     "addition of a ViT layer each": {"fusion": "addition", "kv_tokens": "unshuffled", "kv_layers": (0, 1), "gate_kind": "dynamic"},
@@ -53,17 +56,20 @@ def looking(options: dict[str, Any], gate: str = "tanh_gate") -> ModelConfig:
 
 
 def batch_with_turns() -> ModelInputs:
-    """Three rows: a question with an image up to position 8, an answer to 14, another question and, from 18, another answer."""
+    """Three rows: a question with an image up to position 8, an answer to 14, another question and, from 18, another answer. Two memory tokens end each
+    question."""
     batch = small_batch()
     batch.tokens_BS[batch.tokens_BS == TURN] += 1
     for place in (0, 9, 15, 18):
         batch.tokens_BS[:, place] = TURN
+    for place in (7, 16):
+        batch.tokens_BS[:, place : place + 2] = torch.tensor(SLOTS)
     return batch
 
 
 def built(options: dict[str, Any], context: ParallelContext, trained: bool = True, gate: str = "tanh_gate") -> VisionLanguageModel:
     """`trained`: adapters that do something."""
-    model = build_model(looking(options, gate), IMAGE, context, seed=1, turn_token=TURN).eval()
+    model = build_model(looking(options, gate), IMAGE, context, seed=1, markers=Markers(TURN, SLOTS)).eval()
     if trained:
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
@@ -153,6 +159,34 @@ def test_responses_alone_are_refined_from_the_assistants_header_on(context: Para
     padded, packed = (mask_SB.T.tolist() for mask_SB in seen)
     expected = [9 <= place < 15 or place >= 18 for place in range(24)]
     assert padded == [expected] * 3 and packed == [expected * 2]
+
+
+def test_what_a_tap_saw_reaches_an_answer_through_memory_tokens_alone(context: ParallelContext) -> None:
+    """Refinement stands at the four memory tokens of every row and nowhere else. Before the first of them the logits are those of a model whose taps are shown
+    nothing, and so are all once the refinement of memory tokens is taken away; with it, every later one differs. Nothing is kept for answers to look at."""
+    model, batch, seen = built({"inject": "slots", "num_slots": 2}, context), batch_with_turns(), []
+    at_slots_SB = (batch.tokens_BS.T[..., None] == torch.tensor(SLOTS)).any(-1)
+    memory = Memory(most_new=3, device=torch.device("cpu"))
+    with torch.no_grad():
+        with model.taps_shown(None):
+            blind = model(batch)
+        for injection in model.decoder.injections:
+            injection.register_forward_hook(lambda module, inputs, output: seen.append(inputs[1].abs().amax(2) > 0))
+        full = model(batch)
+        read(model, replace(batch, tokens_BS=batch.tokens_BS[:, :12]), np.array([12, 12, 12])).seat(memory, [1, 1, 1])
+        for injection in model.decoder.injections:
+            injection.register_forward_hook(lambda module, inputs, output: output - at_slots_SB[..., None] * inputs[1])
+        muted = model(batch)
+    assert len(seen) >= 2 and all(torch.equal(mask_SB, at_slots_SB) for mask_SB in seen[:2])
+    assert torch.equal(full[:7], blind[:7]) and (full - blind)[7:].abs().amax(-1).min() > 1e-3
+    torch.testing.assert_close(muted, blind, rtol=1e-5, atol=1e-5)
+    assert memory.vision() is None and Footprint.of(model.model_config, 1).tile == 0
+
+
+@pytest.mark.parametrize(("markers", "number"), [(Markers(TURN), 0), (Markers(TURN, (60, 61, 62)), 3)])
+def test_a_tokenizer_without_the_memory_tokens_that_the_model_asks_for_is_refused(context: ParallelContext, markers: Markers, number: int) -> None:
+    with pytest.raises(UserError, match=rf"model\.clvr\.num_slots: 2 memory tokens, and the tokenizer .* is built for has {number}; make the tokenizer"):
+        build_model(looking({"inject": "slots", "num_slots": 2}), IMAGE, context, markers=markers)
 
 
 def test_added_tokens_are_those_of_the_image_at_its_own_positions(context: ParallelContext) -> None:

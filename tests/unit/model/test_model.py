@@ -154,7 +154,7 @@ def test_tied_embeddings_share_one_weight(context: ParallelContext) -> None:
 def test_log_probabilities_are_those_of_the_policy(context: ParallelContext, model: VisionLanguageModel) -> None:
     """Temperature 2 halves the logits; placeholder and ids beyond the tokenizer have probability zero; the rest sums to one."""
     batch: ModelInputs = small_batch()
-    banned = banned_tokens(64, 60, IMAGE, context.pgs.tp, context.device)
+    banned = banned_tokens(64, 60, [IMAGE], context.pgs.tp, context.device)
     with torch.no_grad():
         logits = model(batch)
         policy = policy_logits(logits, 2.0, banned)

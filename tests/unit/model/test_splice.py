@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.model.splice import splice, visible_until
+from megatron_ext.batch import Markers
+from megatron_ext.model.splice import inject_at, splice, visible_until
 
 IMAGE = 9
 
@@ -29,3 +30,12 @@ def test_a_position_sees_a_tile_from_its_last_placeholder_on() -> None:
     """Two placeholders per tile, eight vision tokens per tile."""
     is_image = torch.tensor([[False, True, True, False, True, True, False]])
     assert visible_until(is_image, tokens_per_tile=2, vision_tokens=8).tolist() == [[0, 0, 8, 8, 8, 16, 16]]
+
+
+def test_memory_tokens_alone_are_refined_where_those_are_asked_for() -> None:
+    """Two questions with two memory tokens each, padded, and packed one after another."""
+    rows = torch.tensor([[IMAGE, IMAGE, 3, 7, 8, 4, 7, 8, 0, 0], [1, 2, 7, 8, 4, 5, 6, 1, 7, 8]])
+    markers, packed = Markers(turn=1, slots=(7, 8)), rows.reshape(1, -1)
+    found = inject_at("slots", rows, rows == IMAGE, (), markers)
+    assert found.tolist() == [[place in (3, 4, 6, 7) for place in range(10)], [place in (2, 3, 8, 9) for place in range(10)]]
+    assert torch.equal(inject_at("slots", packed, packed == IMAGE, (0, 10, 20), markers), found.reshape(1, -1))

@@ -141,9 +141,15 @@ def test_a_conversation_that_was_routed_otherwise_when_it_was_read_again_has_fai
     assert (newer.version, newer.newest) == (3, 4) and not newer.routes.experts_SLK[: len(prompt.tokens_S) + 1].any() and newer.routes.experts_SLK[-1].all()
 
 
-def test_the_learner_recomputes_every_sampled_token_of_a_real_conversation_and_learns_nothing_from_observations(config, tokenizer, rules, context):
+@pytest.mark.parametrize("inject", ["text", "slots"])
+def test_the_learner_recomputes_every_sampled_token_of_a_real_conversation_and_learns_nothing_from_observations(config, rules, context, tmp_path, inject):
     """Tokens, tiles, what CLVR may see of them and routes are the same in three readings of the engine and one pass of the learner."""
-    built = build_model(config.model, tokenizer.image_id, context, seed=3)
+    model = config.model.model_copy(update={"clvr": config.model.clvr.model_copy(update={"inject": inject})})
+    config = config.model_copy(update={"model": model, "output_dir": tmp_path})
+    train_tokenizer(config.data, config.tokenizer_dir, 0, model)
+    tokenizer = load_tokenizer(config.tokenizer_dir)
+    rules = replace(rules, tokenizer=tokenizer)
+    built = build_model(config.model, tokenizer.image_id, context, seed=3, markers=tokenizer.markers)
     open_gates(built)
     model = build_engine([built], config.rl.optimizer, 10, context).wrapped[0]
     engine = Engine(built, context, tokenizer, config.rollout)
@@ -162,6 +168,7 @@ def test_the_learner_recomputes_every_sampled_token_of_a_real_conversation_and_l
     stopped = partial(_stopping, generate)
     answers = list(converse(stopped, act, prompts(config, tokenizer, 2), 2, 0, rules))
     assert len(answers) == 8 and all(isinstance(answer, Rollout) and len(answer.further) == 2 for answer in answers)
+    assert {np.isin(answer.response_T, tokenizer.slot_ids).sum() for answer in answers} == {2 * len(tokenizer.slot_ids)}, "those of two observations"
     (shard,) = [unpack(parcels[0]) for parcels in plan_parcels(_scored(answers), np.linspace(-1, 1, 8), minibatches=1, dp_size=1, multiple=1, pad_id=0)]
     batch = policy_batch(shard, context.device, 0)
     learner = Policy([model], [], config, tokenizer.vocab_size, context)

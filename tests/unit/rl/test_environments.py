@@ -93,6 +93,7 @@ def test_a_turn_without_a_call_ends_and_a_prompt_without_a_picture_is_told():
         (Observation(3), "it returned a Observation, neither"),
         (Observation("a<|im_end|>"), r"holds <\|im_end\|>, which belongs to the chat template"),
         (Observation("an <image>"), "holds <image>"),
+        (Observation("a <vmem12>"), "holds <vmem12>, which is a memory token"),
         (Observation("", (np.zeros((8, 8, 3), np.uint8),)), r"a picture is uint8 \(8, 8, 3\), not uint8 \(32, 32, 3\)"),
         (Observation("", (np.zeros((32, 32, 3)),)), "a picture is float64"),
         (Observation("", ("a.png",)), "a picture is str"),

@@ -101,7 +101,7 @@ def test_the_entropy_is_that_of_the_distribution_that_was_sampled_from(model, co
     batch = policy_batch(shard_of(shard_rows), context.device, 0)
     _, _, metrics = loss(policy(model, context), model, batch)
     with model.module.router_tap.replay(batch.experts_BSLK), torch.no_grad():
-        logits = policy_logits(model(batch.inputs), 0.7, banned_tokens(64, USABLE, IMAGE, context.pgs.tp, context.device))
+        logits = policy_logits(model(batch.inputs), 0.7, banned_tokens(64, USABLE, [IMAGE], context.pgs.tp, context.device))
     probs = torch.softmax(logits[:-1, 0], dim=-1)[slice(*answer.rollout.response_rows)]
     assert metrics["actor/entropy"].value == pytest.approx(float(-(probs * probs.clamp(min=1e-30).log()).sum(-1).mean()), rel=1e-5)
 

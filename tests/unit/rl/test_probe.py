@@ -17,7 +17,7 @@ IMAGE, EOS, PAD = 9, 2, 0
 class Letters:
     """A tokenizer whose tokens are digits."""
 
-    image_id, eos_id, pad_id = IMAGE, EOS, PAD
+    image_id, eos_id, pad_id, placeholders = IMAGE, EOS, PAD, (IMAGE,)
 
     def encode(self, text: str) -> list[int]:
         return [int(letter) for letter in text]
@@ -42,6 +42,13 @@ def test_image_places_and_padding_are_not_compared_and_nor_is_what_nothing_decid
     probe = string_together([prompt("4996", "7", images=1)], Letters(), most_tokens=16, multiple=4)
     assert probe.tokens_S.tolist() == [4, 9, 9, 6, 7, EOS, PAD, PAD]
     assert probe.compared_S.tolist() == [False, False, True, True, True, False, False, False]
+
+
+def test_memory_tokens_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "placeholders", (IMAGE, 7, 8))
+    probe = string_together([prompt("4996785", "3", images=1)], Letters(), most_tokens=16, multiple=4)
+    assert probe.tokens_S.tolist() == [4, 9, 9, 6, 7, 8, 5, 3, EOS, PAD, PAD, PAD]
+    assert probe.compared_S.tolist() == [False, False, True, False, False, True, True, True, False, False, False, False]
 
 
 def test_a_prompt_that_does_not_fit_is_left_out_and_where_none_fits_the_text_of_the_first_is_cut() -> None:
