@@ -36,6 +36,7 @@ def objections(config: RunConfig, undisturbed: Path, disturbed: Path) -> Iterato
 
 def _weights(config: RunConfig, stage_dir: Path) -> dict[str, str]:
     with open_parallel(ParallelConfig(), 0, 1, f"file://{stage_dir}/verdict.store", 0) as context:
-        model = build_model(config.model, load_tokenizer(config.tokenizer_dir).image_id, context)
+        tokenizer = load_tokenizer(config.tokenizer_dir)
+        model = build_model(config.model, tokenizer.image_id, context, markers=tokenizer.markers)
         load_checkpoint(stage_dir / "checkpoints", [model], context=context, model_config=config.model)
         return digest(full_tensors([model], context))
