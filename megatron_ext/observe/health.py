@@ -125,7 +125,8 @@ def sparkline(values: deque[float]) -> str:
     if len(finite) < 2:
         return ""
     low, high = min(finite), max(finite)
-    return "".join(_BARS[round((value - low) / (high - low or 1.0) * (len(_BARS) - 1))] for value in finite)
+    span = high / 2 - low / 2 or 1.0  # halves: what lies between the largest numbers has no float
+    return "".join(_BARS[round((value / 2 - low / 2) / span * (len(_BARS) - 1))] for value in finite)
 
 
 def phases_of(metrics: Metrics) -> dict[str, float]:

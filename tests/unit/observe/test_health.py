@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import deque
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -125,6 +125,7 @@ def test_a_log_file_gets_plain_lines_and_each_warning_when_it_comes_up_and_at_th
     ]
 
 
+@example([6.7e299, -1.7976931348623157e308])
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=30))
 def test_a_trend_of_any_numbers_is_drawn(values: list[float]) -> None:
     assert len(sparkline(deque(values))) <= len(values)

@@ -116,7 +116,7 @@ def test_the_learner_s_rank_reads_an_image_once_for_all_answers_of_its_prompt(st
 
 
 def test_what_the_driver_holds_of_images_does_not_grow_with_the_number_of_answers(store):
-    """Answers arrive one by one, each in a message of its own, and go to the learner in one."""
+    """Answers arrive one by one, each in a message of its own, and go to the learner in one. The least of three: what else the process does only adds."""
     of = asked(store)
 
     def held(samples):
@@ -129,6 +129,6 @@ def test_what_the_driver_holds_of_images_does_not_grow_with_the_number_of_answer
         return peak, len(sent)
 
     held(2)
-    few, many = held(2), held(34)
+    few, many = (min(held(samples) for _ in range(3)) for samples in (2, 34))
     per_answer = 4 * PROMPT_TOKENS + 3 * PROMPT_ROUTES + ROW_BYTES
     assert (many[0] - few[0]) / 32 < 2 * per_answer < IMAGE_BYTES and (many[1] - few[1]) / 32 < ROW_BYTES
