@@ -9,7 +9,10 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.errors import UserError
+
 ExpertsKernel = Literal["sequential", "in_place", "grouped_mm"]
+_WANTS = "torch's grouped_mm wants rows of whole 16 bytes, and on a GPU bfloat16"
 SMALL_EXPERT = 64 * 1024
 """Parameters of one expert on one rank up to which, on a CPU, stacking all experts for one call costs less than calls for each (docs/benchmarks/experts.md)."""
 
@@ -23,17 +26,20 @@ class Choice:
     lost: str = ""
 
 
-def experts(asked: str, on_gpu: bool, bf16: bool, expert_numel: int) -> tuple[ExpertsKernel, str]:
-    """What `model.experts_kernel` means for experts of `expert_numel` parameters on a rank, and why.
+def experts(asked: str, on_gpu: bool, bf16: bool, hidden: int, ffn: int) -> tuple[ExpertsKernel, str]:
+    """What `model.experts_kernel` means for experts of `hidden` by `ffn` on a rank, and why. Raises UserError for grouped_mm where torch's does not take them.
 
-    >>> experts("auto", on_gpu=False, bf16=False, expert_numel=3 * 2048 * 768)[0]
+    >>> experts("auto", on_gpu=False, bf16=False, hidden=2048, ffn=768)[0]
     'in_place'
     """
+    expert_numel = 3 * hidden * ffn
     match asked:
+        case "grouped_mm" if not can_group(on_gpu, bf16, hidden, ffn):
+            raise UserError("model.experts_kernel", f"grouped_mm does not take experts of {hidden} by {ffn}: {_WANTS}", "use auto, in_place or sequential")
         case "sequential" | "in_place" | "grouped_mm":
             return asked, f"model.experts_kernel = {asked}"
-        case _ if not can_group(on_gpu, bf16):
-            return "in_place", "grouped_mm on a GPU wants bfloat16"
+        case _ if not can_group(on_gpu, bf16, hidden, ffn):
+            return "in_place", _WANTS
         case _ if on_gpu:
             return "grouped_mm", "bfloat16 on a GPU"
         case _ if expert_numel <= SMALL_EXPERT:
@@ -42,9 +48,13 @@ def experts(asked: str, on_gpu: bool, bf16: bool, expert_numel: int) -> tuple[Ex
             return "in_place", f"on a CPU, for experts of more than {SMALL_EXPERT} parameters"
 
 
-def can_group(on_gpu: bool, bf16: bool) -> bool:
-    """Whether torch's grouped_mm takes the model's numbers: on a GPU it wants bfloat16."""
-    return bf16 or not on_gpu
+def can_group(on_gpu: bool, bf16: bool, *widths: int) -> bool:
+    """Whether torch's grouped_mm takes matrices of the model's numbers with rows of these widths.
+
+    >>> can_group(False, False, 64, 66), can_group(False, True, 64, 72)
+    (False, True)
+    """
+    return (bf16 or not on_gpu) and all(width * (2 if bf16 else 4) % 16 == 0 for width in widths)
 
 
 def uses_varlen(on_gpu: bool, half: bool) -> bool:

@@ -96,8 +96,8 @@ _MATRICES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParalle
 
 def _experts(model: ModelConfig, layout: Layout) -> ModuleSpec:
     router = partial(Router, expert_bias_rate=model.moe_expert_bias_rate if model.moe_expert_bias else None)
-    expert_numel = 3 * model.hidden_size * model.expert_ffn_hidden_size // layout.etp
-    kernel, _ = kernels.experts(model.experts_kernel, torch.cuda.is_available(), model.dtype == "bf16", expert_numel)
+    sizes = model.hidden_size, model.expert_ffn_hidden_size // layout.etp
+    kernel, _ = kernels.experts(model.experts_kernel, torch.cuda.is_available(), model.dtype == "bf16", *sizes)
     if kernel == "sequential":
         experts = ModuleSpec(module=SequentialMLP, submodules=_MATRICES)
     else:

@@ -35,7 +35,7 @@ def store_for_generation(model: VisionLanguageModel) -> None:
 
 def _can_group(experts: GroupedExperts) -> bool:
     weight = experts.local_experts[0].linear_fc1.weight
-    return kernels.can_group(weight.is_cuda, weight.dtype == torch.bfloat16)
+    return kernels.can_group(weight.is_cuda, weight.dtype == torch.bfloat16, weight.shape[1], weight.shape[0] // 2)
 
 
 def _in_one_piece(linears: list[Any]) -> torch.Tensor:

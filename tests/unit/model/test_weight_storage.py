@@ -18,7 +18,9 @@ def build(context: ParallelContext, seed: int, **changes: object) -> VisionLangu
     return build_model(small_config(init_std=0.3, **changes), IMAGE, context, seed=seed)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"experts_kernel": "sequential"}, {"dtype": "bf16"}, {"num_experts": 0}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_embeddings": True}, {"experts_kernel": "sequential"}, {"expert_ffn_hidden_size": 66}, {"dtype": "bf16"}, {"num_experts": 0}]
+)
 def test_stored_for_generation_a_model_has_the_same_weights_and_logits(context: ParallelContext, changes: dict[str, object]) -> None:
     model = build(context, 3, **changes).eval()
     with torch.no_grad():
