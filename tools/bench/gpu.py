@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from exactness import Words
 from interleave import machine
 
 from megatron_ext.batch import NO_TILES, Prompt
@@ -52,18 +53,6 @@ class Roof:
 
     flops: float
     bytes: float
-
-
-@dataclass(frozen=True)
-class Words:
-    """A vocabulary whose end never comes: it is beyond what may be sampled."""
-
-    eos_id: int = VOCABULARY - 1
-    image_id: int = VOCABULARY - 2
-    vocab_size: int = VOCABULARY - 2
-
-    def decode(self, ids: list[int]) -> str:
-        return ""
 
 
 def shape(layers: int) -> ModelConfig:
@@ -167,7 +156,7 @@ def our_answers(model: ModelConfig, context: ParallelContext) -> Callable[[int],
     prompts = [Prompt(str(number), "none", tokens, NO_TILES, "") for number, tokens in enumerate(tokens_of(0, ANSWERS, PROMPT))]
 
     def answer(new: int) -> object:
-        engine = Engine(built, context, Words(), RolloutConfig(max_new_tokens=new, batch_size=ANSWERS))
+        engine = Engine(built, context, Words(VOCABULARY), RolloutConfig(max_new_tokens=new, batch_size=ANSWERS))
         return engine.generate(prompts, 1, seeds=lambda *_: 0, version=0, greedy=True)
 
     return answer
