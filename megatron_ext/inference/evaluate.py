@@ -81,7 +81,8 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
     seen = [outcome for outcome in outcomes if outcome.look is not None]
     if seen:
-        table["clvr"] = summarise_looks([outcome.look for outcome in seen if outcome.look is not None], [outcome.greedy for outcome in seen])
+        looks = [outcome.look for outcome in seen if outcome.look is not None]
+        table["clvr"] = summarise_looks(looks, [outcome.greedy for outcome in seen], [outcome.skill for outcome in seen])
     _write_samples(folder, outcomes, config)
     write_verdicts(folder, [(o.key, o.skill, o.greedy, o.samples) for o in outcomes])
     traced = with_verdicts(read_traces(traces), {outcome.key: (outcome.text, outcome.greedy) for outcome in outcomes})

@@ -138,8 +138,14 @@ def _js(one_V: torch.Tensor, other_V: torch.Tensor) -> torch.Tensor:
     return (entr((one_V + other_V) / 2).sum() - (entr(one_V).sum() + entr(other_V).sum()) / 2) / np.log(2)
 
 
-def summarise_looks(looks: Sequence[Look], greedy: Sequence[bool]) -> dict[str, Any]:
-    """Means over prompts; the drops are paired, with standard errors over prompts."""
+def summarise_looks(looks: Sequence[Look], greedy: Sequence[bool], skills: Sequence[str]) -> dict[str, Any]:
+    """Means over prompts; the drops are paired, with standard errors over prompts. `skills`: of each prompt; the row of each skill is under `skills`."""
+    of_skill = {skill: [index for index, known in enumerate(skills) if known == skill] for skill in dict.fromkeys(skills)}
+    rows = {skill: _means([looks[index] for index in own], [greedy[index] for index in own]) for skill, own in of_skill.items()}
+    return {**_means(looks, greedy), "skills": rows}
+
+
+def _means(looks: Sequence[Look], greedy: Sequence[bool]) -> dict[str, Any]:
     right = np.array(greedy, float)
     found: dict[str, Any] = {"n": len(looks), "greedy": float(right.mean())}
     for name in ("zeroed", "other"):
@@ -151,6 +157,6 @@ def summarise_looks(looks: Sequence[Look], greedy: Sequence[bool]) -> dict[str, 
     pointed = [(look.pointing, look.chance) for look in looks if look.pointing is not None]
     for tap in taps if pointed else ():
         found["taps"][tap]["pointing"] = float(np.mean([pointing[tap] for pointing, _ in pointed]))
-    found["pointing_chance"] = float(np.mean([chance for _, chance in pointed])) if pointed else None
+    found |= {"pointing_n": len(pointed), "pointing_chance": float(np.mean([chance for _, chance in pointed])) if pointed else None}
     found["divergence"] = [float(np.mean([look.divergence[pair] for look in looks])) for pair in taps[:-1]]
     return found

@@ -20,6 +20,8 @@ MEASURES = (
     ("attention_entropy", "Spread of the gaze", "entropy, 1 = even"),
     ("pointing", "Gaze on what the answer rests on, in training", "share of attention"),
 )
+EVALUATIONS = {"sft": "after fine-tuning", "rl": "after RL"}
+"""By stage, what they are called; in the order of a run."""
 MOST_BYTES = 1_500_000
 """Of all traces on the page."""
 
@@ -41,9 +43,8 @@ def looks_shown(root: Path) -> list[dict[str, Any]]:
     """A row of the template for each evaluation whose file says under `clvr` what looking was worth: over `n` answers, with keys and values of nothing and of
     another picture, and where the taps looked when they were asked last before the answer."""
     rows = []
-    for of, when in (("sft", "after fine-tuning"), ("rl", "after RL")):
-        path = root / "evaluate" / f"{of}.json"
-        found = json.loads(path.read_text(encoding="utf-8")).get("clvr") if path.exists() else None
+    for of, when in EVALUATIONS.items():
+        found = _measured(root, of)
         if found:
             taps = found.get("taps", [])
             drops = {name: number(found[name]) + " (" + number(found[f"{name}_drop"], found[f"{name}_drop_se"]) + ")" for name in ("zeroed", "other")}
@@ -62,8 +63,28 @@ def looks_shown(root: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def pointing_shown(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The template's `pointing`: by skill and tap how much of the gaze of traced answers fell into the boxes that it rests on, beside the boxes' area."""
+def _measured(root: Path, of: str) -> dict[str, Any]:
+    """What an evaluation has found of CLVR (`evaluate.clvr`), nothing where it did not look."""
+    path = root / "evaluate" / f"{of}.json"
+    return (json.loads(path.read_text(encoding="utf-8")).get("clvr") if path.exists() else None) or {}
+
+
+def pointing_shown(root: Path, traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The template's `pointing`: by skill and tap how much of the gaze fell into the boxes that the answer rests on, beside the boxes' area. Of all prompts of
+    the last evaluation that measured it, else of the traced answers."""
+    for of, when in reversed(EVALUATIONS.items()):
+        rows = {skill: row for skill, row in _measured(root, of).get("skills", {}).items() if row["pointing_n"]}
+        if rows:
+            picture = pointing_bars(
+                {skill: [tap["pointing"] for tap in row["taps"]] for skill, row in rows.items()},
+                {skill: row["pointing_chance"] for skill, row in rows.items()},
+            )
+            asked = sum(row["pointing_n"] for row in rows.values())
+            return {"of": f"Over the {asked} prompts with known places of the evaluation {when}, at the last token before the answer.", "picture": picture}
+    return _pointing_of(traces)
+
+
+def _pointing_of(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     scores: dict[str, list[list[float]]] = {}
     chances: dict[str, list[float]] = {}
     for trace in traces:
@@ -75,7 +96,8 @@ def pointing_shown(traces: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     means = {skill: np.mean(rows, axis=0).tolist() for skill, rows in scores.items()}
     chance = {skill: float(np.mean(values)) for skill, values in chances.items()}
-    return {"answers": sum(map(len, scores.values())), "picture": pointing_bars(means, chance)}
+    few = f"Over the {sum(map(len, scores.values()))} answers that can be stepped through below, which is few: evaluate.clvr=true measures all prompts."
+    return {"of": few, "picture": pointing_bars(means, chance)}
 
 
 def pointing_bars(scores: Mapping[str, Sequence[float]], chance: Mapping[str, float]) -> str:
@@ -97,7 +119,7 @@ def traces_shown(root: Path, per_skill: int) -> list[dict[str, Any]]:
     """Traces of the evaluations for the viewer, the later one's first: `per_skill` of each skill, without their heads, or fewer, where they would be more than
     MOST_BYTES. Each says `when` it was answered."""
     found = []
-    for of, when in (("rl", "after RL"), ("sft", "after fine-tuning")):
+    for of, when in reversed(EVALUATIONS.items()):
         taken: dict[str, int] = {}
         for trace in read_traces(root / "evaluate" / of / "traces.json"):
             taken[trace["skill"]] = taken.get(trace["skill"], 0) + 1

@@ -18,7 +18,7 @@ from megatron_ext.observe.health import RL_PHASES, phases_of
 from megatron_ext.observe.metrics import Record, read_metrics, series
 from megatron_ext.observe.profiles import read_profiles
 from megatron_ext.observe.report_clusters import clusters_shown, drift_shown
-from megatron_ext.observe.report_clvr import looks_shown, pointing_shown, traces_shown, training_shown
+from megatron_ext.observe.report_clvr import EVALUATIONS, looks_shown, pointing_shown, traces_shown, training_shown
 from megatron_ext.observe.report_pictures import Curve, accuracy_bars, curves, phase_bars, usage_bars
 from megatron_ext.observe.results import NOTHING, Accuracy, Evaluation, read_evaluation
 from megatron_ext.observe.stopwatch import TIMING
@@ -26,7 +26,6 @@ from megatron_ext.observe.summary import COLUMNS, number, title
 
 STAGES = ("tokenizer", "pretrain", "sft", "mpo", "discover", "evaluate/sft", "rl", "evaluate/rl")
 TRAINING = ("pretrain", "sft", "mpo", "rl")
-EVALUATIONS = (("after fine-tuning", "sft"), ("after RL", "rl"))
 SAMPLES_PER_SKILL = 2
 """Answers that are shown at once, and traced; the rest of what an evaluation kept is folded."""
 _FAILED = "rollout/failed/"
@@ -51,14 +50,14 @@ def content(root: Path) -> dict[str, Any]:
         "clvr": training_shown(trained),
         "traces": traces,
         "looks": looks_shown(root),
-        "pointing": pointing_shown([trace for trace in traces if trace["when"] == traces[0]["when"]]),
+        "pointing": pointing_shown(root, [trace for trace in traces if trace["when"] == traces[0]["when"]]),
         "clusters": clusters_shown(clusters),
         "drift": drift_shown(rl, root / "rl", clusters),
         "usage": _usage(before, after),
         "earl": _pictures(rl, EARL),
         "health": _pictures(rl, HEALTH),
         "failures": _failures(rl),
-        "samples": [(label, found) for label, of in EVALUATIONS if (found := _samples(root / "evaluate" / of, label, numbers))],
+        "samples": [(label, found) for of, label in EVALUATIONS.items() if (found := _samples(root / "evaluate" / of, label, numbers))],
     }
 
 

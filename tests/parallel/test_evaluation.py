@@ -51,6 +51,8 @@ def test_an_evaluation_has_a_row_for_every_skill_and_writes_what_it_returns(run:
     assert looks["n"] == 12 * len(ALL_SKILLS) and len(looks["taps"]) == len(config.model.clvr.taps)
     assert 0 < looks["pointing_chance"] < 0.5 and all(0 < tap["pointing"] < 1 and 0 < tap["attention_entropy"] <= 1.001 for tap in looks["taps"])
     assert looks["zeroed_drop"] == pytest.approx(looks["greedy"] - looks["zeroed"])
+    assert {skill: row["greedy"] for skill, row in looks["skills"].items()} == {skill: row["greedy"] for skill, row in table["skills"].items()}
+    assert sum(row["pointing_n"] for row in looks["skills"].values()) == looks["pointing_n"] > 0
 
 
 def test_two_ranks_and_one_rank_give_the_same_evaluation(run: tuple[RunConfig, Path], tmp_path: Path) -> None:

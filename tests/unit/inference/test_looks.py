@@ -93,8 +93,25 @@ def test_another_picture_of_the_prompts_is_never_a_tiles_own() -> None:
 def test_the_table_has_paired_drops_and_means_over_prompts() -> None:
     """Three of four right, with the taps shut one of four: two fewer, half of them; pointing is that of the two prompts with boxes."""
     pointed = [Look(n == 0, n < 2, (0.5, 1.0), (0.25,), (0.5, 0.25) if n < 2 else None, 0.125 if n < 2 else None) for n in range(4)]
-    table = summarise_looks(pointed, [True, True, True, False])
+    table = summarise_looks(pointed, [True, True, True, False], ["count"] * 4)
     assert (table["greedy"], table["zeroed"], table["zeroed_drop"], table["other_drop"]) == (0.75, 0.25, 0.5, 0.25)
     assert table["zeroed_drop_se"] == pytest.approx(np.std([0, 1, 1, 0], ddof=1) / 2)
     assert table["taps"] == [{"attention_entropy": 0.5, "pointing": 0.5}, {"attention_entropy": 1.0, "pointing": 0.25}]
     assert table["pointing_chance"] == 0.125 and table["divergence"] == [0.25]
+    assert table["skills"] == {"count": {name: value for name, value in table.items() if name != "skills"}}
+
+
+def test_each_skill_has_a_row_of_its_own() -> None:
+    """Colour is pointed at with three quarters of the gaze, and lost when the taps see nothing; a text has no boxes."""
+    looks = [Look(False, True, (0.5,), (), (0.75,), 0.25), Look(True, True, (0.7,), (), (0.25,), 0.5), Look(True, True, (0.9,), (), None, None)]
+    skills = summarise_looks(looks, [True, True, True], ["color", "spatial", "text"])["skills"]
+    assert {skill: (row["pointing_n"], row["zeroed_drop"], row["pointing_chance"]) for skill, row in skills.items()} == {
+        "color": (1, 1.0, 0.25),
+        "spatial": (1, 0.0, 0.5),
+        "text": (0, 0.0, None),
+    }
+    assert [row["taps"] for row in skills.values()] == [
+        [{"attention_entropy": 0.5, "pointing": 0.75}],
+        [{"attention_entropy": 0.7, "pointing": 0.25}],
+        [{"attention_entropy": 0.9}],
+    ]

@@ -152,6 +152,19 @@ def test_what_looking_is_worth_is_shown_where_the_evaluation_measured_it(tmp_pat
     assert "taps see nothing" in Page(write_report(tmp_path).read_text()).text
 
 
+def test_pointing_is_shown_of_all_prompts_where_an_evaluation_measured_it(tmp_path: Path) -> None:
+    """Rather than of the few traced answers; prompts without boxes do not count, and a skill that has no others has no bars."""
+    keep_answers(tmp_path / "evaluate" / "sft", [small_trace("k0").to_json()])
+    drops = {"zeroed": 0.5, "zeroed_drop": 0.1, "zeroed_drop_se": 0.02, "other": 0.4, "other_drop": 0.2, "other_drop_se": 0.02, "divergence": []}
+    pointed = {"n": 40, "greedy": 0.6, **drops, "taps": [{"attention_entropy": 0.9, "pointing": 0.31}], "pointing_n": 38, "pointing_chance": 0.12}
+    text = {"n": 20, "greedy": 0.6, **drops, "taps": [{"attention_entropy": 0.9}], "pointing_n": 0, "pointing_chance": None}
+    worth = {**pointed, "n": 60, "skills": {"ocr": pointed, "text": text}}
+    (tmp_path / "evaluate" / "sft.json").write_text(json.dumps({**json.loads(evaluation(0.6)), "clvr": worth}))
+    assert "Over the 38 prompts with known places of the evaluation after fine-tuning" in Page(write_report(tmp_path).read_text()).text
+    (tmp_path / "evaluate" / "sft.json").write_text(evaluation(0.6))
+    assert "Over the 1 answers" in Page(write_report(tmp_path).read_text()).text
+
+
 def keep_answers(folder: Path, traces: list[dict[str, object]]) -> None:
     folder.mkdir(parents=True)
     samples = [{"key": f"k{n}", "skill": "ocr", "question": "q", "answer": "1", "response": "1", "correct": True, "image": ""} for n in range(5)]
