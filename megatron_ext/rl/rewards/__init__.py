@@ -1,6 +1,7 @@
 """What an answer is worth: the rewards that come with the program, by their dotted paths `megatron_ext.rl.rewards:NAME`.
 
     skill_reward    the suite's, and that of your own conversations: the answer of the file, up to white space
+    outcome_reward  the suite's, of a composite's final answer alone: its steps may be wrong
     boxed_reward    InternVL's: the last \\boxed{} is the answer, and a tenth for the form
     exact_match     the final answer is the prompt's, word for word
     numeric         its last number is the prompt's, whatever commas, percent signs and units stand around it; `relaxed`: within 5 %
@@ -28,4 +29,5 @@ from megatron_ext.rl.rewards.numbers import numeric_within as numeric_within
 from megatron_ext.rl.rewards.numbers import relaxed as relaxed
 from megatron_ext.rl.rewards.suite import FORMAT_WEIGHT as FORMAT_WEIGHT
 from megatron_ext.rl.rewards.suite import PARTIAL_WEIGHT as PARTIAL_WEIGHT
+from megatron_ext.rl.rewards.suite import outcome_reward as outcome_reward
 from megatron_ext.rl.rewards.suite import skill_reward as skill_reward

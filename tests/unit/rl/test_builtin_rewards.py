@@ -15,7 +15,7 @@ from megatron_ext.rl import rewards
 from megatron_ext.rl.rewards import combine, exact_match, final_answer, format_reward, length, length_within, maths, numeric, numeric_within, relaxed
 from megatron_ext.rl.scoring.contract import check_reward
 
-BUILT_IN = ("exact_match", "numeric", "relaxed", "maths", "format_reward", "length", "boxed_reward", "skill_reward")
+BUILT_IN = ("exact_match", "numeric", "relaxed", "maths", "format_reward", "length", "boxed_reward", "skill_reward", "outcome_reward")
 
 
 def prompt_of(answer: str) -> Prompt:

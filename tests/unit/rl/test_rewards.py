@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron_ext.batch import NO_TILES, Prompt
 from megatron_ext.data.rewards import BadReward, correctness, load_reward, read_reward
 from megatron_ext.errors import UserError
-from megatron_ext.rl.rewards import boxed, boxed_reward, skill_reward
+from megatron_ext.rl.rewards import boxed, boxed_reward, outcome_reward, skill_reward
 from megatron_ext.rl.scoring.contract import check_reward
 
 COUNT = Prompt("c", "count", np.zeros(1, np.int32), NO_TILES, "3", {"skill": "count", "answer": "3"})
@@ -49,6 +49,27 @@ def test_the_reward_is_one_exactly_when_every_step_is_right():
         assert (skill_reward(COMPOSITE, text)["reward"] == 1.0) == (steps == ("3", "4", "7"))
 
 
+@pytest.mark.parametrize(
+    ("answer", "right", "steps"),
+    [
+        (GOLD, 1.0, 1.0),
+        ("<count>5</count><ocr>2</ocr><ans>7</ans>", 1.0, 0.0),
+        ("<ocr>3</ocr><count>5</count><ans>7</ans>", 1.0, 0.5),
+        ("<ocr>3</ocr><count>4</count><ans>8</ans>", 0.0, 1.0),
+        ("<ocr>3</ocr><ans>7</ans>", 0.0, 0.5),
+        ("7", 0.0, 0.0),
+    ],
+)
+def test_an_outcome_is_right_by_the_final_answer_alone_in_an_answer_that_shows_steps(answer, right, steps):
+    found = outcome_reward(COMPOSITE, answer)
+    assert (found["reward"], found["correct"], found["steps"]) == (right, right, steps)
+
+
+@pytest.mark.parametrize("answer", ["3", "4", "three", ""])
+def test_the_outcome_of_a_single_skill_is_its_answer(answer):
+    assert outcome_reward(COUNT, answer)["reward"] == skill_reward(COUNT, answer)["reward"] == float(answer == "3")
+
+
 @given(st.text())
 def test_any_text_gets_a_reward_between_0_and_1(text):
     for prompt in (COUNT, COMPOSITE):
@@ -56,9 +77,10 @@ def test_any_text_gets_a_reward_between_0_and_1(text):
         assert 0 <= value <= 1 and set(parts) == {"correct", "partial", "format"}
 
 
-def test_the_suites_reward_keeps_the_contract():
-    check_reward(skill_reward)
-    check_reward(skill_reward, [COUNT, COMPOSITE])
+@pytest.mark.parametrize("reward", [skill_reward, outcome_reward])
+def test_the_suites_rewards_keep_the_contract(reward):
+    check_reward(reward)
+    check_reward(reward, [COUNT, COMPOSITE])
 
 
 @pytest.mark.parametrize("value", [1, 0.5, True, np.float32(0.5), np.int64(1), np.bool_(True), {"reward": 0.5, "style": 1}])
