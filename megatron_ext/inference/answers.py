@@ -16,7 +16,6 @@ class Vocabulary(Protocol):
     """What the engine needs of a tokenizer."""
 
     eos_id: int
-    image_id: int
     vocab_size: int
 
     def decode(self, ids: list[int]) -> str: ...

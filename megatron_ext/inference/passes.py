@@ -41,8 +41,7 @@ class Passes:
 
     def __init__(self, model: VisionLanguageModel, context: ParallelContext, vocabulary: Vocabulary, config: RolloutConfig) -> None:
         self.model, self.context, self.vocabulary, self.config = model, context, vocabulary, config
-        placeholders = vocabulary.image_id, *model.markers.slots
-        self.banned_V = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, placeholders, context.pgs.tp, context.device)
+        self.banned_V = banned_tokens(model.model_config.vocab_size, vocabulary.vocab_size, model.never_said, context.pgs.tp, context.device)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

@@ -68,6 +68,14 @@ class VisionLanguageModel(MegatronModule):
         self.shown_instead: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.taps_see = True
 
+    @property
+    def never_said(self) -> tuple[int, ...]:
+        """Tokens that answers cannot hold, because a cached answer and a pass over the whole conversation would compute something else: images, memory tokens,
+        and where only responses look, the piece that begins a turn, from which on that pass would see a question."""
+        looks_by_turn = self.model_config.clvr.enabled and self.model_config.clvr.inject == "response"
+        turn = () if self.markers.turn is None or not looks_by_turn else (self.markers.turn,)
+        return self.image_token, *self.markers.slots, *turn
+
     @contextmanager
     def taps_shown(self, instead: Callable[[torch.Tensor], torch.Tensor] | None) -> Iterator[None]:
         """While this lasts CLVR's taps look at `instead(tiles_ICHW)` in the place of the tiles, or (None) at nothing: keys and values of 0, hence no

@@ -7,16 +7,18 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from megatron_ext.model.norm import RMSNorm
 
 
-class RefinementFFN(nn.Module):
-    """Takes and gives sequence slices [S, B, H] under sequence parallelism, like the MLPs of the decoder."""
+class RefinementFFN(MegatronModule):
+    """Takes and gives sequence slices [S, B, H] under sequence parallelism, like the MLPs of the decoder. A module of Megatron's, so that checkpoints ask
+    its layers which part of a tensor they hold."""
 
     def __init__(self, config: TransformerConfig, ffn_hidden: int, pgs: ProcessGroupCollection) -> None:
-        super().__init__()
+        super().__init__(config)
         hidden = config.hidden_size
         self.norm = RMSNorm(config, hidden, config.layernorm_epsilon)
         self.linear_up = ColumnParallelLinear(

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 
-def banned_tokens(vocab_size: int, usable: int, placeholders: Sequence[int], tp_group: Any, device: torch.device) -> torch.Tensor:
-    """Bool [vocab / tp] of this rank: ids beyond the tokenizer, and those of image and memory tokens: an image placeholder would break re-scoring if it were
-    generated, a memory token would be looked at in one pass and not in the other."""
+def banned_tokens(vocab_size: int, usable: int, never_said: Sequence[int], tp_group: Any, device: torch.device) -> torch.Tensor:
+    """Bool [vocab / tp] of this rank: ids beyond the tokenizer, and `never_said`, the model's (`VisionLanguageModel.never_said`)."""
     ids = torch.arange(vocab_size, device=device).chunk(tp_group.size())[tp_group.rank()]
-    return (ids >= usable) | torch.isin(ids, torch.tensor(placeholders, device=device))
+    return (ids >= usable) | torch.isin(ids, torch.tensor(never_said, device=device))
 
 
 def policy_logits(logits: torch.Tensor, temperature: float, banned_V: torch.Tensor) -> torch.Tensor:

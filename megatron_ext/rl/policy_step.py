@@ -102,8 +102,7 @@ class Policy:
     ) -> None:
         self._wrapped, self._reference, self._config, self._context = wrapped, reference, config, context
         self._goals = goals or RouterGoals(config, context, {}, {})
-        placeholders = wrapped[0].module.image_token, *wrapped[0].module.markers.slots
-        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, placeholders, context.pgs.tp, context.device)
+        self._banned_V = banned_tokens(config.model.vocab_size, usable_tokens, wrapped[0].module.never_said, context.pgs.tp, context.device)
         self._settings = loss_settings(config)
 
     def forward(self, model: Any, batch: PolicyBatch) -> torch.Tensor:

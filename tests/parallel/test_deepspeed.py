@@ -16,7 +16,9 @@ from megatron_ext.observe.metrics_file import EP_RANK_LOAD
 from megatron_ext.parallel.local import run_ranks
 from megatron_ext.rl.run import run_rl
 from megatron_ext.training.stage import run_supervised
+from tests.parallel.test_layouts import ADDED, OPTIONS, TWO_VIT_LAYERS
 from tests.support.engines import CLIPPED, Trial, run_trials
+from tests.support.layouts import TAPS
 from tests.support.rl_run import prepare, rl_config
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
@@ -99,6 +101,23 @@ def test_models_with_dense_layers_train_like_one_rank(changes: dict[str, Any], s
     trials = [Trial(zero(f"zero{stage}", small_shards, **layout), changes=changes) for stage, layout in ((1, DP2), (2, TP2), (3, DP2))]
     reports = run_ranks(run_trials, 2, trials, expected["start"], timeout_s=110)[0]
     assert [different(report, expected) for report in reports] == [[], [], []]
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "memory tokens": {"clvr": TAPS.model_copy(update={"inject": "slots", "num_slots": 16})},
+    "options": {"clvr": TAPS.model_copy(update={**OPTIONS, "taps": ((0, 1), (0, 2), (0, 3))}), **TWO_VIT_LAYERS},
+    "addition": {"clvr": TAPS.model_copy(update=ADDED)},
+}
+
+
+@pytest.mark.journey
+@pytest.mark.parametrize("changes", LOOKS.values(), ids=LOOKS)
+def test_models_that_look_otherwise_train_like_one_rank(changes: dict[str, Any], small_shards: Path) -> None:
+    """The gradient of how much of each encoder layer is looked at is a small difference of large sums, which ZeRO-3 rounds otherwise."""
+    expected = run_ranks(run_trials, 1, [Trial(ParallelConfig(), changes=changes)], None, timeout_s=100)[0][0]
+    trials = [Trial(zero(f"zero{stage}", small_shards, **layout), changes=changes) for stage, layout in ((1, CP2), (2, TP2), (3, EP2))]
+    reports = run_ranks(run_trials, 2, trials, expected["start"], timeout_s=110)[0]
+    assert [different(report, expected, 3e-5) for report in reports] == [[], [], []]
 
 
 @pytest.mark.journey

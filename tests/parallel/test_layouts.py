@@ -70,6 +70,7 @@ CASES = {
     "TP2 EP2 DP2, a language model alone": Case(layout(4, tp=2, ep=2), changes=ALONE),
     "PP2, a language model alone": Case(PP2, changes=ALONE),
     "TP2, options of CLVR": Case(TP2, changes={"clvr": TAPS.model_copy(update={**OPTIONS, "taps": ((0, 1), (0, 2), (0, 3))}), **TWO_VIT_LAYERS}),
+    "CP2, options of CLVR": Case(CP2, changes={"clvr": TAPS.model_copy(update={**OPTIONS, "taps": ((0, 1), (0, 2), (0, 3))}), **TWO_VIT_LAYERS}),
     "PP2, projected tokens for a frozen ViT, recompute full": Case(
         layout(2, pp=2, recompute="full"), train_vision=False, changes={"clvr": TAPS.model_copy(update={"kv_tokens": "projected", "memory": "shuffled"})}
     ),
@@ -82,7 +83,7 @@ LONG = {
     "PP4", "PP2 DP2", "CP2 DP2", "DP2, packed", "PP2 VPP2, packed", "one rank, recompute selective", "PP2 VPP2, recompute full", "CP2, recompute selective",
     "EP2, gradients reduced on the way", "PP2 VPP2, frozen ViT", "PP2, a language model alone", "EP2, every other layer dense", "PP2 TP2, addition",
     "CP2 TP2", "PP2 TP2", "PP2 EP2", "TP2 EP2", "TP2 ETP2", "one rank, recompute full",
-    "PP2 TP2, tied embeddings", "TP2, gates over all experts, refinement everywhere", "TP2 CP2, frozen ViT, packed", "CP4",
+    "PP2 TP2, tied embeddings", "CP2, options of CLVR", "TP2, gates over all experts, refinement everywhere", "TP2 CP2, frozen ViT, packed", "CP4",
 }  # fmt: skip
 """Journeys: each of their features is in another case too, or with the same layout in test_experts_kernels.py and test_moe_balancing.py."""
 METRICS = ("loss", "grad_norm", "num_tokens", "moe/aux_loss", "data/tokens_per_row", "data/tiles_per_row", "clvr/tap0/gate", "clvr/tap2/gate")
@@ -153,3 +154,11 @@ def test_a_wrong_gradient_is_seen(ranks: list[dict[str, Any]]) -> None:
     gradients[name] = gradients[name].clone()
     gradients[name][0, 0] += 1e-3 * gradients[name].norm()
     assert list(different({"gradients": gradients}, ranks[0])) == [name]
+
+
+def test_checkpoints_know_the_whole_of_every_tensor_that_a_rank_has_a_part_of(ranks: list[dict[str, Any]]) -> None:
+    """A tensor that is split, and is saved as if it were whole, would lose what the other ranks hold of it; nothing else but another layout would notice."""
+    whole = {name: tuple(tensor.shape) for name, tensor in ranks[0]["start"].items()}
+    for rank in ranks:
+        assert {name: whole[name] for name in rank["saved"]} == rank["saved"]
+    assert {"decoder.final_layernorm.weight", "output_layer.weight"} & set().union(*(rank["saved"] for rank in ranks))

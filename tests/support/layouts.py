@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_ext.batch import NO_TILES, Markers
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
+from megatron_ext.checkpoint.sharded import sharded_model
 from megatron_ext.config.schema import ClvrConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.assembly import build_chunks
-from megatron_ext.parallel.groups import open_parallel
+from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training.losses import NextToken
 from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.microbatches import microbatches
@@ -74,7 +76,15 @@ def train(rank: int, world_size: int, init_method: str, case: Case, weights: dic
             if step == 0:
                 report["gradients"] = copies(full_tensors(chunks, context, of=gradient))
                 report["weights"] = copies(full_tensors(chunks, context))
-        return {**report, "curve": curve} if rank == 0 else {"curve": curve}
+        every = {"curve": curve, "saved": shapes_saved(chunks, context)}
+        return {**report, **every} if rank == 0 else every
+
+
+def shapes_saved(chunks: list[Any], context: ParallelContext) -> dict[str, tuple[int, ...]]:
+    """By name, the shape of the whole tensor of which a checkpoint says that this rank's is a part. Experts, and what Megatron cuts again as it saves, have
+    another shape there."""
+    entries = sharded_model(chunks, context)
+    return {name: tuple(entry.global_shape) for name, entry in entries.items() if isinstance(entry, ShardedTensor) and ".experts." not in name}
 
 
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -72,7 +72,7 @@ def small_prompts(count: int, seed: int = 0) -> list[Prompt]:
 class Words:
     """The least that the engine needs of a tokenizer."""
 
-    eos_id, image_id, vocab_size = EOS, IMAGE, USABLE
+    eos_id, vocab_size = EOS, USABLE
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

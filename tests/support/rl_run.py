@@ -27,6 +27,7 @@ from megatron_ext.earl.files import write_clusters
 from megatron_ext.model.assembly import build_model
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.local import run_ranks
+from tests.support.models import open_gates
 
 VOCABULARY = 256
 
@@ -66,17 +67,20 @@ def rl_config(folder: Path, parallel: ParallelConfig | None = None, rollout: Par
     )
 
 
-def prepare(config: RunConfig) -> Path:
-    """Writes the tokenizer and the checkpoint that RL starts from; returns the latter."""
-    train_tokenizer(config.data, config.run_dir / "tokenizer", config.seed)
+def prepare(config: RunConfig, looking: bool = False) -> Path:
+    """Writes the tokenizer and the checkpoint that RL starts from; returns the latter. `looking`: the gates of its taps are open."""
+    train_tokenizer(config.data, config.run_dir / "tokenizer", config.seed, config.model)
     checkpoints = config.run_dir / "sft" / "checkpoints"
-    run_ranks(save_random, 1, config, checkpoints, timeout_s=120)
+    run_ranks(save_random, 1, config, checkpoints, looking, timeout_s=120)
     return checkpoints
 
 
-def save_random(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoints: Path) -> None:
+def save_random(rank: int, world_size: int, init_method: str, config: RunConfig, checkpoints: Path, looking: bool) -> None:
     with open_parallel(ParallelConfig(), rank, world_size, init_method, 0) as context:
-        model = build_model(config.model, load_tokenizer(config.run_dir / "tokenizer").image_id, context, seed=3)
+        tokenizer = load_tokenizer(config.run_dir / "tokenizer")
+        model = build_model(config.model, tokenizer.image_id, context, seed=3, markers=tokenizer.markers)
+        if looking:
+            open_gates(model)
         save_checkpoint(checkpoints, 1, model, None, {}, context, config.model, keep=1)
 
 

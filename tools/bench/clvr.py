@@ -69,7 +69,7 @@ SIDES = {"none": WITHOUT, "three taps": MODEL}
 class Words:
     """A vocabulary whose end never comes."""
 
-    eos_id, image_id, vocab_size = VOCABULARY - 1, IMAGE, VOCABULARY - 1
+    eos_id, vocab_size = VOCABULARY - 1, VOCABULARY - 1
 
     def decode(self, ids: list[int]) -> str:
         return ""

@@ -68,8 +68,6 @@ def cases() -> list[Case]:
 class Words:
     """A vocabulary whose end never comes: it is beyond what may be sampled."""
 
-    image_id = IMAGE
-
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = self.eos_id = vocab_size - 1
 

@@ -72,7 +72,7 @@ CASES = [
 class Words:
     """A vocabulary whose end never comes: it is beyond what may be sampled."""
 
-    eos_id, image_id, vocab_size = VOCABULARY - 1, IMAGE, VOCABULARY - 1
+    eos_id, vocab_size = VOCABULARY - 1, VOCABULARY - 1
 
     def decode(self, ids: list[int]) -> str:
         return ""
