@@ -40,27 +40,29 @@ def training_shown(stages: Mapping[str, list[Record]]) -> list[str]:
 
 
 def looks_shown(root: Path) -> list[dict[str, Any]]:
-    """A row of the template for each evaluation whose file says under `clvr` what looking was worth: over `n` answers, with keys and values of nothing and of
-    another picture, and where the taps looked when they were asked last before the answer."""
+    """Rows of the template for each evaluation whose file says under `clvr` what looking was worth, over all answers and then skill by skill: over `n` of them,
+    with keys and values of nothing and of another picture, and where the taps looked when they were asked last before the answer."""
     rows = []
     for of, when in EVALUATIONS.items():
         found = _measured(root, of)
         if found:
-            taps = found.get("taps", [])
-            drops = {name: number(found[name]) + " (" + number(found[f"{name}_drop"], found[f"{name}_drop_se"]) + ")" for name in ("zeroed", "other")}
-            rows.append(
-                {
-                    "when": when,
-                    "n": found["n"],
-                    "greedy": number(found["greedy"]),
-                    **{name: text.replace("+-", " ± ") for name, text in drops.items()},
-                    "pointing": ", ".join(number(tap.get("pointing")) for tap in taps),
-                    "chance": number(found.get("pointing_chance")),
-                    "entropy": ", ".join(number(tap.get("attention_entropy")) for tap in taps),
-                    "divergence": ", ".join(number(value) for value in found.get("divergence", [])) or "-",
-                }
-            )
+            rows += [_row(when, found), *(_row(skill, own) for skill, own in found.get("skills", {}).items())]
     return rows
+
+
+def _row(label: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    taps = found.get("taps", [])
+    drops = {name: number(found[name]) + " (" + number(found[f"{name}_drop"], found[f"{name}_drop_se"]) + ")" for name in ("zeroed", "other")}
+    return {
+        "label": label,
+        "n": found["n"],
+        "greedy": number(found["greedy"]),
+        **{name: text.replace("+-", " ± ") for name, text in drops.items()},
+        "pointing": ", ".join(number(tap.get("pointing")) for tap in taps),
+        "chance": number(found.get("pointing_chance")),
+        "entropy": ", ".join(number(tap.get("attention_entropy")) for tap in taps),
+        "divergence": ", ".join(number(value) for value in found.get("divergence", [])) or "-",
+    }
 
 
 def _measured(root: Path, of: str) -> dict[str, Any]:

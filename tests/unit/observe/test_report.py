@@ -147,7 +147,7 @@ def test_what_looking_is_worth_is_shown_where_the_evaluation_measured_it(tmp_pat
     (tmp_path / "evaluate" / "sft.json").write_text(evaluation(0.6))
     (tmp_path / "evaluate" / "rl.json").write_text(json.dumps({**json.loads(evaluation(0.6)), "clvr": worth}))
     (row,) = report_clvr.looks_shown(tmp_path)
-    assert (row["when"], row["zeroed"], row["other"]) == ("after RL", "0.50 (0.10 ± 0.02)", "0.40 (0.20)")
+    assert (row["label"], row["zeroed"], row["other"]) == ("after RL", "0.50 (0.10 ± 0.02)", "0.40 (0.20)")
     assert (row["pointing"], row["chance"], row["entropy"], row["divergence"]) == ("0.31", "0.12", "0.90", "-")
     assert "taps see nothing" in Page(write_report(tmp_path).read_text()).text
 
@@ -160,6 +160,7 @@ def test_pointing_is_shown_of_all_prompts_where_an_evaluation_measured_it(tmp_pa
     text = {"n": 20, "greedy": 0.6, **drops, "taps": [{"attention_entropy": 0.9}], "pointing_n": 0, "pointing_chance": None}
     worth = {**pointed, "n": 60, "skills": {"ocr": pointed, "text": text}}
     (tmp_path / "evaluate" / "sft.json").write_text(json.dumps({**json.loads(evaluation(0.6)), "clvr": worth}))
+    assert [(row["label"], row["n"]) for row in report_clvr.looks_shown(tmp_path)] == [("after fine-tuning", 60), ("ocr", 40), ("text", 20)]
     assert "Over the 38 prompts with known places of the evaluation after fine-tuning" in Page(write_report(tmp_path).read_text()).text
     (tmp_path / "evaluate" / "sft.json").write_text(evaluation(0.6))
     assert "Over the 1 answers" in Page(write_report(tmp_path).read_text()).text
