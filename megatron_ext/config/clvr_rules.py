@@ -16,9 +16,6 @@ def clvr_rules(config: RunConfig) -> Problems:
     clvr, model = config.model.clvr, config.model
     if config.evaluate.clvr and not clvr.enabled:
         yield UserError("evaluate.clvr", "true, but the model has no taps (model.clvr.enabled = false)", "set it to false")
-    if config.evaluate.clvr and config.rollout.parallel.ep > 1:
-        problem = f"true with rollout.parallel.ep = {config.rollout.parallel.ep}, whose ranks would wait for each other where one has fewer prompts"
-        yield UserError("evaluate.clvr", problem, "evaluate with rollout.parallel.ep = 1")
     for stage in ("pretrain", "sft"):
         if getattr(config, stage).image_context_dropout and not clvr.enabled:
             problem = "hides image tokens that nothing else looks at: model.clvr.enabled = false"

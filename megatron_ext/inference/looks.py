@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from megatron_ext.batch import Prompt
 from megatron_ext.config.clvr_sizes import kv_shape
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.passes import prompt_inputs
+from megatron_ext.inference.passes import idle_prompt, prompt_inputs
 from megatron_ext.model.asked import on_ask
 from megatron_ext.model.assembly import VisionLanguageModel
 from megatron_ext.model.clvr import ClvrTap
@@ -62,12 +62,14 @@ def instead_of(prompts: Sequence[Prompt]) -> Instead | None:
 
 
 def look(engine: Engine, prompts: Sequence[Prompt], zeroed: Sequence[bool], other: Sequence[bool], picture_size: int) -> list[Look]:
-    """`picture_size`: the side of the pictures that `meta["boxes"]` count pixels of. Collective over tensor parallelism; other ranks play no part."""
+    """`picture_size`: the side of the pictures that `meta["boxes"]` count pixels of. Collective over tensor and expert parallelism: a rank with fewer prompts
+    than another of its expert group goes on with one that it forgets."""
     found: list[Look] = []
     tokens = kv_shape(engine.model.model_config)[0]
-    for start in range(0, len(prompts), AT_ONCE):
+    (passes,) = engine.passes.most(-(-len(prompts) // AT_ONCE))
+    for start in range(0, passes * AT_ONCE, AT_ONCE):
         part = prompts[start : start + AT_ONCE]
-        maps = _maps(engine, part)
+        maps = _maps(engine, part or [idle_prompt(engine.passes.vocabulary)])
         for row, prompt in enumerate(part):
             own = tokens * len(prompt.tiles)
             maps_TV = torch.stack([maps_PV[row, :own] for maps_PV in maps]) if maps else torch.zeros(0, own, dtype=torch.float64)

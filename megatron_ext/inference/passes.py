@@ -59,13 +59,16 @@ class Passes:
 
     def agree(self, joining: Sequence[Request], rows: int) -> tuple[int, int]:
         """In how many parts all ranks of the expert group read, and the most rows that one of them writes: passes that nobody needs are left out."""
-        wishes = _parts(joining, self.config.prefill_tokens), rows
-        if self.context.layout.ep == 1:
-            return wishes
-        value = torch.tensor(wishes, dtype=torch.int32, device=self.context.device)
-        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.context.pgs.ep)
-        parts, most_rows = value.tolist()
+        parts, most_rows = self.most(_parts(joining, self.config.prefill_tokens), rows)
         return parts, most_rows
+
+    def most(self, *counts: int) -> list[int]:
+        """The largest of each count that any rank of the expert group has; all of them ask."""
+        if self.context.layout.ep == 1:
+            return list(counts)
+        value = torch.tensor(counts, dtype=torch.int32, device=self.context.device)
+        torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=self.context.pgs.ep)
+        return value.tolist()
 
     def write(self, memory: Memory, answers: Sequence[Answer]) -> torch.Tensor:
         """Logits [R, vocab / tp] after the latest token of every row."""
@@ -79,7 +82,7 @@ class Passes:
     def read(self, joining: Sequence[Request], memory: Memory, parts: int) -> tuple[list[Answer], list[torch.Tensor]]:
         """Seats the requests behind the rows that are there: their answers, and the logits [rows, vocab / tp] of their first tokens. A rank without requests
         reads a dummy, and forgets it; all read as many parts."""
-        prompts = [request.prompt for request in joining] or [_dummy_prompt(self.vocabulary)]
+        prompts = [request.prompt for request in joining] or [idle_prompt(self.vocabulary)]
         inputs, lengths_P = prompt_inputs(prompts, self.vocabulary.eos_id, self.context.layout.tp * parts, self.context.device)
         with self.model.router_tap.record() as routes:
             reading = read(self.model, inputs, lengths_P, parts)
@@ -144,6 +147,6 @@ def _parts(joining: Sequence[Request], most_tokens: int) -> int:
     return -(-len(joining) * max((len(request.prompt.tokens_S) for request in joining), default=0) // most_tokens)
 
 
-def _dummy_prompt(vocabulary: Vocabulary) -> Prompt:
+def idle_prompt(vocabulary: Vocabulary) -> Prompt:
     """Keeps an idle expert-parallel rank in step; what it generates is thrown away."""
     return Prompt("idle", "none", np.array([vocabulary.eos_id], np.int32), NO_TILES, "")

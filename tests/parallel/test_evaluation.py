@@ -15,6 +15,7 @@ from megatron_ext.data.suite import ALL_SKILLS
 from megatron_ext.errors import CheckpointError, UserError
 from megatron_ext.inference.ask import MOST_LIKELY, answers
 from megatron_ext.inference.evaluate import Outcome, run_evaluation, summarise
+from megatron_ext.inference.looks import Look
 from megatron_ext.inference.survey import run_discovery_survey
 from megatron_ext.observe.trace import AnswerTrace, read_traces
 from megatron_ext.parallel.local import run_ranks
@@ -61,6 +62,21 @@ def test_two_ranks_and_one_rank_give_the_same_evaluation(run: tuple[RunConfig, P
     assert run_evaluation(alone, checkpoint, tmp_path / "one.json") == run_evaluation(config, checkpoint, tmp_path / "two.json")
 
 
+def test_ranks_that_share_experts_see_where_taps_look(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    """Eighteen prompts, as one rank sees them."""
+    config, checkpoint = run
+    few = config.evaluate.model_copy(update={"clvr": True, "prompts_per_skill": 3, "samples": 0, "blind": False})
+    found = []
+    for parallel in (ParallelConfig(), ParallelConfig(num_ranks=2, ep=2)):
+        rollout = config.rollout.model_copy(update={"parallel": parallel, "replicas": 1})
+        table = run_evaluation(config.model_copy(update={"evaluate": few, "rollout": rollout}), checkpoint, tmp_path / f"{parallel.num_ranks}.json")
+        found.append(table["clvr"])
+    alone, shared = found
+    assert shared["n"] == 18 and shared["skills"].keys() == alone["skills"].keys()
+    assert [tap["pointing"] for tap in shared["taps"]] == pytest.approx([tap["pointing"] for tap in alone["taps"]], abs=1e-4)
+    assert (shared["zeroed"], shared["other"]) == (alone["zeroed"], alone["other"])
+
+
 def test_a_survey_without_one_correct_answer_says_what_to_do(run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     """The random model never ends its answers in time."""
     with pytest.raises(UserError, match=r"none of 60 sampled answers .* was correct; fine-tune longer"):
@@ -87,7 +103,7 @@ def test_standard_errors_and_means_of_a_table_worked_by_hand(run: tuple[RunConfi
 
 
 @pytest.fixture(scope="module")
-def answers_of_one_rank() -> tuple[Answers, AnswerTrace]:
+def answers_of_one_rank() -> tuple[Answers, AnswerTrace, dict[str, Look]]:
     return run_ranks(answers_of_a_rank, 1, ParallelConfig(), timeout_s=120)[0]
 
 
@@ -96,12 +112,12 @@ def answers_of_one_rank() -> tuple[Answers, AnswerTrace]:
     [ParallelConfig(num_ranks=2, tp=2), ParallelConfig(num_ranks=2, ep=2), ParallelConfig(num_ranks=4, tp=2, ep=2)],
     ids=["TP2+SP", "EP2", "TP2 x EP2"],
 )
-def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: tuple[Answers, AnswerTrace], parallel: ParallelConfig) -> None:
+def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: tuple[Answers, AnswerTrace, dict[str, Look]], parallel: ParallelConfig) -> None:
     """Five prompts, three samples: tokens and routes equal those of one rank, log-probs and the gaze to 1e-4. Under EP2 one rank has two prompts, or none, and
     keeps step."""
-    expected, expected_trace = answers_of_one_rank
+    expected, expected_trace, expected_looks = answers_of_one_rank
     parts = run_ranks(answers_of_a_rank, parallel.num_ranks, parallel, timeout_s=120)
-    together = {key: answer for part, _ in parts for key, answer in part.items()}
+    together = {key: answer for part, *_ in parts for key, answer in part.items()}
     assert together.keys() == expected.keys()
     for key, (tokens, logprobs, digest) in expected.items():
         assert together[key][0] == tokens and together[key][2] == digest
@@ -111,6 +127,10 @@ def test_the_engine_gives_the_same_answers_in_every_layout(answers_of_one_rank: 
     np.testing.assert_allclose(trace.logprobs_T, expected_trace.logprobs_T, atol=1e-4)
     for tap, other in zip(trace.taps, expected_trace.taps, strict=True):
         np.testing.assert_allclose(tap.maps_TNC, other.maps_TNC, atol=1e-4)
+    looks = {key: one for *_, part in parts for key, one in part.items()}
+    assert looks.keys() == expected_looks.keys() and len(looks) >= 3
+    for key, one in looks.items():
+        assert (*one.entropy, *one.divergence) == pytest.approx((*expected_looks[key].entropy, *expected_looks[key].divergence), abs=1e-4)
 
 
 def test_a_worker_answers_in_slices_as_in_one_call_in_every_layout(run: tuple[RunConfig, Path]) -> None:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
 from megatron_ext.batch import NO_TILES, FailedRollout, Rollout, route_digest
 from megatron_ext.config.schema import ParallelConfig, RolloutConfig, RunConfig
 from megatron_ext.inference.engine import Engine
+from megatron_ext.inference.looks import Look, look
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.inference.trace import trace_answer
 from megatron_ext.model.assembly import build_model
@@ -27,9 +29,10 @@ MASKED = ((0, 3), (2, 1))
 Answers = dict[tuple[str, int], tuple[list[int], list[float], str]]
 
 
-def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig) -> tuple[Answers, AnswerTrace]:
-    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts, and under "masked" of those answered without two experts; and
-    the trace of the first of them. The last rank of two has fewer chunks than the first. Several ranks read prompts in parts, one rank reads them at once."""
+def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: ParallelConfig) -> tuple[Answers, AnswerTrace, dict[str, Look]]:
+    """{(prompt, sample): (tokens, log-probs, route digest)} of this data-parallel rank's prompts, and under "masked" of those answered without two experts; the
+    trace of the first of them; and by prompt, where taps look, one prompt at a time. The last rank of two has fewer chunks than the first, and fewer pictures.
+    Several ranks read prompts in parts, one rank reads them at once."""
     with open_parallel(parallel, rank, world_size, init_method, seed=0) as context:
         model = build_model(small_config(init_std=0.3), IMAGE, context, seed=5)
         open_gates(model)
@@ -47,7 +50,10 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
         for rollout in masked:
             assert not any((rollout.routes.experts_SLK[:, layer] == expert).any() for layer, expert in MASKED)
         answers = _by_key(rollouts) | {(f"masked {key}", sample): answer for (key, sample), answer in _by_key(masked).items()}
-        return answers, trace_answer(engine, Pieces(), rollouts[0], Path("x"), {})
+        seen, no = [prompt for prompt in mine if len(prompt.tiles)], [False] * len(mine)
+        with mock.patch("megatron_ext.inference.looks.AT_ONCE", 1):
+            looks = look(engine, seen, no, no, 16)
+        return answers, trace_answer(engine, Pieces(), rollouts[0], Path("x"), {}), {prompt.key: one for prompt, one in zip(seen, looks, strict=True)}
 
 
 def _by_key(rollouts: Sequence[Rollout]) -> Answers:

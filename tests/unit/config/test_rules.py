@@ -79,7 +79,6 @@ BROKEN = [
     ),
     (["model.clvr.fusion=addition", "model.clvr.ffn_hidden=8"], "model.clvr.ffn_hidden", "8 would be ignored with fusion = addition"),
     (["evaluate.clvr=true", "model.clvr.enabled=false"], "evaluate.clvr", "the model has no taps"),
-    (["evaluate.clvr=true", "rollout.parallel.ep=2", "rollout.parallel.num_ranks=2"], "evaluate.clvr", "true with rollout.parallel.ep = 2"),
     (["sft.image_context_dropout=0.1", "model.clvr.enabled=false"], "sft.image_context_dropout", "hides image tokens that nothing else looks at"),
     (["data.kind=jsonl"], "data.path", "is missing"),
     (["data.kind=webdataset"], "data.path", "is missing, but data.kind = webdataset reads files"),
