@@ -79,10 +79,9 @@ def run_evaluation(config: RunConfig, checkpoint: Path, out: Path, clusters: Pat
     contents = answer_chunks("evaluate", chunks, config, evaluate_rank, step, clusters, None if traces.exists() else traces, stop=stop)
     outcomes = list(in_order([[_outcome(row) for row in json.loads(content)] for content in contents]))
     table = {"checkpoint": str(checkpoint), "split": settings.split, **summarise(outcomes, config)}
-    seen = [outcome for outcome in outcomes if outcome.look is not None]
+    seen = [(outcome.look, outcome.greedy, outcome.skill) for outcome in outcomes if outcome.look is not None]
     if seen:
-        looks = [outcome.look for outcome in seen if outcome.look is not None]
-        table["clvr"] = summarise_looks(looks, [outcome.greedy for outcome in seen], [outcome.skill for outcome in seen])
+        table["clvr"] = summarise_looks(*zip(*seen, strict=True))
     _write_samples(folder, outcomes, config)
     write_verdicts(folder, [(o.key, o.skill, o.greedy, o.samples) for o in outcomes])
     traced = with_verdicts(read_traces(traces), {outcome.key: (outcome.text, outcome.greedy) for outcome in outcomes})

@@ -33,7 +33,7 @@ _FAILED = "rollout/failed/"
 
 def content(root: Path) -> dict[str, Any]:
     """Every variable of the template."""
-    before, after = (read_evaluation(root / "evaluate" / f"{of}.json") for of in ("sft", "rl"))
+    before, after = (read_evaluation(root / "evaluate" / f"{of}.json") for of in EVALUATIONS)
     trained = {stage: read_metrics(root / stage) for stage in TRAINING}
     rl, clusters, traces = trained["rl"], _json(root / "discover" / "expert_clusters.json"), traces_shown(root, SAMPLES_PER_SKILL)
     numbers = {(trace["when"], trace["key"]): number for number, trace in enumerate(traces)}

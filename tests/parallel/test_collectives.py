@@ -16,8 +16,7 @@ from megatron_ext.parallel.planner.search import Search
 from megatron_ext.parallel.planner.workload import workload
 from tests.parallel.test_layouts import CP2, DENSE, DP2, EP2, PP2, TP2
 from tests.support.collectives import collectives_by_rank
-from tests.support.layouts import TAPS, Case
-from tests.support.models import small_config
+from tests.support.layouts import TAPS, Case, model_of
 
 NO_CLVR = {"clvr": TAPS.model_copy(update={"enabled": False})}
 CASES = {
@@ -40,7 +39,7 @@ def _counted() -> list[list[list[int]]]:
 
 def predicted(case: Case, count: int) -> float:
     """A world where a collective costs a second whatever it carries, and nothing else costs anything."""
-    model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+    model = model_of(case.changes)
     base = find_gpu("cpu-core", read_gpus())
     rates = dict.fromkeys(("fp32_flops", "memory_bytes_per_s", "node_bytes_per_s", "network_bytes_per_s"), 1e30)
     gpu = base.model_copy(update={**rates, "node_latency_s": 1.0, "layer_overhead_s": 0.0, "step_overhead_s": 0.0})

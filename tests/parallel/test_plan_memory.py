@@ -14,8 +14,7 @@ from megatron_ext.parallel.planner.memory import learner_state
 from megatron_ext.parallel.planner.tensors import Training
 from tests.parallel.test_layouts import ALONE, DENSE
 from tests.parallel.test_layouts import CASES as TRAINED
-from tests.support.layouts import TAPS, Case
-from tests.support.models import small_config
+from tests.support.layouts import TAPS, Case, model_of
 from tests.support.sizes import held_by_rank
 
 MORE = {
@@ -56,7 +55,7 @@ def _measured(ranks: int) -> list[tuple[Case, list[dict[str, Any]]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_weights_gradients_and_optimizer_states_are_predicted_to_the_byte_on_every_rank(name: str) -> None:
     case = CASES[name]
-    model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+    model = model_of(case.changes)
     overlaps = bool(case.parallel.overlap_grad_reduce or case.parallel.overlap_param_gather)
     for found in next(held for built, held in _measured(case.parallel.num_ranks) if built == _built(case)):
         predicted = learner_state(model, case.parallel, found["place"], Training(vision=case.train_vision), overlaps)

@@ -11,27 +11,23 @@ import pytest
 from megatron_ext.config.schema import ParallelConfig, RunConfig
 from megatron_ext.observe.metrics import Record, read_metrics
 from megatron_ext.rl.run import run_rl
+from tests.parallel.test_layouts import OPTIONS
 from tests.support.rl_run import prepare, rl_config
 
 layout = partial(ParallelConfig, num_ranks=2)
-EVERYTHING = {"gate_kind": "dynamic", "kv_tokens": "unshuffled", "kv_layers": (0, 1), "ffn_hidden": 16, "inner_iterations": 2, "inject": "response"}
 LOOKS: dict[str, dict[str, Any]] = {
     "memory tokens": {"inject": "slots", "num_slots": 4, "gate_kind": "channel"},
-    "everything": EVERYTHING,
+    "everything": {**OPTIONS, "query_source": "tap", "inject": "response"},
     "projected tokens of another picture": {"kv_tokens": "projected", "memory": "shuffled", "query_source": "input_embedding", "inject": "all"},
-    "addition": {"fusion": "addition", "kv_tokens": "unshuffled", "num_heads": 2, "num_kv_heads": 2},
+    "addition": {"fusion": "addition", "kv_tokens": "unshuffled"},
 }
 
 
 def looking(folder: Path, clvr: dict[str, Any]) -> RunConfig:
-    """The small run, its encoder of two layers, with these options of CLVR; no tap learns to look so fast that answers change with the last digit."""
+    """The small run, its encoder of two layers, with these options of CLVR."""
     config = rl_config(folder, ParallelConfig(), replicas=1)
     model = config.model
-    changes = {
-        "vision": model.vision.model_copy(update={"num_layers": 2}),
-        "clvr": model.clvr.model_copy(update=clvr),
-        "max_positions": 512,
-    }
+    changes = {"vision": model.vision.model_copy(update={"num_layers": 2}), "clvr": model.clvr.model_copy(update=clvr)}
     return config.model_copy(update={"model": model.model_copy(update=changes)})
 
 

@@ -16,8 +16,8 @@ from megatron_ext.training.losses import NextToken
 from megatron_ext.training.megatron_engine import build_engine
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.step import optimizer_step
-from tests.support.layouts import MICRO, TAPS, Case, batch_of
-from tests.support.models import IMAGE, small_config
+from tests.support.layouts import MICRO, Case, batch_of, model_of
+from tests.support.models import IMAGE
 from tests.support.training import PAD, part
 
 
@@ -28,7 +28,7 @@ def collectives_by_rank(rank: int, world_size: int, init_method: str, cases: lis
 
 def _collectives(rank: int, world_size: int, init_method: str, case: Case, counts: list[int]) -> list[int]:
     with open_parallel(case.parallel, rank, world_size, init_method, seed=rank) as context:
-        model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+        model = model_of(case.changes)
         engine = build_engine(build_chunks(model, IMAGE, context), OptimizerConfig(), 10, context)
         found = []
         for count in counts:

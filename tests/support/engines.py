@@ -24,8 +24,8 @@ from megatron_ext.training.engines import start_engine
 from megatron_ext.training.losses import Microbatch, NextToken
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.step import optimizer_step, run_schedule
-from tests.support.layouts import MARKERS, MICRO, ROWS, TAPS, batch_of
-from tests.support.models import IMAGE, open_gates, small_config
+from tests.support.layouts import MARKERS, MICRO, ROWS, batch_of, model_of
+from tests.support.models import IMAGE, open_gates
 from tests.support.training import PAD, part, same
 from tests.support.weights import load_full_tensors
 
@@ -59,7 +59,7 @@ def run_trials(rank: int, world_size: int, init_method: str, trials: list[Trial]
 
 def _run(trial: Trial, rank: int, world_size: int, init_method: str, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     with open_parallel(trial.parallel, rank, world_size, init_method, seed=rank) as context:
-        model = small_config(**{"num_layers": 4, "clvr": TAPS, **trial.changes})
+        model = model_of(trial.changes)
         chunks = build_chunks(model, IMAGE, context, seed=3, vision_trains=trial.train_vision, markers=MARKERS)
         for chunk in chunks:
             open_gates(chunk)

@@ -9,11 +9,13 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch
 
 from megatron_ext.batch import NO_TILES, FailedRollout, Rollout, route_digest
 from megatron_ext.config.schema import ParallelConfig, RolloutConfig, RunConfig
 from megatron_ext.inference.engine import Engine
 from megatron_ext.inference.looks import Look, look
+from megatron_ext.inference.passes import prompt_inputs
 from megatron_ext.inference.sampling import rollout_seed
 from megatron_ext.inference.trace import trace_answer
 from megatron_ext.model.assembly import build_model
@@ -54,6 +56,15 @@ def answers_of_a_rank(rank: int, world_size: int, init_method: str, parallel: Pa
         with mock.patch("megatron_ext.inference.looks.AT_ONCE", 1):
             looks = look(engine, seen, no, no, 16)
         return answers, trace_answer(engine, Pieces(), rollouts[0], Path("x"), {}), {prompt.key: one for prompt, one in zip(seen, looks, strict=True)}
+
+
+def logprobs_of_a_full_pass(engine: Engine, rollout: Rollout) -> np.ndarray:
+    """Of the answer's tokens [T], by one pass over prompt and answer without a cache."""
+    start, tokens_S = len(rollout.prompt.tokens_S), np.concatenate([rollout.prompt.tokens_S, rollout.response_T])
+    inputs, _ = prompt_inputs([replace(rollout.prompt, tokens_S=tokens_S)], engine.passes.vocabulary.eos_id, 1, engine.context.device)
+    with torch.no_grad():
+        logprobs_SV = engine.model.eval()(inputs)[:, 0].masked_fill(engine.passes.banned_V, float("-inf")).log_softmax(-1)
+    return logprobs_SV[np.arange(start - 1, len(tokens_S) - 1), rollout.response_T].numpy()
 
 
 def _by_key(rollouts: Sequence[Rollout]) -> Answers:

@@ -13,7 +13,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron_ext.batch import NO_TILES, Markers
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.checkpoint.sharded import sharded_model
-from megatron_ext.config.schema import ClvrConfig, OptimizerConfig, ParallelConfig
+from megatron_ext.config.schema import ClvrConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_ext.data.collate import TokenBatch
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
@@ -43,6 +43,11 @@ class Case:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
+def model_of(changes: dict[str, Any]) -> ModelConfig:
+    """The small model of four layers and three taps that layouts are tried with, changed."""
+    return small_config(**{"num_layers": 4, "clvr": TAPS, **changes})
+
+
 def batch_of(step: int, images: bool = True) -> TokenBatch:
     """Eight rows of different lengths; the last two, and so the last microbatch, show no image, or none does."""
     batch = token_batch(step, ROWS)
@@ -56,7 +61,7 @@ def batch_of(step: int, images: bool = True) -> TokenBatch:
 def train(rank: int, world_size: int, init_method: str, case: Case, weights: dict[str, torch.Tensor] | None) -> dict[str, Any]:
     """Two updates, each rank taking its data-parallel share. `weights` replace the drawn ones. Tensors are reported by rank 0 alone."""
     with open_parallel(case.parallel, rank, world_size, init_method, seed=rank) as context:
-        model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+        model = model_of(case.changes)
         chunks = build_chunks(model, IMAGE, context, seed=3, vision_trains=case.train_vision, markers=MARKERS)
         drawn = digest(full_tensors(chunks, context))
         for chunk in chunks:

@@ -8,15 +8,15 @@ from typing import Any
 from megatron_ext.checkpoint.dist import load_checkpoint
 from megatron_ext.checkpoint.full_tensors import digest, full_tensors
 from megatron_ext.checkpoint.saver import open_saver
-from megatron_ext.config.schema import ModelConfig, OptimizerConfig
+from megatron_ext.config.schema import OptimizerConfig
 from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import ParallelContext, open_parallel
 from megatron_ext.training.losses import NextToken
 from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
 from megatron_ext.training.microbatches import microbatches
 from megatron_ext.training.step import optimizer_step
-from tests.support.layouts import MICRO, ROWS, TAPS, Case, batch_of
-from tests.support.models import IMAGE, small_config
+from tests.support.layouts import MICRO, ROWS, Case, batch_of, model_of
+from tests.support.models import IMAGE
 from tests.support.training import PAD, part
 
 ADAM = OptimizerConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip_grad=0.5)
@@ -24,12 +24,8 @@ TOTAL = 12
 """The schedule's length."""
 
 
-def model_of(case: Case) -> ModelConfig:
-    return small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
-
-
 def built(case: Case, context: ParallelContext, seed: int) -> MegatronEngine:
-    return build_engine(build_chunks(model_of(case), IMAGE, context, seed=seed, vision_trains=case.train_vision), ADAM, TOTAL, context)
+    return build_engine(build_chunks(model_of(case.changes), IMAGE, context, seed=seed, vision_trains=case.train_vision), ADAM, TOTAL, context)
 
 
 def run(engine: MegatronEngine, case: Case, last: int, context: ParallelContext) -> list[dict[str, float]]:
@@ -46,7 +42,7 @@ def run(engine: MegatronEngine, case: Case, last: int, context: ParallelContext)
 def restored(case: Case, folder: Path, context: ParallelContext) -> MegatronEngine:
     """From the latest checkpoint, where there is one; loaded into other weights than those that were saved."""
     engine = built(case, context, seed=9)
-    load_checkpoint(folder, engine.chunks, engine.optimizer_state, context=context, model_config=model_of(case))
+    load_checkpoint(folder, engine.chunks, engine.optimizer_state, context=context, model_config=model_of(case.changes))
     return engine
 
 
@@ -59,7 +55,7 @@ def stop_and_resume(rank: int, world_size: int, init_method: str, case: Case, fo
     with open_parallel(case.parallel, rank, world_size, init_method, seed=0) as context:
         straight = built(case, context, seed=3)
         run(straight, case, 1, context)
-        with open_saver(folder, 1, context, model_of(case), asynchronous=True) as saver:
+        with open_saver(folder, 1, context, model_of(case.changes), asynchronous=True) as saver:
             saver.save(1, straight.chunks, straight.optimizer_state, {})
             expected = run(straight, case, 2, context)
         resumed = restored(case, folder, context)
@@ -75,6 +71,6 @@ def go_on(rank: int, world_size: int, init_method: str, case: Case, folder: Path
     with open_parallel(case.parallel, rank, world_size, init_method, seed=0) as context:
         engine = restored(case, folder, context) if folder.exists() else built(case, context, seed=3)
         curve = run(engine, case, last, context)
-        with open_saver(folder, 1, context, model_of(case), asynchronous=True) as saver:
+        with open_saver(folder, 1, context, model_of(case.changes), asynchronous=True) as saver:
             saver.save(last, engine.chunks, engine.optimizer_state, {})
         return curve

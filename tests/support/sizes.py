@@ -11,8 +11,8 @@ from megatron_ext.model.assembly import build_chunks
 from megatron_ext.parallel.groups import open_parallel
 from megatron_ext.parallel.planner.memory import Rank
 from megatron_ext.training.megatron_engine import MegatronEngine, build_engine
-from tests.support.layouts import MARKERS, TAPS, Case
-from tests.support.models import IMAGE, small_config
+from tests.support.layouts import MARKERS, Case, model_of
+from tests.support.models import IMAGE
 
 
 def held_by_rank(rank: int, world_size: int, init_method: str, cases: list[Case]) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def held_by_rank(rank: int, world_size: int, init_method: str, cases: list[Case]
 
 def _held(rank: int, parallel: ParallelConfig, init_method: str, case: Case, world_size: int) -> dict[str, Any]:
     with open_parallel(parallel, rank, world_size, init_method, seed=0) as context:
-        model = small_config(**{"num_layers": 4, "clvr": TAPS, **case.changes})
+        model = model_of(case.changes)
         chunks = build_chunks(model, IMAGE, context, vision_trains=case.train_vision, markers=MARKERS)
         engine = build_engine(chunks, OptimizerConfig(), 10, context)
         groups = context.pgs

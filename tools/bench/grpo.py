@@ -52,7 +52,7 @@ PHASES = ("generation", "update", "rest")
 class Words(Endless):
     """Its words are the numbers of its tokens."""
 
-    pad_id, tag_ids, slot_ids, placeholders, markers = 0, {}, (), (IMAGE,), Markers()
+    image_id, pad_id, tag_ids, slot_ids, placeholders, markers = IMAGE, 0, {}, (), (IMAGE,), Markers()
 
     def decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))

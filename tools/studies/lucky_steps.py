@@ -2,8 +2,8 @@
 
     python tools/studies/lucky_steps.py runs/earl-outcome          the table of docs/studies/earl_outcome.md
 
-Reads the answers of a study's runs back from their banks. Of every prompt that has right answers of both kinds: the mean mass of those whose steps are all
-right, minus that of those with a wrong step. It is what the EARL bonus has to go by where the outcome alone is rewarded.
+Reads the answers of a finished study's runs back from their banks. Of every prompt that has right answers of both kinds: the mean mass of those whose steps are
+all right, minus that of those with a wrong step. It is what the EARL bonus has to go by where the outcome alone is rewarded.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def groups(study: Path, arm: str, seed: int, every: int) -> Iterator[Group]:
         yield from found.values()
 
 
-def differences(found: Group) -> float | None:
+def difference_of(found: Group) -> float | None:
     """Mass of answers with right steps minus that of the lucky ones, in the mean; None where one of the two is missing.
 
-    >>> differences([(0.5, True), (0.25, False), (0.75, False)])
+    >>> difference_of([(0.5, True), (0.25, False), (0.75, False)])
     0.0
     """
     by_kind = {kind: [mass for mass, steps in found if steps == kind] for kind in (True, False)}
@@ -56,12 +56,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, help="folder of the study")
     parser.add_argument("--arm", default="no-bonus", help="whose answers (default no-bonus: nothing has paid for mass there)")
-    parser.add_argument("--every", type=int, default=7, help="every how manieth step is read (default 7)")
+    parser.add_argument("--every", type=int, default=7, help="read one step of so many (default 7)")
     args = parser.parse_args()
     print("| seed | prompts with both | right steps minus lucky | positive | spread in a group |\n|---|---|---|---|---|")
     for seed in sorted(int(folder.name.removeprefix("seed-")) for folder in (args.study / args.arm).glob("seed-*")):
         of_seed = list(groups(args.study, args.arm, seed, args.every))
-        diffs = np.array([difference for group in of_seed if (difference := differences(group)) is not None])
+        diffs = np.array([difference for group in of_seed if (difference := difference_of(group)) is not None])
         spread = np.mean([np.std([mass for mass, _ in group], ddof=1) for group in of_seed if len(group) > 1])
         error = diffs.std(ddof=1) / np.sqrt(len(diffs))
         print(f"| {seed} | {len(diffs)} | {diffs.mean():+.4f} +- {error:.4f} | {(diffs > 0).mean():.2f} | {spread:.4f} |", flush=True)

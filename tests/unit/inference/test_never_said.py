@@ -11,10 +11,10 @@ import torch
 from megatron_ext.batch import Markers
 from megatron_ext.config.schema import RolloutConfig
 from megatron_ext.inference.engine import Engine
-from megatron_ext.inference.passes import prompt_inputs
 from megatron_ext.model.assembly import VisionLanguageModel, build_model
 from megatron_ext.parallel.groups import ParallelContext
-from tests.support.models import EOS, IMAGE, TANH_GATE, Words, open_gates, small_config, small_prompts
+from tests.support.generation import logprobs_of_a_full_pass
+from tests.support.models import IMAGE, TANH_GATE, Words, open_gates, small_config, small_prompts
 
 TURN = 57
 
@@ -44,8 +44,4 @@ def test_answers_that_look_have_the_log_probs_of_a_full_pass(context: ParallelCo
     rollouts = engine.generate(prompts, 4, seeds=lambda index, sample: 10 * index + sample, version=0)
     assert len(rollouts) == 24 and not any(np.isin(rollout.response_T, (TURN, IMAGE)).any() for rollout in rollouts)
     for rollout in rollouts:
-        start, tokens_S = len(rollout.prompt.tokens_S), np.concatenate([rollout.prompt.tokens_S, rollout.response_T])
-        inputs, _ = prompt_inputs([replace(rollout.prompt, tokens_S=tokens_S)], EOS, 1, context.device)
-        with torch.no_grad():
-            logprobs_SV = engine.model.eval()(inputs)[:, 0].masked_fill(engine.passes.banned_V, float("-inf")).log_softmax(-1)
-        np.testing.assert_allclose(logprobs_SV[np.arange(start - 1, len(tokens_S) - 1), rollout.response_T].numpy(), rollout.logprobs_T, atol=1e-4)
+        np.testing.assert_allclose(logprobs_of_a_full_pass(engine, rollout), rollout.logprobs_T, atol=1e-4)

@@ -19,6 +19,7 @@ from megatron_ext.model.assembly import build_model
 from megatron_ext.model.gaze import record_gaze
 from megatron_ext.model.weight_storage import store_for_generation
 from megatron_ext.parallel.groups import ParallelContext
+from tests.support.generation import logprobs_of_a_full_pass
 from tests.support.models import EOS, IMAGE, TANH_GATE, Pieces, open_gates, small_config, small_prompts
 
 SLOTS = (58, 59)
@@ -56,12 +57,7 @@ def test_memory_tokens_are_never_said_and_the_log_probs_are_those_of_a_full_pass
     assert len(rollouts) == 36 and not any(np.isin(rollout.response_T, (*SLOTS, IMAGE)).any() for rollout in rollouts)
     assert engine.passes.banned_V.nonzero()[:, 0].tolist() == [IMAGE, *SLOTS, 60, 61, 62, 63]
     for rollout in rollouts[::4]:
-        start, tokens_S = len(rollout.prompt.tokens_S), np.concatenate([rollout.prompt.tokens_S, rollout.response_T])
-        inputs, _ = prompt_inputs([replace(rollout.prompt, tokens_S=tokens_S)], EOS, 1, engine.context.device)
-        with torch.no_grad():
-            logprobs_SV = engine.model(inputs)[:, 0].masked_fill(engine.passes.banned_V, float("-inf")).log_softmax(-1)
-        places = np.arange(start - 1, len(tokens_S) - 1)
-        np.testing.assert_allclose(logprobs_SV[places, rollout.response_T].numpy(), rollout.logprobs_T, atol=1e-4)
+        np.testing.assert_allclose(logprobs_of_a_full_pass(engine, rollout), rollout.logprobs_T, atol=1e-4)
 
 
 def test_what_is_measured_is_the_gaze_of_the_last_questions_memory_tokens(engine: Engine, prompts: list[Prompt]) -> None:
