@@ -84,6 +84,7 @@ def configuration(model: Any, folder: Path) -> RunConfig:
         fleet="local",
         reward="tools.bench.grpo:even",
         router_lr_scale=1.0,
+        probe=False,  # its prompts are the suite's, which this vocabulary cannot spell
         optimizer=OptimizerConfig(lr=LEARNING_RATE, warmup_steps=0, schedule="constant", weight_decay=0.0),
     )
     rollout = RolloutConfig(max_new_tokens=NEW, batch_size=CASE.prompts * CASE.samples, replicas=1)
